@@ -1,0 +1,129 @@
+// Package cachedisk finds cache disks on a node, checks them against their layer
+// manifest, and mounts them at a stable path, read-only.
+package cachedisk
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// DefaultParents are the directories whose sub-directories are searched for
+// cache disks, besides /cache itself: where GKE mounts secondary boot disks.
+var DefaultParents = []string{"/mnt/disks/gke-secondary-disks"}
+
+// DefaultDir is where the DaemonSet mounts the cache disk's volume claim.
+const DefaultDir = "/cache"
+
+// Disk is a cache disk whose layer manifest has been read and validated.
+type Disk struct {
+	// Dir is the disk's root as this process sees it.
+	Dir      string
+	ID       digest.Digest
+	Manifest *manifest.Manifest
+}
+
+// Find opens the cache disks in dirs or, without any, every directory below
+// DefaultParents, and DefaultDir, that holds a layer manifest. Default paths are
+// looked up below hostRoot as well as in the process's own root.
+func Find(dirs []string, hostRoot string) ([]*Disk, error) {
+	if len(dirs) == 0 {
+		dirs = defaults(hostRoot)
+		if len(dirs) == 0 {
+			return nil, fmt.Errorf("no cache disk: no %s below %s or a directory of %s; name the disk's directory with --cache",
+				manifest.Path, DefaultDir, DefaultParents[0])
+		}
+	}
+	var disks []*Disk
+	for _, dir := range dirs {
+		d, err := Open(dir)
+		if err != nil {
+			return nil, err
+		}
+		// A disk that is reachable by two paths is one disk.
+		if !slices.ContainsFunc(disks, func(o *Disk) bool { return o.ID == d.ID }) {
+			disks = append(disks, d)
+		}
+	}
+	return disks, nil
+}
+
+func defaults(hostRoot string) []string {
+	roots := []string{"/"}
+	if filepath.Clean(hostRoot) != "/" {
+		roots = append(roots, hostRoot)
+	}
+	var dirs []string
+	for _, root := range roots {
+		candidates := []string{filepath.Join(root, DefaultDir)}
+		for _, parent := range DefaultParents {
+			below, _ := filepath.Glob(filepath.Join(root, parent, "*"))
+			candidates = append(candidates, below...)
+		}
+		for _, dir := range candidates {
+			if _, err := os.Lstat(filepath.Join(dir, manifest.Path)); err == nil {
+				dirs = append(dirs, dir)
+			}
+		}
+	}
+	return dirs
+}
+
+// Open reads the layer manifest of the cache disk at dir and checks that the disk
+// has every layer that the manifest names.
+func Open(dir string) (*Disk, error) {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, fmt.Errorf("finding cache disk %s: %w", dir, err)
+	}
+	m, err := manifest.Read(abs)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("no layer manifest at %s: mount the cache disk there, or build one with the selkies-image-cache provisioner",
+			filepath.Join(abs, manifest.Path))
+	}
+	if err != nil {
+		return nil, err
+	}
+	id, err := m.ID()
+	if err != nil {
+		return nil, err
+	}
+	d := &Disk{Dir: abs, ID: id, Manifest: m}
+	if err := d.check(); err != nil {
+		return nil, fmt.Errorf("cache disk %s: %w", abs, err)
+	}
+	return d, nil
+}
+
+// check looks at every layer's directory once. os.Root refuses paths that leave
+// the disk, also through symbolic links on it.
+func (d *Disk) check() error {
+	root, err := os.OpenRoot(d.Dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	for _, l := range d.Manifest.Layers {
+		dir := d.Manifest.LayerPath(l)
+		fi, err := root.Lstat(dir)
+		if err == nil && !fi.IsDir() {
+			err = fmt.Errorf("%s is not a directory", dir)
+		}
+		if err != nil {
+			return fmt.Errorf("layer %s: %w; build the disk again", l.ChainID, err)
+		}
+	}
+	return nil
+}
+
+// LayerDir is the directory of l's files as this process sees it.
+func (d *Disk) LayerDir(l manifest.Layer) string {
+	return filepath.Join(d.Dir, d.Manifest.LayerPath(l))
+}

@@ -1,0 +1,97 @@
+// Package report holds what the injector says of its work, in the same words for
+// every runtime. The command line prints these values as a table or as JSON.
+package report
+
+import (
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// State says what became of an image, or with plan what would become of it.
+type State string
+
+const (
+	// Registered images were made known to the runtime by this run.
+	Registered State = "registered"
+	// Present images were there before this run, with every name.
+	Present State = "present"
+	// Skipped images were left alone, for the reason given.
+	Skipped State = "skipped"
+)
+
+// Image is one image of a cache disk and what inject did with it, or, from a
+// dry run, would do.
+type Image struct {
+	// Names are all names of the image, the one a person knows first.
+	Names []string `json:"names"`
+	State State    `json:"state"`
+	// Reason says in one line why an image was skipped, or which of its names
+	// were left to another image that the node has under that name.
+	Reason string `json:"reason,omitempty"`
+	// Layers is the length of the image's chain; Registered and Present count
+	// the layers that this run registered and those that were already there.
+	Layers     int `json:"layers"`
+	Registered int `json:"layersRegistered"`
+	Present    int `json:"layersPresent"`
+	// Milliseconds from the start of the image's registration to its end.
+	Milliseconds int64 `json:"milliseconds"`
+}
+
+// Disk is what inject did, or would do, with one cache disk.
+type Disk struct {
+	Dir     string        `json:"dir"`
+	CacheID digest.Digest `json:"cacheID"`
+	Created time.Time     `json:"created"`
+	Images  []Image       `json:"images"`
+	// Layers counted once each over the whole disk.
+	Registered int `json:"layersRegistered"`
+	Present    int `json:"layersPresent"`
+}
+
+// Inject is the result of inject.
+type Inject struct {
+	Runtime      string `json:"runtime"`
+	Disks        []Disk `json:"disks"`
+	Milliseconds int64  `json:"milliseconds"`
+}
+
+// Cover says how much of a reference the cache and the node have.
+type Cover string
+
+const (
+	Hit     Cover = "hit"     // the image is complete without a pull
+	Partial Cover = "partial" // a pull would find some layers
+	Miss    Cover = "miss"    // a pull would fetch every layer
+)
+
+// Reference answers plan's question about one reference.
+type Reference struct {
+	Reference string `json:"reference"`
+	Cover     Cover  `json:"cover"`
+	Reason    string `json:"reason"`
+	Layers    int    `json:"layers,omitempty"`
+	Cached    int    `json:"layersCached,omitempty"`
+}
+
+// Registration is one image that was registered from a cache disk, as status
+// finds it on the node.
+type Registration struct {
+	Names   []string      `json:"names"`
+	CacheID digest.Digest `json:"cacheID"`
+	Layers  int           `json:"layers"`
+	// Disk is where the generation's disk is mounted on the node; Readable says
+	// if its layers can be read there now, and Problem why not.
+	Disk     string `json:"disk,omitempty"`
+	Readable bool   `json:"readable"`
+	Problem  string `json:"problem,omitempty"`
+}
+
+// Eject is the result of eject.
+type Eject struct {
+	Runtime string   `json:"runtime"`
+	Images  []string `json:"images"`
+	Layers  int      `json:"layersRemoved"`
+	// Kept are images or layers that stay, each with the reason.
+	Kept []string `json:"kept,omitempty"`
+}

@@ -1,0 +1,285 @@
+package manifest
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Validate checks everything that can be checked without the disk. The error
+// names the field and the value.
+func (m *Manifest) Validate() error {
+	if m.SchemaVersion != SchemaVersion {
+		return fmt.Errorf("schemaVersion is %d, not %d", m.SchemaVersion, SchemaVersion)
+	}
+	if m.Platform.OS == "" || m.Platform.Architecture == "" {
+		return fmt.Errorf("platform %q/%q lacks os or architecture", m.Platform.OS, m.Platform.Architecture)
+	}
+	if m.Created.IsZero() {
+		return errors.New("created is missing")
+	}
+	if m.Store.Driver != DriverOverlay2 {
+		return fmt.Errorf("store.driver is %q, not %q", m.Store.Driver, DriverOverlay2)
+	}
+	// The disk's root itself ("") would be an overlay2 directory at its top.
+	if err := validRelative(m.Store.Root); err != nil {
+		return fmt.Errorf("store.root %w", err)
+	}
+	layers, err := m.validateLayers()
+	if err != nil {
+		return err
+	}
+	return m.validateImages(layers)
+}
+
+func (m *Manifest) validateLayers() (map[digest.Digest]Layer, error) {
+	byChain := make(map[digest.Digest]Layer, len(m.Layers))
+	byDir := make(map[string]digest.Digest, len(m.Layers))
+	for i, l := range m.Layers {
+		fail := func(format string, a ...any) (map[digest.Digest]Layer, error) {
+			return nil, fmt.Errorf("layers[%d]: %w", i, fmt.Errorf(format, a...))
+		}
+		if err := validDigest(l.DiffID); err != nil {
+			return fail("diffID %w", err)
+		}
+		if err := validDigest(l.ChainID); err != nil {
+			return fail("chainID %w", err)
+		}
+		if l.Parent != "" {
+			// Parents come first, so that a reader can register in order.
+			if _, ok := byChain[l.Parent]; !ok {
+				return fail("parent %s is not among the layers before it", l.Parent)
+			}
+		}
+		if want := chainID(l.Parent, l.DiffID); l.ChainID != want {
+			return fail("chainID %s does not follow from parent and diffID, which give %s", l.ChainID, want)
+		}
+		if _, ok := byChain[l.ChainID]; ok {
+			return fail("chainID %s is there twice", l.ChainID)
+		}
+		if err := validRelative(l.Directory); err != nil {
+			return fail("directory %w", err)
+		}
+		if strings.Contains(l.Directory, "/") || l.Directory == "." {
+			return fail("directory %q is not one path element", l.Directory)
+		}
+		if other, ok := byDir[l.Directory]; ok {
+			return fail("directory %q is that of %s too", l.Directory, other)
+		}
+		if l.Size < 0 {
+			return fail("size is %d", l.Size)
+		}
+		byChain[l.ChainID], byDir[l.Directory] = l, l.ChainID
+	}
+	return byChain, nil
+}
+
+func (m *Manifest) validateImages(layers map[digest.Digest]Layer) error {
+	owner := map[string]int{}
+	used := make(map[digest.Digest]bool, len(layers))
+	for i, img := range m.Images {
+		at := fmt.Sprintf("images[%d]", i)
+		if len(img.Names) == 0 {
+			return fmt.Errorf("%s: names is empty", at)
+		}
+		at = fmt.Sprintf("%s (%q)", at, img.Names[0])
+		for _, name := range img.Names {
+			if err := validName(name, img.Target().Digest); err != nil {
+				return fmt.Errorf("%s: names: %w", at, err)
+			}
+			if other, ok := owner[name]; ok {
+				return fmt.Errorf("%s: names: %q is a name of images[%d] too", at, name, other)
+			}
+			owner[name] = i
+		}
+		if err := img.validateContent(m.Platform); err != nil {
+			return fmt.Errorf("%s: %w", at, err)
+		}
+		chain, err := img.ChainIDs()
+		if err != nil {
+			return fmt.Errorf("%s: %w", at, err)
+		}
+		for _, id := range chain {
+			if _, ok := layers[id]; !ok {
+				return fmt.Errorf("%s: layer %s of its config is not among layers", at, id)
+			}
+			used[id] = true
+		}
+	}
+	for i, l := range m.Layers {
+		if !used[l.ChainID] {
+			return fmt.Errorf("layers[%d]: %s belongs to no image", i, l.ChainID)
+		}
+	}
+	return nil
+}
+
+// validateContent checks that index, manifest and config are what their
+// descriptors say, and that each names the next.
+func (img Image) validateContent(platform ocispec.Platform) error {
+	if img.Index != nil {
+		if err := validContent(*img.Index); err != nil {
+			return fmt.Errorf("index: %w", err)
+		}
+		var index ocispec.Index
+		if err := json.Unmarshal(img.Index.Data, &index); err != nil {
+			return fmt.Errorf("index: decoding: %w", err)
+		}
+		if !lists(index.Manifests, img.Manifest.Digest) {
+			return fmt.Errorf("index %s does not list manifest %s", img.Index.Digest, img.Manifest.Digest)
+		}
+	}
+	if err := validContent(img.Manifest); err != nil {
+		return fmt.Errorf("manifest: %w", err)
+	}
+	m, err := img.manifest()
+	if err != nil {
+		return err
+	}
+	if m.Config.Digest != img.Config.Digest {
+		return fmt.Errorf("manifest %s names config %s, not %s", img.Manifest.Digest, m.Config.Digest, img.Config.Digest)
+	}
+	if err := validContent(img.Config); err != nil {
+		return fmt.Errorf("config: %w", err)
+	}
+	config, err := img.config()
+	if err != nil {
+		return err
+	}
+	if config.OS != platform.OS || config.Architecture != platform.Architecture {
+		return fmt.Errorf("config is for platform %s/%s, the disk for %s/%s",
+			config.OS, config.Architecture, platform.OS, platform.Architecture)
+	}
+	if len(m.Layers) != len(config.RootFS.DiffIDs) {
+		return fmt.Errorf("manifest lists %d layers, config %d", len(m.Layers), len(config.RootFS.DiffIDs))
+	}
+	for i, l := range m.Layers {
+		if err := validDigest(l.Digest); err != nil {
+			return fmt.Errorf("manifest: layers[%d]: digest %w", i, err)
+		}
+	}
+	for i, d := range config.RootFS.DiffIDs {
+		if err := validDigest(d); err != nil {
+			return fmt.Errorf("config: rootfs.diff_ids[%d] %w", i, err)
+		}
+	}
+	return nil
+}
+
+// Target is the descriptor that the image's names resolve to: the index, or the
+// manifest if there is none.
+func (img Image) Target() ocispec.Descriptor {
+	if img.Index != nil {
+		return *img.Index
+	}
+	return img.Manifest
+}
+
+// DiffIDs are the config's diff IDs, base layer first.
+func (img Image) DiffIDs() ([]digest.Digest, error) {
+	config, err := img.config()
+	if err != nil {
+		return nil, err
+	}
+	return config.RootFS.DiffIDs, nil
+}
+
+// ChainIDs are the chain IDs of the image's layers, base layer first.
+func (img Image) ChainIDs() ([]digest.Digest, error) {
+	diffIDs, err := img.DiffIDs()
+	if err != nil {
+		return nil, err
+	}
+	// The chain of n layers is hashed one layer at a time; identity.ChainIDs
+	// works in place, on a copy.
+	return identity.ChainIDs(append([]digest.Digest(nil), diffIDs...)), nil
+}
+
+// LayerBlobs are the manifest's layer descriptors, base layer first.
+func (img Image) LayerBlobs() ([]ocispec.Descriptor, error) {
+	m, err := img.manifest()
+	if err != nil {
+		return nil, err
+	}
+	return m.Layers, nil
+}
+
+func (img Image) manifest() (*ocispec.Manifest, error) {
+	var m ocispec.Manifest
+	if err := json.Unmarshal(img.Manifest.Data, &m); err != nil {
+		return nil, fmt.Errorf("manifest: decoding: %w", err)
+	}
+	return &m, nil
+}
+
+func (img Image) config() (*ocispec.Image, error) {
+	var c ocispec.Image
+	if err := json.Unmarshal(img.Config.Data, &c); err != nil {
+		return nil, fmt.Errorf("config: decoding: %w", err)
+	}
+	return &c, nil
+}
+
+func lists(ds []ocispec.Descriptor, d digest.Digest) bool {
+	for _, e := range ds {
+		if e.Digest == d {
+			return true
+		}
+	}
+	return false
+}
+
+func chainID(parent, diffID digest.Digest) digest.Digest {
+	if parent == "" {
+		return diffID
+	}
+	return identity.ChainID([]digest.Digest{parent, diffID})
+}
+
+func validDigest(d digest.Digest) error {
+	if err := d.Validate(); err != nil {
+		return fmt.Errorf("%q: %w", d.String(), err)
+	}
+	return nil
+}
+
+// validContent checks a descriptor's inlined bytes against its size and digest.
+func validContent(d ocispec.Descriptor) error {
+	if err := validDigest(d.Digest); err != nil {
+		return fmt.Errorf("digest %w", err)
+	}
+	if int64(len(d.Data)) != d.Size {
+		return fmt.Errorf("%s: size is %d, data has %d bytes", d.Digest, d.Size, len(d.Data))
+	}
+	if got := d.Digest.Algorithm().FromBytes(d.Data); got != d.Digest {
+		return fmt.Errorf("digest is %s, data hashes to %s", d.Digest, got)
+	}
+	return nil
+}
+
+// validName checks that a name is a normalised tag or digest reference, and that
+// a digest is the one that the name resolves to.
+func validName(name string, target digest.Digest) error {
+	ref, err := reference.ParseNormalizedNamed(name)
+	if err != nil {
+		return fmt.Errorf("%q: %w", name, err)
+	}
+	if ref.String() != name || reference.IsNameOnly(ref) {
+		return fmt.Errorf("%q is not a normalised reference with a tag or a digest", name)
+	}
+	if d, ok := ref.(reference.Digested); ok {
+		if _, both := ref.(reference.Tagged); both {
+			return fmt.Errorf("%q has a tag and a digest; list them as two names", name)
+		}
+		if d.Digest() != target {
+			return fmt.Errorf("%q is not the digest of the image, %s", name, target)
+		}
+	}
+	return nil
+}
