@@ -32,7 +32,8 @@ type Disk struct {
 
 // Find opens the cache disks in dirs or, without any, every directory below
 // DefaultParents, and DefaultDir, that holds a layer manifest. Default paths are
-// looked up below hostRoot as well as in the process's own root.
+// looked up below hostRoot as well as in the process's own root. One broken disk
+// does not hide another: disks may come together with an error.
 func Find(dirs []string, hostRoot string) ([]*Disk, error) {
 	if len(dirs) == 0 {
 		dirs = defaults(hostRoot)
@@ -42,17 +43,19 @@ func Find(dirs []string, hostRoot string) ([]*Disk, error) {
 		}
 	}
 	var disks []*Disk
+	var errs []error
 	for _, dir := range dirs {
 		d, err := Open(dir)
 		if err != nil {
-			return nil, err
+			errs = append(errs, err)
+			continue
 		}
 		// A disk that is reachable by two paths is one disk.
 		if !slices.ContainsFunc(disks, func(o *Disk) bool { return o.ID == d.ID }) {
 			disks = append(disks, d)
 		}
 	}
-	return disks, nil
+	return disks, errors.Join(errs...)
 }
 
 func defaults(hostRoot string) []string {

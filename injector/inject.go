@@ -1,0 +1,107 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+func newInjectCommand(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "inject",
+		Short: "Register everything on the cache disks, once",
+		Long: `Register every image of the cache disks with the node's container runtime.
+
+containerd is served while it runs. Docker's graph driver reads its store only at
+start: a running dockerd is stopped and started through systemd, and only if
+something is missing. What the node has wins: an image that is there under the
+same name is left alone and reported.
+
+A second run changes nothing. A run that was killed is completed by the next.`,
+		Args: usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return inject(cmd, f, false)
+		},
+	}
+}
+
+// inject registers the disks that can be read, also when another one is broken.
+func inject(cmd *cobra.Command, f *flags, dryRun bool) error {
+	ctx := cmd.Context()
+	disks, diskErr := cachedisk.Find(f.caches, f.hostRoot)
+	if len(disks) == 0 {
+		return diskErr
+	}
+	rt, err := openRuntime(ctx, f)
+	if err != nil {
+		return errors.Join(err, diskErr)
+	}
+	defer rt.Close()
+	r, err := rt.Inject(ctx, disks, dryRun)
+	if r != nil {
+		err = errors.Join(err, f.print(cmd.OutOrStdout(), r, func(w io.Writer) { printInject(w, r, dryRun) }))
+	}
+	return errors.Join(err, diskErr)
+}
+
+func printInject(w io.Writer, r *report.Inject, dryRun bool) {
+	registered := "REGISTERED"
+	if dryRun {
+		registered = "MISSING"
+	}
+	for _, d := range r.Disks {
+		fmt.Fprintf(w, "%s: cache %s of %s\n", d.Dir, short(d.CacheID), d.Created.Format("2006-01-02 15:04 MST"))
+		t := table(w)
+		fmt.Fprintf(t, "IMAGE\tSTATE\tLAYERS\t%s\tPRESENT\tMS\tNOTE\n", registered)
+		for _, img := range d.Images {
+			state := string(img.State)
+			if dryRun && img.State == report.Registered {
+				state = "to register"
+			}
+			fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", title(img.Names), state, img.Layers,
+				img.Registered, img.Present, img.Milliseconds, img.Reason)
+		}
+		t.Flush()
+	}
+	verb := "registered"
+	if dryRun {
+		verb = "would register"
+	}
+	var layers, present, images int
+	for _, d := range r.Disks {
+		layers += d.Registered
+		present += d.Present
+		for _, img := range d.Images {
+			if img.State == report.Registered {
+				images++
+			}
+		}
+	}
+	fmt.Fprintf(w, "%s: %s %d images and %d layers, %d layers already there, in %d ms\n",
+		r.Runtime, verb, images, layers, present, r.Milliseconds)
+}
+
+// title is an image's first name, and how many more it has.
+func title(names []string) string {
+	if len(names) == 0 {
+		return "<none>"
+	}
+	// A tag says more to a person than the digest that stands beside it.
+	first := names[0]
+	for _, n := range names {
+		if !strings.Contains(n, "@") {
+			first = n
+			break
+		}
+	}
+	if len(names) == 1 {
+		return first
+	}
+	return fmt.Sprintf("%s (+%d)", first, len(names)-1)
+}

@@ -1,0 +1,126 @@
+// Command selkies-image-injector makes the container images of a cache disk known
+// to a node's container runtime: no pull, no copy, and on containerd no restart.
+//
+//	selkies-image-injector inject           register everything on the cache disks
+//	selkies-image-injector plan [REF...]    change nothing; say what inject would do, and why
+//	selkies-image-injector status           what is registered, and whether its disk is readable
+//	selkies-image-injector verify           prove the disks' layers bit for bit
+//	selkies-image-injector eject [ID...]    take back what was registered
+//	selkies-image-injector version
+//
+// A cache disk is a directory with a selkies-image-cache/manifest.json, the layer
+// manifest, that the Packer provisioner selkies-image-cache wrote. Without
+// --cache it is looked for in /cache and in every directory below
+// /mnt/disks/gke-secondary-disks. The disk is only read.
+//
+// It needs root on the node. In a container it needs the host's root at
+// --host-root, CAP_SYS_ADMIN, the host's PID namespace, and the runtime's socket.
+// The node's own mounts are the only thing it leaves running: none of its
+// processes is needed once it has ended.
+//
+// Exit status: 0 done; 1 failed, with nothing half-visible; 2 wrong usage. Each
+// error is one line on stderr that names the thing and the remedy.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := newCommand().ExecuteContext(ctx)
+	stop()
+	os.Exit(exitStatus(err))
+}
+
+func newCommand() *cobra.Command {
+	var f flags
+	root := &cobra.Command{
+		Use:   "selkies-image-injector",
+		Short: "Make the images of a cache disk known to this node's container runtime",
+		Long: `Make the container images of a cache disk known to this node's container
+runtime. The layers stay on the disk, which is only read: no pull, no copy, and
+on containerd no restart.`,
+		Example: `  selkies-image-injector plan
+  selkies-image-injector inject --cache /mnt/disks/images
+  selkies-image-injector plan registry.example.com/desktop:1.4
+  selkies-image-injector eject`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args:          usage(cobra.NoArgs),
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			return f.validate()
+		},
+	}
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
+	})
+	root.CompletionOptions.HiddenDefaultCmd = true
+	f.register(root.PersistentFlags())
+	root.AddCommand(
+		newInjectCommand(&f),
+		newPlanCommand(&f),
+		newStatusCommand(&f),
+		newVerifyCommand(&f),
+		newEjectCommand(&f),
+		newVersionCommand(&f),
+	)
+	return root
+}
+
+// usageError is what the caller wrote wrong on the command line.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// usage makes the errors of an argument check usage errors.
+func usage(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
+		}
+		return nil
+	}
+}
+
+// exitStatus prints err, a line for each error in it, and gives the status.
+func exitStatus(err error) int {
+	if err == nil {
+		return 0
+	}
+	for _, e := range flatten(err) {
+		line := strings.Join(strings.Fields(e.Error()), " ")
+		fmt.Fprintf(os.Stderr, "selkies-image-injector: %s\n", line)
+	}
+	if errors.As(err, new(usageError)) {
+		return 2
+	}
+	return 1
+}
+
+// flatten is the errors that errors.Join put together.
+func flatten(err error) []error {
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return []error{err}
+	}
+	var all []error
+	for _, e := range joined.Unwrap() {
+		all = append(all, flatten(e)...)
+	}
+	return all
+}
+
+func newLogger(level slog.Level) *slog.Logger {
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+}

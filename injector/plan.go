@@ -1,0 +1,59 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/spf13/cobra"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+func newPlanCommand(f *flags) *cobra.Command {
+	return &cobra.Command{
+		Use:   "plan [REF...]",
+		Short: "Change nothing; say what inject would do, or why an image is or is not served",
+		Long: `Change nothing. Without references, say what inject would do. With references,
+as a pod names them (tag, digest or tag@digest), say for each whether the cache
+and the node have it:
+
+  hit      a container starts without a pull
+  partial  a pull would find some layers
+  miss     a pull would fetch every layer`,
+		RunE: func(cmd *cobra.Command, refs []string) error {
+			if len(refs) == 0 {
+				return inject(cmd, f, true)
+			}
+			return plan(cmd, f, refs)
+		},
+	}
+}
+
+func plan(cmd *cobra.Command, f *flags, refs []string) error {
+	ctx := cmd.Context()
+	disks, diskErr := cachedisk.Find(f.caches, f.hostRoot)
+	if len(disks) == 0 {
+		return diskErr
+	}
+	rt, err := openRuntime(ctx, f)
+	if err != nil {
+		return errors.Join(err, diskErr)
+	}
+	defer rt.Close()
+	rs, err := rt.Plan(ctx, disks, refs)
+	if err != nil {
+		return errors.Join(err, diskErr)
+	}
+	return errors.Join(f.print(cmd.OutOrStdout(), rs, func(w io.Writer) { printReferences(w, rs) }), diskErr)
+}
+
+func printReferences(w io.Writer, rs []report.Reference) {
+	t := table(w)
+	defer t.Flush()
+	fmt.Fprintln(t, "REFERENCE\tANSWER\tLAYERS\tCACHED\tWHY")
+	for _, r := range rs {
+		fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%s\n", r.Reference, r.Cover, r.Layers, r.Cached, r.Reason)
+	}
+}
