@@ -1,0 +1,331 @@
+package manifest
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/santhosh-tekuri/jsonschema/v6"
+)
+
+var update = flag.Bool("update", false, "write the golden file")
+
+var amd64 = ocispec.Platform{OS: "linux", Architecture: "amd64"}
+
+func descriptor(t testing.TB, mediaType string, v any) ocispec.Descriptor {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b)), Data: b}
+}
+
+// image is an image of the given layers; with indexed it stands in an index.
+func image(t testing.TB, repo, tag string, indexed bool, diffs ...string) Image {
+	t.Helper()
+	var config ocispec.Image
+	config.Platform = amd64
+	config.RootFS.Type = "layers"
+	m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
+	for _, d := range diffs {
+		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, digest.FromString(d))
+		m.Layers = append(m.Layers, ocispec.Descriptor{
+			MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromString("gzip of " + d), Size: 100,
+		})
+	}
+	img := Image{Config: descriptor(t, ocispec.MediaTypeImageConfig, config)}
+	m.Config = img.Config
+	m.Config.Data = nil
+	img.Manifest = descriptor(t, ocispec.MediaTypeImageManifest, m)
+	if indexed {
+		entry := img.Manifest
+		entry.Data = nil
+		entry.Platform = &amd64
+		index := descriptor(t, ocispec.MediaTypeImageIndex, ocispec.Index{
+			Versioned: specs.Versioned{SchemaVersion: 2},
+			MediaType: ocispec.MediaTypeImageIndex,
+			Manifests: []ocispec.Descriptor{entry},
+		})
+		img.Index = &index
+	}
+	img.Names = []string{repo + ":" + tag, repo + "@" + img.Target().Digest.String()}
+	return img
+}
+
+// of is a manifest of the images, with the layers that they need.
+func of(t testing.TB, images ...Image) *Manifest {
+	t.Helper()
+	m := &Manifest{
+		SchemaVersion: SchemaVersion,
+		Platform:      amd64,
+		Created:       time.Date(2026, 11, 23, 10, 0, 0, 0, time.UTC),
+		Tool:          "packer-plugin-selkies 0.1.0",
+		Store:         Store{Driver: DriverOverlay2, Root: "docker", EngineVersion: "20.10.24"},
+		Images:        images,
+	}
+	seen := map[digest.Digest]bool{}
+	for _, img := range images {
+		diffIDs, err := img.DiffIDs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var parent digest.Digest
+		for _, d := range diffIDs {
+			id := chainID(parent, d)
+			if !seen[id] {
+				seen[id] = true
+				m.Layers = append(m.Layers, Layer{
+					ChainID: id, DiffID: d, Parent: parent, Directory: id.Encoded(), Size: 1 << 20,
+				})
+			}
+			parent = id
+		}
+	}
+	return m
+}
+
+func example(t testing.TB) *Manifest {
+	return of(t,
+		image(t, "docker.io/library/debian", "12", true, "base"),
+		image(t, "localhost:5000/apps/desktop", "1.4", false, "base", "desktop", "desktop", "browser"),
+	)
+}
+
+func TestGolden(t *testing.T) {
+	got, err := example(t).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const golden = "testdata/manifest.json"
+	if *update {
+		if err := os.WriteFile(golden, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(got)); diff != "" {
+		t.Errorf("encoding differs from %s; if that is meant, run go test ./manifest -update (-want +got):\n%s", golden, diff)
+	}
+}
+
+func TestEncodingIsCanonical(t *testing.T) {
+	a := example(t)
+	b := example(t)
+	slices.Reverse(b.Images)
+	for i := range b.Images {
+		slices.Reverse(b.Images[i].Names)
+	}
+	b.Created = b.Created.In(time.FixedZone("CET", 3600)).Add(time.Millisecond)
+	// Siblings in another order; parents have to stay first.
+	b.Layers = append(b.Layers[:1:1], b.Layers[1:]...)
+	idA, errA := a.ID()
+	idB, errB := b.ID()
+	if errA != nil || errB != nil || idA != idB {
+		t.Fatalf("cache IDs differ: %s (%v), %s (%v)", idA, errA, idB, errB)
+	}
+	b.Tool = "another"
+	if idB, _ = b.ID(); idA == idB {
+		t.Fatal("other content has the same cache ID")
+	}
+}
+
+func TestWriteRead(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := Read(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Fatalf("Read of an empty directory: %v, want fs.ErrNotExist", err)
+	}
+	want := example(t)
+	if err := want.Write(dir); err != nil {
+		t.Fatal(err)
+	}
+	got, err := Read(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("read differs from written (-want +got):\n%s", diff)
+	}
+}
+
+func TestReadRefusesAFileOutsideTheDisk(t *testing.T) {
+	outside, dir := t.TempDir(), t.TempDir()
+	if err := example(t).Write(outside); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(filepath.Join(outside, Dir), filepath.Join(dir, Dir)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Read(dir); err == nil || !strings.Contains(err.Error(), "escapes") {
+		t.Fatalf("Read followed a link out of the disk: %v", err)
+	}
+}
+
+func TestValidate(t *testing.T) {
+	other := digest.FromString("other")
+	for name, c := range map[string]struct {
+		break_ func(*Manifest)
+		want   string
+	}{
+		"newer schema":         {func(m *Manifest) { m.SchemaVersion = 2 }, "schemaVersion is 2"},
+		"no platform":          {func(m *Manifest) { m.Platform.OS = "" }, "platform"},
+		"other platform":       {func(m *Manifest) { m.Platform.Architecture = "arm64" }, "config is for platform linux/amd64"},
+		"no time":              {func(m *Manifest) { m.Created = time.Time{} }, "created"},
+		"other driver":         {func(m *Manifest) { m.Store.Driver = "btrfs" }, `store.driver is "btrfs"`},
+		"absolute root":        {func(m *Manifest) { m.Store.Root = "/var/lib/docker" }, "store.root"},
+		"root outside":         {func(m *Manifest) { m.Store.Root = "../docker" }, "store.root"},
+		"root not clean":       {func(m *Manifest) { m.Store.Root = "a/../../b" }, "store.root"},
+		"empty root":           {func(m *Manifest) { m.Store.Root = "" }, "store.root"},
+		"directory outside":    {func(m *Manifest) { m.Layers[1].Directory = ".." }, "layers[1]: directory"},
+		"directory in another": {func(m *Manifest) { m.Layers[1].Directory = "a/b" }, "one path element"},
+		"directory newline":    {func(m *Manifest) { m.Layers[1].Directory = "a\nb" }, "control characters"},
+		"directory itself":     {func(m *Manifest) { m.Layers[1].Directory = "." }, "one path element"},
+		"directory twice":      {func(m *Manifest) { m.Layers[1].Directory = m.Layers[0].Directory }, "that of"},
+		"negative size":        {func(m *Manifest) { m.Layers[1].Size = -1 }, "size is -1"},
+		"chain ID":             {func(m *Manifest) { m.Layers[1].ChainID = other }, "does not follow"},
+		"diff ID":              {func(m *Manifest) { m.Layers[0].DiffID = "sha256:abc" }, "diffID"},
+		"parent missing":       {func(m *Manifest) { m.Layers[1].Parent = other }, "parent " + other.String()},
+		"parent after child":   {func(m *Manifest) { m.Layers[0], m.Layers[1] = m.Layers[1], m.Layers[0] }, "parent"},
+		"layer missing":        {func(m *Manifest) { m.Layers = m.Layers[:len(m.Layers)-1] }, "not among layers"},
+		"layer twice":          {func(m *Manifest) { m.Layers = append(m.Layers, m.Layers[0]) }, "there twice"},
+		"layer of no image":    {func(m *Manifest) { m.Images = m.Images[:1] }, "belongs to no image"},
+		"no name":              {func(m *Manifest) { m.Images[0].Names = nil }, "images[0]: names is empty"},
+		"name not normalised":  {func(m *Manifest) { m.Images[0].Names[0] = "debian:12" }, "not a normalised"},
+		"name without tag":     {func(m *Manifest) { m.Images[0].Names[0] = "docker.io/library/debian" }, "not a normalised"},
+		"name twice":           {func(m *Manifest) { m.Images[1].Names[0] = m.Images[0].Names[0] }, "is a name of images[0] too"},
+		"name of other digest": {func(m *Manifest) { m.Images[0].Names[1] = "docker.io/library/debian@" + other.String() }, "not the digest"},
+		"tag and digest": {func(m *Manifest) {
+			m.Images[0].Names[0] += "@" + m.Images[0].Target().Digest.String()
+		}, "two names"},
+		"index bytes":    {func(m *Manifest) { m.Images[0].Index.Data[3] ^= 1 }, "index: digest is"},
+		"manifest bytes": {func(m *Manifest) { m.Images[1].Manifest.Data[3] ^= 1 }, "manifest: digest is"},
+		"config bytes":   {func(m *Manifest) { m.Images[1].Config.Data[3] ^= 1 }, "config: digest is"},
+		"config size":    {func(m *Manifest) { m.Images[1].Config.Size++ }, "size is"},
+		"config of another": {func(m *Manifest) {
+			m.Images[1].Config = m.Images[0].Config
+		}, "names config"},
+		"index of another": {func(m *Manifest) { m.Images[1].Index = m.Images[0].Index; m.Images[1].Names = m.Images[1].Names[:1] }, "does not list"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			m := example(t)
+			c.break_(m)
+			err := m.Validate()
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("Validate() = %v, want an error with %q", err, c.want)
+			}
+			if err != nil && strings.Contains(err.Error(), "\n") {
+				t.Errorf("error has several lines: %q", err)
+			}
+		})
+	}
+}
+
+func TestDecode(t *testing.T) {
+	good, err := example(t).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	extra := append([]byte(`{"comment": {"by": "a later version"},`), good[1:]...)
+	if _, err := Decode(extra); err != nil {
+		t.Errorf("unknown field is fatal: %v", err)
+	}
+	for name, c := range map[string]struct {
+		data []byte
+		want string
+	}{
+		"empty":     {nil, "truncated"},
+		"truncated": {good[:len(good)/2], "truncated"},
+		"newer":     {[]byte(`{"schemaVersion": 2, "images": "another shape"}`), "schemaVersion is 2, this version reads 1"},
+		"none":      {[]byte(`{}`), "schemaVersion is 0"},
+		"trailing":  {append(slices.Clone(good), "{}"...), "not a layer manifest"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, err := Decode(c.data); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("Decode() = %v, want an error with %q", err, c.want)
+			}
+		})
+	}
+}
+
+func TestSchemaAcceptsWhatIsWritten(t *testing.T) {
+	schema, err := jsonschema.NewCompiler().Compile("../docs/layer-manifest.schema.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(m *Manifest) error {
+		b, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		v, err := jsonschema.UnmarshalJSON(strings.NewReader(string(b)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return schema.Validate(v)
+	}
+	if err := check(example(t)); err != nil {
+		t.Errorf("the schema refuses what Encode writes: %v", err)
+	}
+	for name, break_ := range map[string]func(*Manifest){
+		"schema version":   func(m *Manifest) { m.SchemaVersion = 2 },
+		"driver":           func(m *Manifest) { m.Store.Driver = "btrfs" },
+		"absolute root":    func(m *Manifest) { m.Store.Root = "/docker" },
+		"layer directory":  func(m *Manifest) { m.Layers[0].Directory = "a/b" },
+		"digest":           func(m *Manifest) { m.Layers[0].ChainID = "sha256:abc" },
+		"no name":          func(m *Manifest) { m.Images[0].Names = []string{} },
+		"no inlined bytes": func(m *Manifest) { m.Images[0].Manifest.Data = nil },
+	} {
+		m := example(t)
+		break_(m)
+		if check(m) == nil {
+			t.Errorf("the schema accepts a broken %s", name)
+		}
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	good, err := example(f).Encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(good)
+	f.Add([]byte(`{"schemaVersion":1}`))
+	f.Add([]byte(strings.ReplaceAll(string(good), `"docker"`, `"../../etc"`)))
+	f.Add([]byte(strings.ReplaceAll(string(good), `"linux"`, `"lin\u0000ux"`)))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m, err := Decode(data)
+		if err != nil {
+			return
+		}
+		for _, l := range m.Layers {
+			if p := m.LayerPath(l); !filepath.IsLocal(p) || strings.ContainsAny(p, "\n\x00") {
+				t.Fatalf("accepted layer path %q", p)
+			}
+		}
+		first, err := m.Encode()
+		if err != nil {
+			t.Fatalf("accepted what it cannot write: %v", err)
+		}
+		again, err := Decode(first)
+		if err != nil {
+			t.Fatalf("wrote what it does not accept: %v", err)
+		}
+		if second, err := again.Encode(); err != nil || string(first) != string(second) {
+			t.Fatalf("encoding is not canonical (%v):\n%s\n%s", err, first, second)
+		}
+	})
+}
