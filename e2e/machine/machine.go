@@ -184,19 +184,18 @@ func (m *Machine) Start(ctx context.Context) error {
 	if err := os.WriteFile(filepath.Join(m.Dir, "pid"), []byte(pid), 0o600); err != nil {
 		return err
 	}
-	return m.waitReady(ctx, 0)
+	return m.waitReady(ctx)
 }
 
-// waitReady waits for systemd to have started everything in an init process other
-// than before.
-func (m *Machine) waitReady(ctx context.Context, before int) error {
+// waitReady waits for systemd to have started everything.
+func (m *Machine) waitReady(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, bootTimeout)
 	defer cancel()
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	said := "no init process"
 	for {
-		if pid := child(m.nspawn.Process.Pid); pid != 0 && pid != before {
+		if pid := child(m.nspawn.Process.Pid); pid != 0 {
 			m.leader = pid
 			out, err := m.Run(ctx, "systemctl", "is-system-running", "--wait")
 			switch strings.TrimSpace(out) {
@@ -214,7 +213,7 @@ func (m *Machine) waitReady(ctx context.Context, before int) error {
 		case <-tick.C:
 		case <-m.exited:
 			log, _ := os.ReadFile(m.console)
-			return fmt.Errorf("booting the machine: it ended: %s", strings.TrimSpace(string(log)))
+			return fmt.Errorf("booting the machine: it ended: %s", string(log[max(0, len(log)-1000):]))
 		case <-ctx.Done():
 			return fmt.Errorf("booting the machine: %w: %s", ctx.Err(), said)
 		}
@@ -332,11 +331,11 @@ func (m *Machine) DetachDisk(device, name string) error {
 
 // Reboot reboots the machine in order and waits until it runs again.
 func (m *Machine) Reboot(ctx context.Context) error {
-	before := m.leader
-	if _, err := m.Run(ctx, "systemctl", "reboot"); err != nil && ctx.Err() != nil {
-		return err // otherwise the reboot was quicker than systemctl
+	// With --keep-unit nspawn leaves it to its caller to boot again.
+	if err := m.shutDown(ctx, "reboot"); err != nil {
+		return err
 	}
-	return m.waitReady(ctx, before)
+	return m.Start(ctx)
 }
 
 // Poweroff shuts the machine down in order. Start boots it again.
@@ -344,8 +343,12 @@ func (m *Machine) Poweroff(ctx context.Context) error {
 	if m.nspawn == nil {
 		return nil
 	}
-	if _, err := m.Run(ctx, "systemctl", "poweroff"); err != nil && ctx.Err() != nil {
-		return err
+	return m.shutDown(ctx, "poweroff")
+}
+
+func (m *Machine) shutDown(ctx context.Context, verb string) error {
+	if _, err := m.Run(ctx, "systemctl", verb); err != nil && ctx.Err() != nil {
+		return err // otherwise the end was quicker than systemctl
 	}
 	select {
 	case <-m.exited:
