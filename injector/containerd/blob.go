@@ -1,0 +1,207 @@
+package containerd
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/pkg/labels"
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// blob is a config, manifest or index, with its bytes, or the compressed blob of a
+// layer, with its place on the disk.
+type blob struct {
+	desc ocispec.Descriptor
+	// refs are the labels by which containerd's garbage collection goes from an
+	// index to its manifest, to the config, to the snapshots. They hold also for a
+	// blob that is there already.
+	refs map[string]string
+	// info are labels that only a blob of ours gets.
+	info map[string]string
+	// file is a layer blob's path relative to the disk's root.
+	file string
+}
+
+// blobsOf lists the image's blobs, those that others refer to first. Layer blobs
+// are there only if the disk keeps them; nothing but docker save and a push
+// needs them.
+func blobsOf(d *cachedisk.Disk, img manifest.Image, chain []digest.Digest) ([]blob, error) {
+	config := blob{desc: img.Config, refs: map[string]string{}}
+	if len(chain) > 0 {
+		config.refs["containerd.io/gc.ref.snapshot."+snapshotter] = chainName(chain[len(chain)-1])
+	}
+	man := blob{desc: img.Manifest, refs: map[string]string{
+		"containerd.io/gc.ref.content.config": img.Config.Digest.String(),
+	}}
+	var blobs []blob
+	if d.Manifest.Store.Blobs {
+		layers, err := img.LayerBlobs()
+		if err != nil {
+			return nil, err
+		}
+		diffIDs, err := img.DiffIDs()
+		if err != nil {
+			return nil, err
+		}
+		for i, l := range layers {
+			man.refs["containerd.io/gc.ref.content.l."+strconv.Itoa(i)] = l.Digest.String()
+			blobs = append(blobs, blob{
+				desc: l,
+				info: map[string]string{labels.LabelUncompressed: diffIDs[i].String()},
+				file: filepath.Join(manifest.BlobsDir, l.Digest.Algorithm().String(), l.Digest.Encoded()),
+			})
+		}
+	}
+	blobs = append(blobs, config, man)
+	if img.Index != nil {
+		index := blob{desc: *img.Index, refs: map[string]string{}}
+		var list ocispec.Index
+		if err := json.Unmarshal(img.Index.Data, &list); err != nil {
+			return nil, fmt.Errorf("decoding index %s: %w", img.Index.Digest, err)
+		}
+		for i, m := range list.Manifests {
+			if m.Digest == img.Manifest.Digest {
+				index.refs["containerd.io/gc.ref.content.m."+strconv.Itoa(i)] = m.Digest.String()
+			}
+		}
+		blobs = append(blobs, index)
+	}
+	origin, err := distributionSource(img.Names)
+	if err != nil {
+		return nil, err
+	}
+	for i := range blobs {
+		if blobs[i].info == nil {
+			blobs[i].info = map[string]string{}
+		}
+		maps.Copy(blobs[i].info, origin)
+	}
+	return blobs, nil
+}
+
+// distributionSource is the label by which a pull records where a blob came from:
+// a push to the same registry can then mount it instead of uploading it.
+func distributionSource(names []string) (map[string]string, error) {
+	repos := map[string][]string{}
+	for _, name := range names {
+		ref, err := reference.ParseNormalizedNamed(name)
+		if err != nil {
+			return nil, fmt.Errorf("name %q: %w", name, err)
+		}
+		// containerd's key has no port.
+		host, _, _ := strings.Cut(reference.Domain(ref), ":")
+		key := labels.LabelDistributionSource + "." + host
+		if repo := reference.Path(ref); !slices.Contains(repos[key], repo) {
+			repos[key] = append(repos[key], repo)
+		}
+	}
+	origin := map[string]string{}
+	for key, list := range repos {
+		slices.Sort(list)
+		// A label has a length limit, which a very common image can reach; a pull
+		// leaves the label out then.
+		if value := strings.Join(list, ","); labels.Validate(key, value) == nil {
+			origin[key] = value
+		}
+	}
+	return origin, nil
+}
+
+// writeBlob makes the blob known to containerd, held by the context's lease.
+func (r *Runtime) writeBlob(ctx context.Context, run string, b blob, a *anchor) error {
+	all := maps.Clone(b.info)
+	maps.Copy(all, b.refs)
+	var err error
+	if b.file == "" {
+		desc := b.desc
+		desc.Data = nil
+		// containerd's helper adds a blob that is there already to the lease.
+		err = content.WriteBlob(ctx, r.content, run+"/"+desc.Digest.String(), bytes.NewReader(b.desc.Data), desc, content.WithLabels(all))
+	} else {
+		err = r.linkBlob(ctx, run, b, a, all)
+	}
+	if err != nil {
+		return fmt.Errorf("writing blob %s: %w", b.desc.Digest, r.explain(err))
+	}
+	info, err := r.content.Info(ctx, b.desc.Digest)
+	if err != nil {
+		return fmt.Errorf("looking up blob %s: %w", b.desc.Digest, r.explain(err))
+	}
+	missing := lacks(info.Labels, b.refs)
+	if len(missing) == 0 {
+		return nil
+	}
+	var paths []string
+	for key := range missing {
+		paths = append(paths, "labels."+key)
+	}
+	if _, err := r.content.Update(ctx, content.Info{Digest: b.desc.Digest, Labels: missing}, paths...); err != nil {
+		return fmt.Errorf("labelling blob %s: %w", b.desc.Digest, r.explain(err))
+	}
+	return nil
+}
+
+// linkBlob puts a link to the blob on the disk where containerd's content store
+// looks for it, then registers it by a write without bytes: containerd takes over
+// content that its store has, if size and digest are those it expects.
+func (r *Runtime) linkBlob(ctx context.Context, run string, b blob, a *anchor, all map[string]string) error {
+	dir := filepath.Join(r.contentRoot, "blobs", b.desc.Digest.Algorithm().String())
+	target, err := filepath.Rel(dir, filepath.Join(r.mountPoint(a), b.file))
+	if err != nil {
+		return err
+	}
+	name := filepath.Join(r.host(dir), b.desc.Digest.Encoded())
+	// Garbage collection may find the link before it is registered, and remove it.
+	for range 3 {
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			return err
+		}
+		if err := os.Symlink(target, name); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+		if _, err := os.Stat(filepath.Join(r.host(r.mountPoint(a)), b.file)); err != nil {
+			return fmt.Errorf("%w; the layer manifest says that the disk keeps its blobs: build the disk again", err)
+		}
+		var w content.Writer
+		w, err = r.content.Writer(ctx, content.WithRef(run+"/"+b.desc.Digest.String()), content.WithDescriptor(b.desc))
+		if errdefs.IsAlreadyExists(err) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		err = w.Commit(ctx, b.desc.Size, b.desc.Digest, content.WithLabels(all))
+		w.Close()
+		if err == nil || errdefs.IsAlreadyExists(err) {
+			return nil
+		}
+	}
+	return err
+}
+
+// lacks is the part of want that labels do not have.
+func lacks(labels, want map[string]string) map[string]string {
+	missing := map[string]string{}
+	for k, v := range want {
+		if labels[k] != v {
+			missing[k] = v
+		}
+	}
+	return missing
+}

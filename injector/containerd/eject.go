@@ -1,0 +1,247 @@
+package containerd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+// Eject takes back what was registered from the generations ids, or from all if
+// there is none. It refuses, naming each container, while containers use a layer.
+// Layers that something else on the node was built on stay, with their disk's
+// mount.
+func (r *Runtime) Eject(ctx context.Context, ids []digest.Digest) (*report.Eject, error) {
+	ctx = r.context(ctx)
+	unlock, err := r.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	before, err := r.survey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	wanted, err := before.generations(ids)
+	if err != nil {
+		return nil, err
+	}
+	layers := before.layers(wanted)
+	if err := r.refuseUsed(ctx, before, layers); err != nil {
+		return nil, err
+	}
+	out := &report.Eject{Runtime: r.name(), Images: []string{}}
+	if out.Images, err = r.removeRecords(ctx, before, wanted); err != nil {
+		return nil, err
+	}
+	if err := r.collectGarbage(ctx); err != nil {
+		return nil, err
+	}
+	after, err := r.survey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.handOver(ctx, after, wanted); err != nil {
+		return nil, err
+	}
+	left := after.layers(wanted)
+	out.Layers = len(layers) - len(left)
+	out.Kept = r.whyKept(ctx, after, left)
+	if err := r.removeAnchors(ctx, after, wanted); err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// generations checks the cache IDs that the caller gave.
+func (s *survey) generations(ids []digest.Digest) (func(digest.Digest) bool, error) {
+	for _, id := range ids {
+		if s.anchors[id] == nil && !s.uses(id) {
+			return nil, fmt.Errorf("cache %s is not registered on this node; status lists those that are", id)
+		}
+	}
+	return func(id digest.Digest) bool { return len(ids) == 0 || slices.Contains(ids, id) }, nil
+}
+
+// refuseUsed gives an error for each container that uses one of the layers.
+func (r *Runtime) refuseUsed(ctx context.Context, s *survey, layers []snapshots.Info) error {
+	ours := map[string]bool{}
+	for _, info := range layers {
+		ours[info.Name] = true
+	}
+	list, err := r.client.ContainerService().List(ctx)
+	if err != nil {
+		return fmt.Errorf("listing containers: %w", r.explain(err))
+	}
+	var errs []error
+	for _, c := range list {
+		// Docker keeps a container's snapshot under its ID and does not name it here.
+		for _, key := range []string{c.SnapshotKey, c.ID} {
+			if used := s.ancestor(key, ours); used != "" {
+				errs = append(errs, fmt.Errorf("%s uses layer %s of a cache disk: remove the container first",
+					describe(c), short(digest.Digest(used))))
+				break
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// ancestor is the first snapshot at or below key that is in set.
+func (s *survey) ancestor(key string, set map[string]bool) string {
+	for key != "" && !set[key] {
+		key = s.snapshots[key].Parent
+	}
+	return key
+}
+
+// describe names a container as a person knows it.
+func describe(c containers.Container) string {
+	name := c.Labels["io.kubernetes.container.name"]
+	pod := c.Labels["io.kubernetes.pod.name"]
+	switch {
+	case name != "":
+		return fmt.Sprintf("container %s of pod %s/%s (%s)", name, c.Labels["io.kubernetes.pod.namespace"], pod, c.ID)
+	case pod != "":
+		return fmt.Sprintf("sandbox of pod %s/%s (%s)", c.Labels["io.kubernetes.pod.namespace"], pod, c.ID)
+	}
+	return "container " + c.ID
+}
+
+// removeRecords removes the image records, and the one under the image's ID that
+// the CRI made for them, if no other image needs it.
+func (r *Runtime) removeRecords(ctx context.Context, s *survey, wanted func(digest.Digest) bool) ([]string, error) {
+	names := []string{}
+	configs := map[string]bool{}
+	for _, record := range s.records(wanted) {
+		if config, err := record.Config(ctx, r.content, platforms.Default()); err == nil {
+			configs[config.Digest.String()] = true
+		}
+		if err := r.removeRecord(ctx, record.Name); err != nil {
+			return nil, err
+		}
+		names = append(names, record.Name)
+	}
+	for _, record := range s.images {
+		if slices.Contains(names, record.Name) || digest.Digest(record.Name).Validate() == nil {
+			continue
+		}
+		if config, err := record.Config(ctx, r.content, platforms.Default()); err == nil {
+			delete(configs, config.Digest.String())
+		}
+	}
+	for id := range configs {
+		if err := r.removeRecord(ctx, id); err != nil {
+			return nil, err
+		}
+	}
+	return names, nil
+}
+
+func (r *Runtime) removeRecord(ctx context.Context, name string) error {
+	if err := r.images.Delete(ctx, name); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("removing image record %s: %w", name, r.explain(err))
+	}
+	return nil
+}
+
+// handOver leads layers that stay because another generation's images have them
+// too to that generation's disk, so that the ejected one's can go.
+func (r *Runtime) handOver(ctx context.Context, s *survey, wanted func(digest.Digest) bool) error {
+	left := s.layers(wanted)
+	if len(left) == 0 {
+		return nil
+	}
+	var disks []*cachedisk.Disk
+	for id, a := range s.anchors {
+		if wanted(id) || a.alive() != nil {
+			continue
+		}
+		d, err := cachedisk.Open(r.host(r.mountPoint(a)))
+		if err != nil {
+			return err
+		}
+		disks = append(disks, d)
+	}
+	sources := sourcesOf(newestFirst(disks))
+	for _, info := range left {
+		from := sources[digest.Digest(info.Name)]
+		if len(from) == 0 {
+			continue
+		}
+		link := layerLink(s.anchors[from[0].disk.ID].dir, from[0].disk.Manifest, from[0].layer)
+		if err := r.moveLink(ctx, info, link, from[0].disk.ID); err != nil {
+			return err
+		}
+		info.Labels = maps.Clone(info.Labels)
+		info.Labels[labelCache] = from[0].disk.ID.String()
+		s.snapshots[info.Name] = info
+	}
+	return nil
+}
+
+// whyKept says of each layer that stays what keeps it; of a chain, the top.
+func (r *Runtime) whyKept(ctx context.Context, s *survey, left []snapshots.Info) []string {
+	if len(left) == 0 {
+		return nil
+	}
+	keeper := map[string][]string{}
+	for _, info := range s.snapshots {
+		if info.Parent != "" && !isLayer(info) {
+			keeper[info.Parent] = append(keeper[info.Parent], "snapshot "+info.Name)
+		}
+	}
+	for _, record := range s.images {
+		if chain, err := r.chain(ctx, record); err == nil && len(chain) > 0 && digest.Digest(record.Name).Validate() != nil {
+			top := chainName(chain[len(chain)-1])
+			keeper[top] = append(keeper[top], "image "+record.Name)
+		}
+	}
+	parents := map[string]bool{}
+	for _, info := range left {
+		parents[info.Parent] = true
+	}
+	var kept []string
+	for _, info := range left {
+		by := slices.Sorted(slices.Values(keeper[info.Name]))
+		switch {
+		case len(by) > 0:
+			kept = append(kept, fmt.Sprintf("layer %s and those below it, for %s", short(digest.Digest(info.Name)), strings.Join(by, ", ")))
+		case !parents[info.Name]:
+			kept = append(kept, fmt.Sprintf("layer %s and those below it, for a lease or content that refers to it", short(digest.Digest(info.Name))))
+		}
+	}
+	return kept
+}
+
+// removeAnchors unmounts the disks that nothing links to any more.
+func (r *Runtime) removeAnchors(ctx context.Context, s *survey, wanted func(digest.Digest) bool) error {
+	removed := false
+	for id, a := range s.anchors {
+		if !wanted(id) || s.uses(id) {
+			continue
+		}
+		if err := cachedisk.UnmountOnHost(r.opt.HostRoot, r.mountPoint(a)); err != nil {
+			return err
+		}
+		if err := r.snapshots.Remove(ctx, a.name); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("removing snapshot %s: %w", a.name, r.explain(err))
+		}
+		removed = true
+	}
+	if !removed {
+		return nil
+	}
+	return r.collectGarbage(ctx)
+}

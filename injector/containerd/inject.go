@@ -1,0 +1,298 @@
+package containerd
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+// width is how many images are registered at once. containerd commits one
+// database transaction at a time: more than four gain nothing.
+const width = 4
+
+// Inject registers the images of the disks, or with dryRun says what it would do.
+// An image becomes visible when all that it needs is there. If nothing is to be
+// done, nothing is written. After an error, what was registered before it stays,
+// and another run completes it.
+func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bool) (*report.Inject, error) {
+	start := time.Now()
+	ctx = r.context(ctx)
+	disks = newestFirst(disks)
+	s, err := r.survey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	jobs, err := r.jobs(s, disks)
+	if err != nil {
+		return nil, err
+	}
+	if dryRun || s.complete(disks, jobs) {
+		return r.reportInject(disks, jobs, nil, start), nil
+	}
+	unlock, err := r.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	return r.inject(ctx, disks, start)
+}
+
+// complete says whether the node has all that there is, and no leftovers of a run
+// that was killed.
+func (s *survey) complete(disks []*cachedisk.Disk, jobs []*job) bool {
+	if len(s.stale) > 0 {
+		return false
+	}
+	for _, j := range jobs {
+		if !j.done() {
+			return false
+		}
+	}
+	for _, d := range disks {
+		if a := s.anchors[d.ID]; a == nil && s.uses(d.ID) || a != nil && a.alive() != nil {
+			return false
+		}
+	}
+	return true
+}
+
+// uses says whether anything is registered from the generation.
+func (s *survey) uses(cache digest.Digest) bool {
+	is := func(c digest.Digest) bool { return c == cache }
+	return len(s.layers(is)) > 0 || len(s.records(is)) > 0
+}
+
+// inject does the work; the caller holds the lock. It looks again, for the run
+// that held the lock before may have done it all.
+func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, start time.Time) (_ *report.Inject, err error) {
+	ctx, release, err := r.lease(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if e := release(err == nil); err == nil {
+			err = e
+		}
+	}()
+	s, err := r.survey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	run := &run{r: r, id: "selkies-image-injector-" + rand.Text(), survey: s, sources: sourcesOf(disks),
+		layers: map[digest.Digest]func() (bool, error){}, blobs: map[digest.Digest]func() error{}}
+	if err := run.anchor(ctx, disks); err != nil {
+		return nil, err
+	}
+	jobs, err := r.jobs(s, disks)
+	if err != nil {
+		return nil, err
+	}
+	if err := r.checkRoom(jobs); err != nil {
+		return nil, err
+	}
+	done, err := run.all(ctx, jobs)
+	if err != nil {
+		return nil, err
+	}
+	return r.reportInject(disks, jobs, done, start), nil
+}
+
+// run is one run of inject. Layers and blobs that images share are registered by
+// the first that needs them, while the others wait.
+type run struct {
+	r       *Runtime
+	id      string
+	survey  *survey
+	sources map[digest.Digest][]source
+
+	mu     sync.Mutex
+	layers map[digest.Digest]func() (bool, error)
+	blobs  map[digest.Digest]func() error
+}
+
+// anchor mounts every disk where the node needs it.
+func (n *run) anchor(ctx context.Context, disks []*cachedisk.Disk) error {
+	for _, d := range disks {
+		a, err := n.r.ensureAnchor(ctx, n.id, d)
+		if err != nil {
+			return err
+		}
+		n.survey.anchors[d.ID] = a
+	}
+	return nil
+}
+
+// all registers the images and reports each.
+func (n *run) all(ctx context.Context, jobs []*job) ([]report.Image, error) {
+	done := make([]report.Image, len(jobs))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(width)
+	for i, j := range jobs {
+		g.Go(func() error {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			var err error
+			if done[i], err = n.image(ctx, j); err != nil {
+				return fmt.Errorf("image %s: %w", j.image.Names[0], err)
+			}
+			return nil
+		})
+	}
+	return done, g.Wait()
+}
+
+// image registers one image: layers, blobs, and the names last.
+func (n *run) image(ctx context.Context, j *job) (report.Image, error) {
+	start := time.Now()
+	img := j.report()
+	if j.done() {
+		return img, nil
+	}
+	img.Registered, img.Present = 0, 0
+	for _, id := range j.chain {
+		added, err := n.layer(ctx, id)
+		if err != nil {
+			return img, err
+		}
+		if added {
+			img.Registered++
+		} else {
+			img.Present++
+		}
+	}
+	for _, b := range j.blobs {
+		if err := n.blob(ctx, b, j.disk); err != nil {
+			return img, err
+		}
+	}
+	for _, name := range j.write {
+		left, err := n.name(ctx, j, name)
+		if err != nil {
+			return img, err
+		}
+		if left != "" {
+			img.Reason = strings.TrimPrefix(img.Reason+"; "+left, "; ")
+		}
+	}
+	img.Milliseconds = time.Since(start).Milliseconds()
+	n.r.opt.Log.Debug("registered", "image", j.image.Names[0], "layers", img.Registered, "present", img.Present)
+	return img, nil
+}
+
+// layer registers the chain id, whose parent is there, and says whether this run
+// made it.
+func (n *run) layer(ctx context.Context, id digest.Digest) (bool, error) {
+	n.mu.Lock()
+	once, ok := n.layers[id]
+	if !ok {
+		once = sync.OnceValues(func() (bool, error) { return n.registerLayer(ctx, id) })
+		n.layers[id] = once
+	}
+	n.mu.Unlock()
+	return once()
+}
+
+func (n *run) registerLayer(ctx context.Context, id digest.Digest) (bool, error) {
+	src := n.sources[id][0]
+	a := n.survey.anchors[src.disk.ID]
+	link := layerLink(a.dir, src.disk.Manifest, src.layer)
+	parent := ""
+	if src.layer.Parent != "" {
+		parent = chainName(src.layer.Parent)
+	}
+	added, err := n.r.commit(ctx, n.id, chainName(id), parent,
+		map[string]string{labelCache: src.disk.ID.String()}, placeLink(link))
+	if err != nil || added {
+		return added, err
+	}
+	if link := n.r.rightLink(n.survey, id, n.sources[id]); link != "" {
+		info := n.survey.snapshots[chainName(id)]
+		return false, n.r.moveLink(ctx, info, link, sourceFor(n.sources[id], cacheOf(info.Labels)).disk.ID)
+	}
+	return false, nil
+}
+
+func (n *run) blob(ctx context.Context, b blob, d *cachedisk.Disk) error {
+	n.mu.Lock()
+	once, ok := n.blobs[b.desc.Digest]
+	if !ok {
+		once = sync.OnceValue(func() error {
+			return n.r.writeBlob(ctx, n.id, b, n.survey.anchors[d.ID])
+		})
+		n.blobs[b.desc.Digest] = once
+	}
+	n.mu.Unlock()
+	return once()
+}
+
+// name makes or changes one image record. If another program made one in the
+// meantime, that stays, and left says so.
+func (n *run) name(ctx context.Context, j *job, name string) (left string, err error) {
+	record := j.record(name)
+	if _, known := n.survey.images[name]; known {
+		paths := []string{"target"}
+		for key := range record.Labels {
+			paths = append(paths, "labels."+key)
+		}
+		if _, err := n.r.images.Update(ctx, record, paths...); err != nil {
+			return "", fmt.Errorf("updating image record %s: %w", name, n.r.explain(err))
+		}
+		return "", nil
+	}
+	_, err = n.r.images.Create(ctx, record)
+	if errdefs.IsAlreadyExists(err) {
+		return name + " was pulled meanwhile", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("creating image record %s: %w", name, n.r.explain(err))
+	}
+	return "", nil
+}
+
+// reportInject puts the images under their disks. Without done it is what the
+// jobs alone say.
+func (r *Runtime) reportInject(disks []*cachedisk.Disk, jobs []*job, done []report.Image, start time.Time) *report.Inject {
+	out := &report.Inject{Runtime: r.name(), Disks: []report.Disk{}}
+	seen := map[digest.Digest]bool{}
+	for _, d := range disks {
+		rd := report.Disk{Dir: d.Dir, CacheID: d.ID, Created: d.Manifest.Created, Images: []report.Image{}}
+		for i, j := range jobs {
+			if j.disk != d {
+				continue
+			}
+			img := j.report()
+			if done != nil {
+				img = done[i]
+			}
+			rd.Images = append(rd.Images, img)
+			if j.skipped() {
+				continue
+			}
+			for _, id := range j.chain {
+				if seen[id] {
+					continue
+				}
+				seen[id] = true
+				if j.absent[id] {
+					rd.Registered++
+				} else {
+					rd.Present++
+				}
+			}
+		}
+		out.Disks = append(out.Disks, rd)
+	}
+	out.Milliseconds = time.Since(start).Milliseconds()
+	return out
+}

@@ -1,0 +1,243 @@
+package containerd
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// labelPinned keeps kubelet's image garbage collection away. The CRI adds its
+// other label, io.cri-containerd.image, itself, and with it the record under the
+// image's ID, which it does not create where the label is there already.
+const (
+	labelPinned = "io.cri-containerd.pinned"
+	pinned      = "pinned"
+)
+
+// job is one image of one disk, and what the node lacks of it.
+type job struct {
+	disk  *cachedisk.Disk
+	image manifest.Image
+	chain []digest.Digest
+	blobs []blob
+
+	// write are the names whose image records are to be made or changed.
+	write []string
+	// left says of each name that is left to another image, why.
+	left []string
+	// absent are the layers to be registered; broken counts those whose link leads
+	// nowhere and is to be moved, lacking the blobs to be written.
+	absent          map[digest.Digest]bool
+	broken, lacking int
+}
+
+// source says which of the run's disks a layer is read from.
+type source struct {
+	disk  *cachedisk.Disk
+	layer manifest.Layer
+}
+
+// jobs compares the disks, newest generation first, with what the node has.
+func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk) ([]*job, error) {
+	claimed := map[string]*cachedisk.Disk{}
+	sources := sourcesOf(disks)
+	var jobs []*job
+	for _, d := range disks {
+		for _, img := range d.Manifest.Images {
+			j := &job{disk: d, image: img, absent: map[digest.Digest]bool{}}
+			var err error
+			if j.chain, err = img.ChainIDs(); err != nil {
+				return nil, fmt.Errorf("cache %s: image %s: %w", d.ID, img.Names[0], err)
+			}
+			if j.blobs, err = blobsOf(d, img, j.chain); err != nil {
+				return nil, fmt.Errorf("cache %s: image %s: %w", d.ID, img.Names[0], err)
+			}
+			for _, name := range img.Names {
+				if other, ok := claimed[name]; ok {
+					j.left = append(j.left, fmt.Sprintf("%s comes from the newer cache %s", name, short(other.ID)))
+					continue
+				}
+				claimed[name] = d
+				j.compareName(s, name)
+			}
+			if !j.skipped() {
+				j.compareLayers(r, s, sources)
+				j.compareBlobs(s)
+			}
+			jobs = append(jobs, j)
+		}
+	}
+	return jobs, nil
+}
+
+// compareName decides about one of the image's names. What the node has wins,
+// unless it is from an older generation of ours.
+func (j *job) compareName(s *survey, name string) {
+	record, ok := s.images[name]
+	if !ok {
+		j.write = append(j.write, name)
+		return
+	}
+	ours := recordCache(record)
+	same := record.Target.Digest == j.image.Target().Digest
+	switch {
+	case ours == j.disk.ID && same:
+		if record.Labels[labelPinned] != pinned {
+			j.write = append(j.write, name)
+		}
+	case ours != "":
+		if s.outranked(ours, j.disk) {
+			j.write = append(j.write, name)
+		} else if !same {
+			j.left = append(j.left, fmt.Sprintf("%s comes from the newer cache %s", name, short(ours)))
+		}
+	case !same:
+		j.left = append(j.left, fmt.Sprintf("%s is %s on this node", name, short(record.Target.Digest)))
+	case j.runsOnOurs(s):
+		// A pull of the same image replaced all labels of our record.
+		j.write = append(j.write, name)
+	}
+}
+
+// runsOnOurs says whether the image's layers are those that we registered.
+func (j *job) runsOnOurs(s *survey) bool {
+	return len(j.chain) > 0 && isLayer(s.snapshots[chainName(j.chain[len(j.chain)-1])])
+}
+
+// outranked says whether d takes over from the generation cache: because d is
+// newer, or because the disk of the other is gone.
+func (s *survey) outranked(cache digest.Digest, d *cachedisk.Disk) bool {
+	a := s.anchors[cache]
+	return a == nil || a.created.Before(d.Manifest.Created) || (cache != d.ID && a.alive() != nil)
+}
+
+func (j *job) compareLayers(r *Runtime, s *survey, sources map[digest.Digest][]source) {
+	for _, id := range j.chain {
+		switch {
+		case !s.committed(id):
+			j.absent[id] = true
+		case r.rightLink(s, id, sources[id]) != "":
+			j.broken++
+		}
+	}
+}
+
+// rightLink is where the link of a chain that is there should lead instead of
+// where it does; empty if it is right, or not ours.
+func (r *Runtime) rightLink(s *survey, chain digest.Digest, from []source) string {
+	info := s.snapshots[chainName(chain)]
+	if !isLayer(info) || len(from) == 0 {
+		return ""
+	}
+	src := sourceFor(from, cacheOf(info.Labels))
+	if src.disk.ID != cacheOf(info.Labels) {
+		// It leads to a disk that is not in this run, or not any more.
+		if a := s.anchors[cacheOf(info.Labels)]; a != nil && a.alive() == nil && r.link(info) != "" {
+			return ""
+		}
+	}
+	a := s.anchors[src.disk.ID]
+	if a == nil {
+		return "unknown until the anchor is there"
+	}
+	if want := layerLink(a.dir, src.disk.Manifest, src.layer); r.link(info) != want {
+		return want
+	}
+	return ""
+}
+
+func (j *job) compareBlobs(s *survey) {
+	for _, b := range j.blobs {
+		if info, ok := s.blobs[b.desc.Digest]; !ok || len(lacks(info.Labels, b.refs)) > 0 {
+			j.lacking++
+		}
+	}
+}
+
+// skipped images have no name left.
+func (j *job) skipped() bool { return len(j.left) == len(j.image.Names) }
+
+// done says whether nothing is to be done for the image.
+func (j *job) done() bool {
+	return j.skipped() || len(j.write) == 0 && len(j.absent) == 0 && j.broken == 0 && j.lacking == 0
+}
+
+// report is what a dry run would say, or a run that has nothing to do.
+func (j *job) report() report.Image {
+	r := report.Image{
+		Names:      j.image.Names,
+		State:      report.Registered,
+		Reason:     strings.Join(j.left, "; "),
+		Layers:     len(j.chain),
+		Registered: len(j.absent),
+		Present:    len(j.chain) - len(j.absent),
+	}
+	switch {
+	case j.skipped():
+		r.State, r.Registered, r.Present = report.Skipped, 0, 0
+	case j.done():
+		r.State = report.Present
+	}
+	return r
+}
+
+// record is the image record for one of the image's names.
+func (j *job) record(name string) images.Image {
+	target := j.image.Target()
+	target.Data = nil
+	return images.Image{
+		Name:   name,
+		Target: target,
+		Labels: map[string]string{
+			labelPinned: pinned,
+			labelCache:  j.disk.ID.String(),
+			labelTarget: target.Digest.String(),
+		},
+	}
+}
+
+// newestFirst sorts the disks so that the newest generation comes first.
+func newestFirst(disks []*cachedisk.Disk) []*cachedisk.Disk {
+	sorted := slices.Clone(disks)
+	slices.SortFunc(sorted, func(a, b *cachedisk.Disk) int {
+		return cmp.Or(b.Manifest.Created.Compare(a.Manifest.Created), cmp.Compare(a.ID, b.ID))
+	})
+	return sorted
+}
+
+// sourcesOf says where each chain can be read, in the order of the disks.
+func sourcesOf(disks []*cachedisk.Disk) map[digest.Digest][]source {
+	m := map[digest.Digest][]source{}
+	for _, d := range disks {
+		for _, l := range d.Manifest.Layers {
+			m[l.ChainID] = append(m[l.ChainID], source{d, l})
+		}
+	}
+	return m
+}
+
+// sourceFor prefers the disk that the layer was registered from.
+func sourceFor(from []source, cache digest.Digest) source {
+	for _, s := range from {
+		if s.disk.ID == cache {
+			return s
+		}
+	}
+	return from[0]
+}
+
+// short is a digest as a person compares it.
+func short(d digest.Digest) string {
+	if e := d.Encoded(); len(e) > 12 {
+		return e[:12]
+	}
+	return d.String()
+}

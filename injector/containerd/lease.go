@@ -1,0 +1,109 @@
+package containerd
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// leaseTime bounds how long the leftovers of a killed run live if no other run
+// follows. A pull's lease lives as long.
+const leaseTime = 24 * time.Hour
+
+// lock makes this the only injector at work on the node's containerd, so that a
+// lease of ours can only be a dead run's. It locks the snapshotter's directory,
+// which containers with the host's root mounted share; containerd itself does not
+// lock it.
+func (r *Runtime) lock(ctx context.Context) (unlock func(), err error) {
+	dir, err := os.Open(r.host(r.root))
+	if err != nil {
+		return nil, fmt.Errorf("locking containerd's directory: %w", err)
+	}
+	if unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+		return func() { dir.Close() }, nil
+	}
+	r.opt.Log.Info("waiting for another injector to end")
+	locked := make(chan error, 1)
+	go func() {
+		for {
+			if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != unix.EINTR {
+				locked <- err
+				return
+			}
+		}
+	}()
+	select {
+	case err := <-locked:
+		if err != nil {
+			dir.Close()
+			return nil, fmt.Errorf("locking %s: %w", dir.Name(), err)
+		}
+		return func() { dir.Close() }, nil
+	case <-ctx.Done():
+		// The process is about to end; the file stays open for the goroutine.
+		return nil, fmt.Errorf("waiting for another injector to end: %w", ctx.Err())
+	}
+}
+
+// lease gives a context under which everything that is made or found is kept until
+// release. Leases that dead runs left go first, with all that only they kept.
+// The caller holds the lock.
+func (r *Runtime) lease(ctx context.Context) (_ context.Context, release func(ok bool) error, err error) {
+	stale, err := r.staleLeases(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, l := range stale {
+		if err := r.leases.Delete(ctx, l, leases.SynchronousDelete); err != nil && !errdefs.IsNotFound(err) {
+			return nil, nil, fmt.Errorf("deleting the lease of a run that was killed: %w", r.explain(err))
+		}
+	}
+	l, err := r.leases.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime),
+		leases.WithLabel(labelCache, "injector"))
+	if err != nil {
+		return nil, nil, fmt.Errorf("creating a lease: %w", r.explain(err))
+	}
+	release = func(ok bool) error {
+		// Also after an interrupt: else it lives for leaseTime.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+		defer cancel()
+		var opts []leases.DeleteOpt
+		if !ok {
+			opts = append(opts, leases.SynchronousDelete)
+		}
+		if err := r.leases.Delete(ctx, l, opts...); err != nil {
+			return fmt.Errorf("deleting lease %s: %w", l.ID, r.explain(err))
+		}
+		return nil
+	}
+	return leases.WithLease(ctx, l.ID), release, nil
+}
+
+func (r *Runtime) staleLeases(ctx context.Context) ([]leases.Lease, error) {
+	all, err := r.leases.List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("listing leases: %w", r.explain(err))
+	}
+	var ours []leases.Lease
+	for _, l := range all {
+		if l.Labels[labelCache] != "" {
+			ours = append(ours, l)
+		}
+	}
+	return ours, nil
+}
+
+// collectGarbage removes what nothing refers to, and returns when the directories
+// are gone.
+func (r *Runtime) collectGarbage(ctx context.Context) error {
+	_, release, err := r.lease(ctx)
+	if err != nil {
+		return err
+	}
+	return release(false)
+}

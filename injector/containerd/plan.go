@@ -1,0 +1,134 @@
+package containerd
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+// Plan says of each reference, as a pod would name it, whether a container of it
+// starts without a pull once inject has run.
+func (r *Runtime) Plan(ctx context.Context, disks []*cachedisk.Disk, refs []string) ([]report.Reference, error) {
+	ctx = r.context(ctx)
+	disks = newestFirst(disks)
+	s, err := r.survey(ctx)
+	if err != nil {
+		return nil, err
+	}
+	jobs, err := r.jobs(s, disks)
+	if err != nil {
+		return nil, err
+	}
+	var answers []report.Reference
+	for _, ref := range refs {
+		answers = append(answers, r.plan(ctx, s, jobs, ref))
+	}
+	return answers, nil
+}
+
+func (r *Runtime) plan(ctx context.Context, s *survey, jobs []*job, ref string) report.Reference {
+	answer := report.Reference{Reference: ref, Cover: report.Miss}
+	named, err := reference.ParseNormalizedNamed(ref)
+	if err != nil {
+		answer.Reason = fmt.Sprintf("not a reference: %v", err)
+		return answer
+	}
+	name := lookupName(named)
+	for _, j := range jobs {
+		if !slices.Contains(j.image.Names, name) || !j.serves(s, name) {
+			continue
+		}
+		answer.Cover, answer.Layers, answer.Cached = report.Hit, len(j.chain), len(j.chain)
+		answer.Reason = "registered from cache " + short(j.disk.ID)
+		if !j.done() {
+			answer.Reason = "inject registers it from cache " + short(j.disk.ID)
+		}
+		return answer
+	}
+	if record, ok := s.images[name]; ok {
+		return r.planRecord(ctx, s, jobs, answer, record)
+	}
+	return planRepository(answer, jobs, named, name)
+}
+
+// serves says whether the name leads, or will lead, to the job's image.
+func (j *job) serves(s *survey, name string) bool {
+	if slices.Contains(j.write, name) {
+		return true
+	}
+	record, ok := s.images[name]
+	return ok && !j.skipped() && record.Target.Digest == j.image.Target().Digest
+}
+
+// planRecord answers for an image that the node has and no disk.
+func (r *Runtime) planRecord(ctx context.Context, s *survey, jobs []*job, answer report.Reference, record images.Image) report.Reference {
+	chain, err := r.chain(ctx, record)
+	if err != nil {
+		answer.Reason = fmt.Sprintf("the node has a record of %s without its content (%v)", short(record.Target.Digest), err)
+		return answer
+	}
+	answer.Layers = len(chain)
+	for _, id := range chain {
+		if s.committed(id) || slices.ContainsFunc(jobs, func(j *job) bool { return slices.Contains(j.chain, id) }) {
+			answer.Cached++
+		}
+	}
+	switch {
+	case answer.Cached == answer.Layers:
+		answer.Cover = report.Hit
+		answer.Reason = fmt.Sprintf("the node has it, as %s, not from the cache", short(record.Target.Digest))
+	case answer.Cached > 0:
+		answer.Cover = report.Partial
+		answer.Reason = fmt.Sprintf("the node's %s lacks %d layers", short(record.Target.Digest), answer.Layers-answer.Cached)
+	default:
+		answer.Reason = fmt.Sprintf("the node's %s has no layer unpacked", short(record.Target.Digest))
+	}
+	return answer
+}
+
+// planRepository answers for an image that is nowhere, by other images of its
+// repository. Only the registry knows which layers they share.
+func planRepository(answer report.Reference, jobs []*job, named reference.Named, name string) report.Reference {
+	answer.Reason = "neither the cache nor the node has " + name
+	for _, j := range jobs {
+		for _, other := range j.image.Names {
+			n, err := reference.ParseNormalizedNamed(other)
+			if err != nil || n.Name() != named.Name() || reference.IsNameOnly(n) {
+				continue
+			}
+			answer.Cover = report.Partial
+			answer.Reason = fmt.Sprintf("the cache has %s; a pull of %s fetches only the layers that the two do not share", other, name)
+			if _, tag := n.(reference.Tagged); tag {
+				return answer
+			}
+		}
+	}
+	return answer
+}
+
+// lookupName is the name of the image record that the CRI looks for: the digest
+// wins over the tag, and no tag is latest.
+func lookupName(named reference.Named) string {
+	if d, ok := named.(reference.Digested); ok {
+		return named.Name() + "@" + d.Digest().String()
+	}
+	return reference.TagNameOnly(named).String()
+}
+
+// chain reads the image's chain IDs from the content store.
+func (r *Runtime) chain(ctx context.Context, img images.Image) ([]digest.Digest, error) {
+	diffIDs, err := img.RootFS(ctx, r.content, platforms.Default())
+	if err != nil {
+		return nil, fmt.Errorf("reading image %s: %w", img.Name, err)
+	}
+	return identity.ChainIDs(diffIDs), nil
+}

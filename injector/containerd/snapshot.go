@@ -1,0 +1,163 @@
+package containerd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// commitFunc puts a snapshot's content in place; dir is the snapshot's own
+// directory, as this process reaches it.
+type commitFunc func(dir string) error
+
+// commit makes the committed snapshot name, with its directory's content put in
+// place by fill first. It reports false if the snapshot is there already; the
+// context's lease then holds it.
+//
+// Prepare looks the name up and adds it to the lease in one transaction of
+// containerd's, as labels have the name under snapshots.LabelSnapshotRef: nothing
+// can collect it in between.
+func (r *Runtime) commit(ctx context.Context, run, name, parent string, labels map[string]string, fill commitFunc) (bool, error) {
+	key := run + "/" + name
+	own := map[string]string{snapshots.LabelSnapshotRef: name}
+	for k, v := range labels {
+		own[k] = v
+	}
+	mounts, err := r.snapshots.Prepare(ctx, key, parent, snapshots.WithLabels(own))
+	if errdefs.IsAlreadyExists(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("preparing snapshot %s: %w", name, r.explain(err))
+	}
+	dir, err := r.snapshotDir(mounts)
+	if err != nil {
+		return false, fmt.Errorf("preparing snapshot %s: %w", name, err)
+	}
+	if err := fill(r.layerDir(dir)); err != nil {
+		return false, fmt.Errorf("preparing snapshot %s: %w", name, r.explain(err))
+	}
+	own[labelDir] = dir
+	err = r.snapshots.Commit(ctx, name, key, snapshots.WithLabels(own))
+	if errdefs.IsAlreadyExists(err) {
+		// A pull was faster. Its snapshot is as good as ours.
+		if err := r.snapshots.Remove(ctx, key); err != nil {
+			return false, fmt.Errorf("removing snapshot %s: %w", key, err)
+		}
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("committing snapshot %s: %w", name, r.explain(err))
+	}
+	return true, nil
+}
+
+// snapshotDir finds a new snapshot's directory in its mounts: an overlay's
+// upperdir or, for one without a parent, a bind mount's source, each its fs.
+func (r *Runtime) snapshotDir(mounts []mount.Mount) (string, error) {
+	parent := filepath.Join(r.root, "snapshots")
+	for _, m := range mounts {
+		paths := []string{m.Source}
+		for _, o := range m.Options {
+			if upper, ok := strings.CutPrefix(o, "upperdir="); ok {
+				paths = append(paths, upper)
+			}
+		}
+		for _, p := range paths {
+			if dir := filepath.Dir(p); filepath.Base(p) == "fs" && filepath.Dir(dir) == parent {
+				return filepath.Base(dir), nil
+			}
+		}
+	}
+	return "", fmt.Errorf("no directory below %s in its mounts %v: is another snapshotter configured as %s?", parent, mounts, snapshotter)
+}
+
+// layerDir is the directory of the snapshot with that labelDir, as this process
+// reaches it.
+func (r *Runtime) layerDir(dir string) string {
+	return filepath.Join(r.host(r.root), "snapshots", dir)
+}
+
+// layerLink is what the fs of l's snapshot links to. Relative, inside the
+// snapshots directory: containerd ID-maps one recursive clone of that directory
+// for pods with user namespaces, and what an absolute link leads to would not be
+// in it.
+func layerLink(anchorDir string, m *manifest.Manifest, l manifest.Layer) string {
+	return filepath.Join("..", anchorDir, "fs", m.LayerPath(l))
+}
+
+// placeLink replaces the empty fs directory of a snapshot that is being prepared.
+func placeLink(target string) commitFunc {
+	return func(dir string) error {
+		fs := filepath.Join(dir, "fs")
+		if err := os.Remove(fs); err != nil {
+			return err
+		}
+		if err := os.Symlink(target, fs); err != nil {
+			return err
+		}
+		// A power loss must not leave a committed chain whose fs is an empty directory.
+		return syncDir(dir)
+	}
+}
+
+// moveLink leads a committed snapshot's link elsewhere, in one step. Containers
+// that run keep what they have: overlayfs resolved the old link when it mounted.
+func (r *Runtime) moveLink(ctx context.Context, info snapshots.Info, target string, cache digest.Digest) error {
+	dir := r.layerDir(info.Labels[labelDir])
+	next := filepath.Join(dir, "fs.next")
+	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("linking snapshot %s: %w", info.Name, err)
+	}
+	if err := os.Symlink(target, next); err != nil {
+		return fmt.Errorf("linking snapshot %s: %w", info.Name, r.explain(err))
+	}
+	if err := os.Rename(next, filepath.Join(dir, "fs")); err != nil {
+		return fmt.Errorf("linking snapshot %s: %w", info.Name, err)
+	}
+	if err := syncDir(dir); err != nil {
+		return fmt.Errorf("linking snapshot %s: %w", info.Name, err)
+	}
+	if info.Labels[labelCache] == cache.String() {
+		return nil
+	}
+	info.Labels = map[string]string{labelCache: cache.String()}
+	if _, err := r.snapshots.Update(ctx, info, "labels."+labelCache); err != nil {
+		return fmt.Errorf("labelling snapshot %s: %w", info.Name, r.explain(err))
+	}
+	return nil
+}
+
+// link is where the snapshot's fs leads; empty if it is no link.
+func (r *Runtime) link(info snapshots.Info) string {
+	target, err := os.Readlink(filepath.Join(r.layerDir(info.Labels[labelDir]), "fs"))
+	if err != nil {
+		return ""
+	}
+	return target
+}
+
+// isLayer says whether the snapshot is a layer that inject registered.
+func isLayer(info snapshots.Info) bool {
+	return info.Kind == snapshots.KindCommitted && info.Labels[labelCache] != "" &&
+		info.Labels[labelDir] != "" && info.Labels[labelAnchor] == ""
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,100 @@
+package containerd
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/opencontainers/go-digest"
+)
+
+// survey is what the node has, read without changing anything.
+type survey struct {
+	snapshots map[string]snapshots.Info
+	images    map[string]images.Image
+	blobs     map[digest.Digest]content.Info
+	anchors   map[digest.Digest]*anchor
+	// stale are leases of dead runs or, without the lock, of one at work.
+	stale []leases.Lease
+}
+
+func (r *Runtime) survey(ctx context.Context) (*survey, error) {
+	s := &survey{
+		snapshots: map[string]snapshots.Info{},
+		images:    map[string]images.Image{},
+		blobs:     map[digest.Digest]content.Info{},
+		anchors:   map[digest.Digest]*anchor{},
+	}
+	err := r.snapshots.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		s.snapshots[info.Name] = info
+		if a := r.anchorOf(info); a != nil {
+			s.anchors[a.cache] = a
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing snapshots: %w", r.explain(err))
+	}
+	records, err := r.images.List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("listing images: %w", r.explain(err))
+	}
+	for _, img := range records {
+		s.images[img.Name] = img
+	}
+	err = r.content.Walk(ctx, func(info content.Info) error {
+		s.blobs[info.Digest] = info
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing content: %w", r.explain(err))
+	}
+	s.stale, err = r.staleLeases(ctx)
+	return s, err
+}
+
+// layers are the snapshots of the layers that were registered from the
+// generations that want says, by name.
+func (s *survey) layers(want func(digest.Digest) bool) []snapshots.Info {
+	var infos []snapshots.Info
+	for _, name := range slices.Sorted(maps.Keys(s.snapshots)) {
+		if info := s.snapshots[name]; isLayer(info) && want(cacheOf(info.Labels)) {
+			infos = append(infos, info)
+		}
+	}
+	return infos
+}
+
+// records are the image records that were made from the generations that want
+// says, by name.
+func (s *survey) records(want func(digest.Digest) bool) []images.Image {
+	var records []images.Image
+	for _, name := range slices.Sorted(maps.Keys(s.images)) {
+		if cache := recordCache(s.images[name]); cache != "" && want(cache) {
+			records = append(records, s.images[name])
+		}
+	}
+	return records
+}
+
+// committed says whether the chain is there.
+func (s *survey) committed(chain digest.Digest) bool {
+	info, ok := s.snapshots[chainName(chain)]
+	return ok && info.Kind == snapshots.KindCommitted
+}
+
+// recordCache is the generation that the image record is from; empty if it is not
+// ours, or not any more: a pull may lead a record elsewhere and keep its labels.
+func recordCache(img images.Image) digest.Digest {
+	if img.Labels[labelTarget] != img.Target.Digest.String() {
+		return ""
+	}
+	return cacheOf(img.Labels)
+}
+
+func cacheOf(labels map[string]string) digest.Digest { return digest.Digest(labels[labelCache]) }
