@@ -95,3 +95,24 @@ type Eject struct {
 	// Kept are images or layers that stay, each with the reason.
 	Kept []string `json:"kept,omitempty"`
 }
+
+// Verify is the result of verify for one cache disk.
+type Verify struct {
+	Dir     string        `json:"dir"`
+	CacheID digest.Digest `json:"cacheID"`
+	Layers  int           `json:"layers"`
+	// Bytes of the layers' tar streams that were rebuilt and hashed.
+	Bytes        int64          `json:"bytes"`
+	Damaged      []DamagedLayer `json:"damaged,omitempty"`
+	Milliseconds int64          `json:"milliseconds"`
+}
+
+// DamagedLayer is a layer whose files are not those of the image.
+type DamagedLayer struct {
+	ChainID digest.Digest `json:"chainID"`
+	DiffID  digest.Digest `json:"diffID"`
+	// Directory is the layer's files, relative to the disk's root.
+	Directory string `json:"directory"`
+	// Problems name the files and what is wrong with each; of many, the first.
+	Problems []string `json:"problems"`
+}

@@ -1,0 +1,367 @@
+package docker
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// maxLayers is how many layers dockerd puts on each other; a container adds two.
+const maxLayers = 125
+
+// newLayer is a layer to register.
+type newLayer struct {
+	Chain, DiffID, Parent digest.Digest
+	ID, Link, Lower       string
+	Size                  int64
+	Source                string // the layer's files, as the host sees them
+	TarSplit              string // its tar-split.json.gz, likewise
+}
+
+// relink is a layer of ours whose files have to be reached another way: those of a
+// generation whose disk is gone, or bind mounts that a restart has taken.
+type relink struct {
+	Chain  digest.Digest
+	Layer  newLayer
+	Rebind bool
+}
+
+// newImage is an image config to register.
+type newImage struct {
+	ID      digest.Digest
+	Config  []byte
+	CacheID digest.Digest
+}
+
+// changes is everything that a node lacks of some cache disks.
+type changes struct {
+	layers   []newLayer // parents first
+	relinks  []relink
+	images   []newImage
+	names    map[name]digest.Digest
+	metadata metadata
+	records  []*record
+	disks    []report.Disk
+}
+
+// restart says if dockerd has to read its store anew.
+func (c *changes) restart() bool {
+	return len(c.layers)+len(c.images)+len(c.names) > 0
+}
+
+// equal says if the same has to be written.
+func (c *changes) equal(o *changes) bool {
+	return reflect.DeepEqual(c.layers, o.layers) && reflect.DeepEqual(c.images, o.images) &&
+		reflect.DeepEqual(c.names, o.names) && reflect.DeepEqual(c.metadata, o.metadata)
+}
+
+// planner collects changes over all disks.
+type planner struct {
+	store
+	link    string
+	repos   *repositories
+	mounted map[string]bool // bind mounts, by target
+	alive   map[digest.Digest]bool
+	planned map[digest.Digest]newLayer
+	seen    map[digest.Digest]nodeLayer
+	c       *changes
+}
+
+// nodeLayer is how the node has a layer, and in which directory.
+type nodeLayer struct {
+	state layerState
+	id    string
+}
+
+// look is store.layer, once for each layer.
+func (p *planner) look(chain digest.Digest) (nodeLayer, error) {
+	if l, ok := p.seen[chain]; ok {
+		return l, nil
+	}
+	state, id, err := p.layer(chain)
+	p.seen[chain] = nodeLayer{state, id}
+	return p.seen[chain], err
+}
+
+// plan finds out what is missing. It changes nothing.
+func (r *Runtime) plan(disks []*cachedisk.Disk) (*changes, error) {
+	repos, err := r.readRepositories()
+	if err != nil {
+		return nil, err
+	}
+	mounted, err := r.bindMounts()
+	if err != nil {
+		return nil, err
+	}
+	p := &planner{
+		store: r.store, link: r.opt.Link, repos: repos, mounted: mounted,
+		alive:   map[digest.Digest]bool{},
+		planned: map[digest.Digest]newLayer{},
+		seen:    map[digest.Digest]nodeLayer{},
+		c:       &changes{names: map[name]digest.Digest{}, metadata: newMetadata()},
+	}
+	// The disks of this run are there, mounted yet or not.
+	for _, d := range disks {
+		p.alive[d.ID] = true
+	}
+	for _, d := range disks {
+		if err := p.disk(d); err != nil {
+			return nil, fmt.Errorf("cache disk %s: %w", d.Dir, err)
+		}
+	}
+	return p.c, nil
+}
+
+func (p *planner) disk(d *cachedisk.Disk) error {
+	m := d.Manifest
+	layers := make(map[digest.Digest]manifest.Layer, len(m.Layers))
+	rec := &record{
+		CacheID: d.ID, Created: m.Created,
+		Overlay: filepath.Join(m.Store.Root, manifest.DriverOverlay2),
+		Layers:  map[digest.Digest]recordedLayer{},
+	}
+	rep := report.Disk{Dir: d.Dir, CacheID: d.ID, Created: m.Created}
+	wanted := newMetadata()
+	before := len(p.planned)
+	counted := map[digest.Digest]bool{}
+	for _, l := range m.Layers {
+		layers[l.ChainID] = l
+	}
+	for _, img := range m.Images {
+		chain, err := img.ChainIDs()
+		if err != nil {
+			return err
+		}
+		ri := report.Image{Names: img.Names, Layers: len(chain)}
+		if ri.Reason, err = p.refuse(img, chain); err != nil {
+			return err
+		}
+		if ri.Reason != "" {
+			ri.State = report.Skipped
+			rep.Images = append(rep.Images, ri)
+			continue
+		}
+		for _, id := range chain {
+			if _, ok := p.planned[id]; ok {
+				ri.Registered++
+				continue
+			}
+			there, err := p.look(id)
+			if err != nil {
+				return err
+			}
+			l := p.newLayer(d, layers[id])
+			switch there.state {
+			case layerMissing:
+				if err := p.register(l); err != nil {
+					return err
+				}
+				ri.Registered++
+				continue
+			case layerOwn:
+				p.heal(there.id, l)
+			}
+			ri.Present++
+			if !counted[id] {
+				counted[id] = true
+				rep.Present++
+			}
+		}
+		recorded, err := p.image(d, img, &ri)
+		if err != nil {
+			return err
+		}
+		recorded.Layers = len(chain)
+		if old := rec.image(recorded.ID); old != nil {
+			old.Names = append(old.Names, recorded.Names...)
+			old.Added = append(old.Added, recorded.Added...)
+		} else {
+			rec.Images = append(rec.Images, recorded)
+		}
+		for _, id := range chain {
+			rec.Layers[id] = recordedLayer{layers[id].DiffID, layers[id].Directory}
+		}
+		if err := wanted.addImage(img); err != nil {
+			return err
+		}
+		rep.Images = append(rep.Images, ri)
+	}
+	rep.Registered = len(p.planned) - before
+	rec.Metadata = p.missing(wanted)
+	p.c.metadata.merge(rec.Metadata)
+	p.c.records = append(p.c.records, rec)
+	p.c.disks = append(p.c.disks, rep)
+	return nil
+}
+
+// refuse says why an image cannot be registered, "" if it can.
+func (p *planner) refuse(img manifest.Image, chain []digest.Digest) (string, error) {
+	if len(chain) > maxLayers {
+		return fmt.Sprintf("it has %d layers, docker takes %d", len(chain), maxLayers), nil
+	}
+	for _, id := range append([]digest.Digest{img.Config.Digest}, chain...) {
+		if id.Algorithm() != digest.SHA256 {
+			return fmt.Sprintf("docker's store takes sha256 digests only, not %s", id), nil
+		}
+	}
+	for _, id := range chain {
+		there, err := p.look(id)
+		if err != nil {
+			return "", err
+		}
+		if there.state == layerDamaged {
+			return fmt.Sprintf("layer %s is damaged in docker's store; remove %s while docker is stopped", id, p.layerdb(id)), nil
+		}
+	}
+	if p.hasImage(img.Config.Digest) {
+		return "", nil
+	}
+	var taken []string
+	for _, n := range img.Names {
+		fam, err := familiar(n)
+		if err != nil {
+			return "", err
+		}
+		if other := p.holder(fam); other != "" && other != img.Config.Digest {
+			taken = append(taken, fam.ref)
+		}
+	}
+	if len(taken) == len(img.Names) {
+		return fmt.Sprintf("the node has another image as %s", strings.Join(taken, ", ")), nil
+	}
+	return "", nil
+}
+
+// holder is the image that a name stands for, or will after this run.
+func (p *planner) holder(n name) digest.Digest {
+	if id := p.repos.get(n); id != "" {
+		return id
+	}
+	return p.c.names[n]
+}
+
+func (p *planner) newLayer(d *cachedisk.Disk, l manifest.Layer) newLayer {
+	root := d.Manifest.Store.Root
+	return newLayer{
+		Chain: l.ChainID, DiffID: l.DiffID, Parent: l.Parent,
+		ID: ownID(l.ChainID), Link: ownLink(l.ChainID), Size: l.Size,
+		Source: filepath.Join(mountpoint(d.ID), d.Manifest.LayerPath(l)),
+		TarSplit: filepath.Join(mountpoint(d.ID), root, "image", manifest.DriverOverlay2, "layerdb",
+			l.ChainID.Algorithm().String(), l.ChainID.Encoded(), "tar-split.json.gz"),
+	}
+}
+
+// register plans a layer. Its parent is on the node or has been planned: the node's
+// own parents keep their own directories.
+func (p *planner) register(l newLayer) error {
+	if l.Parent != "" {
+		if parent, ok := p.planned[l.Parent]; ok {
+			l.Lower = lower(parent.Link, parent.Lower)
+		} else {
+			parent, err := p.look(l.Parent)
+			if err != nil {
+				return err
+			}
+			link, below, err := p.links(parent.id)
+			if err != nil {
+				return fmt.Errorf("reading layer %s: %w", l.Parent, err)
+			}
+			l.Lower = lower(link, below)
+		}
+	}
+	p.planned[l.Chain] = l
+	p.c.layers = append(p.c.layers, l)
+	return nil
+}
+
+// heal plans to reach the files of one of our layers on this disk, if the disk that
+// it was registered from is gone or its bind mount is.
+func (p *planner) heal(id string, l newLayer) {
+	if slices.ContainsFunc(p.c.relinks, func(r relink) bool { return r.Chain == l.Chain }) {
+		return
+	}
+	fi, err := os.Lstat(p.overlay(id, "diff"))
+	if err == nil && fi.IsDir() {
+		if !p.mounted[filepath.Join(p.root, "overlay2", id, "diff")] {
+			p.c.relinks = append(p.c.relinks, relink{l.Chain, l, true})
+		}
+		return
+	}
+	from := p.generation(id)
+	alive, known := p.alive[from]
+	if !known {
+		alive = from != "" && p.store.alive(from)
+		p.alive[from] = alive
+	}
+	if !alive {
+		p.c.relinks = append(p.c.relinks, relink{l.Chain, l, false})
+	}
+}
+
+// image plans the image's config and names.
+func (p *planner) image(d *cachedisk.Disk, img manifest.Image, ri *report.Image) (recordImage, error) {
+	id := img.Config.Digest
+	rec := recordImage{ID: id}
+	ri.State = report.Present
+	if ri.Registered > 0 {
+		ri.State = report.Registered
+	}
+	if !p.hasImage(id) {
+		ri.State = report.Registered
+		if !slices.ContainsFunc(p.c.images, func(n newImage) bool { return n.ID == id }) {
+			p.c.images = append(p.c.images, newImage{id, img.Config.Data, d.ID})
+		}
+	}
+	var taken []string
+	for _, n := range img.Names {
+		fam, err := familiar(n)
+		if err != nil {
+			return rec, err
+		}
+		switch p.holder(fam) {
+		case "":
+			p.c.names[fam] = id
+			rec.Added = append(rec.Added, fam.ref)
+			ri.State = report.Registered
+		case id:
+		default:
+			taken = append(taken, fam.ref)
+			continue
+		}
+		rec.Names = append(rec.Names, fam.ref)
+	}
+	if len(taken) > 0 {
+		ri.Reason = "the node has another image as " + strings.Join(taken, ", ")
+	}
+	return rec, nil
+}
+
+// bindMounts are the mount points of layers in the host's mount namespace.
+func (s store) bindMounts() (map[string]bool, error) {
+	f, err := os.Open(filepath.Join(s.hostRoot, "proc/1/mountinfo"))
+	if err != nil {
+		return nil, fmt.Errorf("reading the host's mounts: %w", err)
+	}
+	defer f.Close()
+	infos, err := mountinfo.GetMountsFromReader(f, mountinfo.PrefixFilter(filepath.Join(s.root, "overlay2")))
+	if err != nil {
+		return nil, fmt.Errorf("reading the host's mounts: %w", err)
+	}
+	targets := map[string]bool{}
+	for _, i := range infos {
+		if filepath.Base(i.Mountpoint) == "diff" {
+			targets[i.Mountpoint] = true
+		}
+	}
+	return targets, nil
+}

@@ -1,0 +1,190 @@
+package docker
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// dockerd's distribution metadata ties the compressed blobs of registries to the
+// layers of its store: without it a pull of a newer tag would fetch layers that
+// are there, and a push would upload what the registry has.
+
+// blobSource is one entry of v2metadata-by-diffid, in dockerd's own field names. An
+// empty HMAC means that no credentials were needed.
+type blobSource struct {
+	Digest           digest.Digest
+	SourceRepository string
+	HMAC             string
+}
+
+// maxSources is how many sources dockerd keeps of one layer.
+const maxSources = 50
+
+// metadata is distribution metadata to add, by diff ID and by blob digest.
+type metadata struct {
+	Sources map[digest.Digest][]blobSource  `json:"sources,omitempty"`
+	DiffIDs map[digest.Digest]digest.Digest `json:"diffIDs,omitempty"`
+}
+
+func newMetadata() metadata {
+	return metadata{map[digest.Digest][]blobSource{}, map[digest.Digest]digest.Digest{}}
+}
+
+func (s store) sourcesFile(diffID digest.Digest) string {
+	return s.image("distribution", "v2metadata-by-diffid", diffID.Algorithm().String(), diffID.Encoded())
+}
+
+func (s store) diffIDFile(blob digest.Digest) string {
+	return s.image("distribution", "diffid-by-digest", blob.Algorithm().String(), blob.Encoded())
+}
+
+// addImage adds the image's blobs, with every repository that has a name of it.
+func (m metadata) addImage(img manifest.Image) error {
+	diffIDs, err := img.DiffIDs()
+	if err != nil {
+		return err
+	}
+	blobs, err := img.LayerBlobs()
+	if err != nil {
+		return err
+	}
+	var repos []string
+	for _, n := range img.Names {
+		ref, err := reference.ParseNormalizedNamed(n)
+		if err != nil {
+			return err
+		}
+		if repo := reference.TrimNamed(ref).Name(); !slices.Contains(repos, repo) {
+			repos = append(repos, repo)
+		}
+	}
+	for i, blob := range blobs {
+		m.DiffIDs[blob.Digest] = diffIDs[i]
+		for _, repo := range repos {
+			m.addSource(diffIDs[i], blobSource{Digest: blob.Digest, SourceRepository: repo})
+		}
+	}
+	return nil
+}
+
+func (m metadata) addSource(diffID digest.Digest, src blobSource) {
+	if !slices.Contains(m.Sources[diffID], src) {
+		m.Sources[diffID] = append(m.Sources[diffID], src)
+	}
+}
+
+// missing is the part of m that the node does not have.
+func (s store) missing(m metadata) metadata {
+	left := newMetadata()
+	for blob, diffID := range m.DiffIDs {
+		if _, err := os.Lstat(s.diffIDFile(blob)); err != nil {
+			left.DiffIDs[blob] = diffID
+		}
+	}
+	for diffID, sources := range m.Sources {
+		there := s.readSources(diffID)
+		for _, src := range sources {
+			if !slices.Contains(there, src) && len(there)+len(left.Sources[diffID]) < maxSources {
+				left.addSource(diffID, src)
+			}
+		}
+	}
+	return left
+}
+
+// readSources is empty for a file that is missing or unreadable: dockerd too starts
+// anew then, it is a cache.
+func (s store) readSources(diffID digest.Digest) []blobSource {
+	var sources []blobSource
+	b, err := os.ReadFile(s.sourcesFile(diffID))
+	if err != nil || json.Unmarshal(b, &sources) != nil {
+		return nil
+	}
+	return sources
+}
+
+// files are the metadata files after adding m, by path.
+func (s store) files(m metadata) (map[string][]byte, error) {
+	files := map[string][]byte{}
+	for blob, diffID := range m.DiffIDs {
+		files[s.diffIDFile(blob)] = []byte(diffID)
+	}
+	for diffID, sources := range m.Sources {
+		b, err := json.Marshal(append(s.readSources(diffID), sources...))
+		if err != nil {
+			return nil, err
+		}
+		files[s.sourcesFile(diffID)] = b
+	}
+	return files, nil
+}
+
+// merge adds what other has.
+func (m *metadata) merge(other metadata) {
+	if m.Sources == nil || m.DiffIDs == nil {
+		n := newMetadata()
+		n.merge(*m)
+		*m = n
+	}
+	for blob, diffID := range other.DiffIDs {
+		m.DiffIDs[blob] = diffID
+	}
+	for diffID, sources := range other.Sources {
+		for _, src := range sources {
+			m.addSource(diffID, src)
+		}
+	}
+}
+
+// removeMetadata takes back what was added. dockerd reads these files anew each
+// time, so this may be done while it runs.
+func (s store) removeMetadata(m metadata) error {
+	for blob := range m.DiffIDs {
+		if err := removeIfThere(s.diffIDFile(blob)); err != nil {
+			return err
+		}
+	}
+	for diffID, ours := range m.Sources {
+		there := s.readSources(diffID)
+		left := slices.DeleteFunc(slices.Clone(there), func(src blobSource) bool { return slices.Contains(ours, src) })
+		name := s.sourcesFile(diffID)
+		switch {
+		case len(left) == len(there):
+		case len(left) == 0:
+			if err := removeIfThere(name); err != nil {
+				return err
+			}
+		default:
+			b, err := json.Marshal(left)
+			if err != nil {
+				return err
+			}
+			if err := writeFile(name, b, 0o644); err != nil {
+				return err
+			}
+		}
+	}
+	// dockerd makes these on its first pull; without one they were not there.
+	for _, dir := range []string{"v2metadata-by-diffid", "diffid-by-digest"} {
+		os.Remove(s.image("distribution", dir, "sha256"))
+		os.Remove(s.image("distribution", dir))
+	}
+	return nil
+}
+
+func removeIfThere(name string) error {
+	if err := os.Remove(name); err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	return nil
+}
+
+// mkdirOf makes the directory of a file as dockerd does.
+func mkdirOf(name string) error { return os.MkdirAll(filepath.Dir(name), 0o755) }

@@ -1,0 +1,317 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	"github.com/docker/docker/api/types/container"
+	"github.com/docker/docker/api/types/image"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// Eject takes back what the generations registered, all of them if ids is empty. It
+// needs a daemon that runs, which removes the images itself, and refuses while a
+// container uses one of their layers. Images that were built on them stay, with the
+// layers and the disk below them, and are reported as kept.
+func (r *Runtime) Eject(ctx context.Context, ids []digest.Digest) (*report.Eject, error) {
+	if r.info == nil {
+		return nil, fmt.Errorf("docker at %s is not running; start it, eject removes images through it", r.cli.DaemonHost())
+	}
+	unlock, err := r.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	recs, err := r.records()
+	if err != nil {
+		return nil, err
+	}
+	e := &ejection{Runtime: r, rep: &report.Eject{Runtime: "docker"}}
+	for _, rec := range recs {
+		if len(ids) == 0 || slices.Contains(ids, rec.CacheID) {
+			e.going = append(e.going, rec)
+		} else {
+			e.staying = append(e.staying, rec)
+		}
+	}
+	for _, id := range ids {
+		if !slices.ContainsFunc(e.going, func(rec *record) bool { return rec.CacheID == id }) {
+			return nil, fmt.Errorf("nothing is registered from cache %s; status lists what is", id)
+		}
+	}
+	before, err := r.ownLayers()
+	if err != nil {
+		return nil, err
+	}
+	if err := e.checkContainers(ctx, before); err != nil {
+		return nil, err
+	}
+	if err := e.removeImages(ctx); err != nil {
+		return e.rep, err
+	}
+	after, err := r.ownLayers()
+	if err != nil {
+		return e.rep, err
+	}
+	e.rep.Layers = len(before) - len(after)
+	for _, rec := range e.going {
+		if err := e.retire(rec, after); err != nil {
+			return e.rep, err
+		}
+	}
+	// Only empty ones go.
+	os.Remove(r.stateDir())
+	os.Remove(r.host(StateDir))
+	return e.rep, nil
+}
+
+// ejection is one run of Eject.
+type ejection struct {
+	*Runtime
+	going, staying []*record
+	rep            *report.Eject
+}
+
+// checkContainers refuses if a container, running or not, has one of our layers that
+// a going generation supplies.
+func (e *ejection) checkContainers(ctx context.Context, own map[digest.Digest]string) error {
+	all, err := e.cli.ContainerList(ctx, container.ListOptions{All: true})
+	if err != nil {
+		return fmt.Errorf("listing docker's containers: %w", err)
+	}
+	for _, c := range all {
+		// The container's own record of its layers: its image may be gone.
+		top, err := readTrimmed(e.store.image("layerdb", "mounts", c.ID, "parent"))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("reading container %s: %w", containerName(c), err)
+		}
+		chain, err := e.chain(digest.Digest(top))
+		if err != nil {
+			return fmt.Errorf("reading container %s: %w", containerName(c), err)
+		}
+		for _, id := range chain {
+			dir, ok := own[id]
+			if !ok {
+				continue
+			}
+			if rec := e.supplier(id, dir); rec != nil {
+				return fmt.Errorf("container %s (%s) uses layers of cache %s; remove it with docker rm, then eject again",
+					containerName(c), c.Image, rec.CacheID)
+			}
+		}
+	}
+	return nil
+}
+
+// supplier is the going generation that a layer of ours is linked to, or, if it is
+// bound, that lists it.
+func (e *ejection) supplier(chain digest.Digest, dir string) *record {
+	from := e.generation(dir)
+	for _, rec := range e.going {
+		if _, lists := rec.Layers[chain]; from == rec.CacheID || from == "" && lists {
+			return rec
+		}
+	}
+	return nil
+}
+
+func (e *ejection) removeImages(ctx context.Context) error {
+	for _, rec := range e.going {
+		for _, img := range rec.Images {
+			if keeper := e.alsoIn(img.ID); keeper != nil {
+				keeper.added(img.ID, img.Added)
+				continue
+			}
+			if err := e.removeImage(ctx, img); err != nil {
+				return fmt.Errorf("removing image %s: %w", img.Names, err)
+			}
+		}
+	}
+	return nil
+}
+
+// alsoIn is a staying generation that has the image as well.
+func (e *ejection) alsoIn(id digest.Digest) *record {
+	for _, rec := range e.staying {
+		if rec.image(id) != nil {
+			return rec
+		}
+	}
+	return nil
+}
+
+func (e *ejection) removeImage(ctx context.Context, img recordImage) error {
+	repos, err := e.readRepositories()
+	if err != nil {
+		return err
+	}
+	own := e.ownsImage(img.ID)
+	remove := img.Added
+	if own {
+		remove = img.Names
+	} else if !e.hasImage(img.ID) {
+		return nil
+	}
+	var ours, others []name
+	for _, n := range repos.names(img.ID) {
+		if slices.Contains(remove, n.ref) {
+			ours = append(ours, n)
+		} else {
+			others = append(others, n)
+		}
+	}
+	// Removing an image's last tag removes its digests with it, and removing its last
+	// name the image: the node's own must survive.
+	if !own && !slices.ContainsFunc(others, name.tagged) {
+		if len(ours) > 0 {
+			e.keep("name %s: it is the only one of the node's own image %s", ours[0].ref, short(img.ID))
+		}
+		return nil
+	}
+	for _, n := range ours {
+		_, err := e.cli.ImageRemove(ctx, n.ref, image.RemoveOptions{})
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	if own {
+		return e.removeOwnImage(ctx, img, others)
+	}
+	return nil
+}
+
+// removeOwnImage removes the image itself where it outlived its names, and reports
+// why if it has to stay.
+func (e *ejection) removeOwnImage(ctx context.Context, img recordImage, others []name) error {
+	if len(others) > 0 {
+		e.keep("image %s: it is tagged %s", img.Names[0], others[0].ref)
+		return nil
+	}
+	_, err := e.cli.ImageInspect(ctx, img.ID.String())
+	if err == nil {
+		_, err = e.cli.ImageRemove(ctx, img.ID.String(), image.RemoveOptions{})
+	}
+	switch {
+	case errdefs.IsConflict(err):
+		e.keep("image %s: %v", img.Names[0], err)
+		return nil
+	case err != nil && !errdefs.IsNotFound(err):
+		return err
+	}
+	e.rep.Images = append(e.rep.Images, img.Names...)
+	return nil
+}
+
+func (e *ejection) keep(format string, a ...any) {
+	e.rep.Kept = append(e.rep.Kept, fmt.Sprintf(format, a...))
+}
+
+// retire forgets a generation: layers that outlived its images are linked to a
+// staying generation that has them, and if none does, the disk and the record stay.
+func (e *ejection) retire(rec *record, left map[digest.Digest]string) error {
+	kept := 0
+	for chain, dir := range left {
+		if from := e.generation(dir); from != rec.CacheID && (from != "" || rec.Layers[chain].Directory == "") {
+			continue
+		}
+		moved, err := e.move(chain)
+		if err != nil {
+			return err
+		}
+		if !moved {
+			kept++
+		}
+	}
+	if kept > 0 || slices.ContainsFunc(rec.Images, e.remains) {
+		if kept > 0 {
+			e.keep("cache %s: %d of its layers are used by other images", short(rec.CacheID), kept)
+		}
+		return nil
+	}
+	if err := e.handOverMetadata(rec); err != nil {
+		return err
+	}
+	if err := cachedisk.UnmountOnHost(e.opt.HostRoot, mountpoint(rec.CacheID)); err != nil {
+		return err
+	}
+	if err := removeIfThere(e.host(mountpoint(rec.CacheID))); err != nil {
+		return err
+	}
+	return removeIfThere(e.recordFile(rec.CacheID))
+}
+
+// remains says if an image of ours is still there and no staying generation's.
+func (e *ejection) remains(img recordImage) bool {
+	return e.ownsImage(img.ID) && e.alsoIn(img.ID) == nil
+}
+
+// move links a layer to a staying generation that has it.
+func (e *ejection) move(chain digest.Digest) (bool, error) {
+	for _, rec := range e.staying {
+		l, ok := rec.Layers[chain]
+		if !ok || !e.alive(rec.CacheID) {
+			continue
+		}
+		base := mountpoint(rec.CacheID)
+		layer := newLayer{
+			Chain: chain, ID: ownID(chain),
+			Source: filepath.Join(base, rec.Overlay, l.Directory, "diff"),
+			TarSplit: filepath.Join(base, filepath.Dir(rec.Overlay), "image", manifest.DriverOverlay2, "layerdb",
+				chain.Algorithm().String(), chain.Encoded(), "tar-split.json.gz"),
+		}
+		bound := e.generation(layer.ID) == ""
+		if bound {
+			if err := cachedisk.UnmountOnHost(e.opt.HostRoot, e.bind(layer).Target); err != nil {
+				return false, err
+			}
+		}
+		return true, e.relinkLayers([]relink{{chain, layer, bound}})
+	}
+	return false, nil
+}
+
+// handOverMetadata gives the distribution metadata of layers that a staying
+// generation has to its record, and removes the rest.
+func (e *ejection) handOverMetadata(rec *record) error {
+	gone := rec.Metadata
+	for _, keeper := range e.staying {
+		diffIDs := map[digest.Digest]bool{}
+		for _, l := range keeper.Layers {
+			diffIDs[l.DiffID] = true
+		}
+		kept := newMetadata()
+		for diffID, sources := range gone.Sources {
+			if diffIDs[diffID] {
+				kept.Sources[diffID] = sources
+				delete(gone.Sources, diffID)
+			}
+		}
+		for blob, diffID := range gone.DiffIDs {
+			if diffIDs[diffID] {
+				kept.DiffIDs[blob] = diffID
+				delete(gone.DiffIDs, blob)
+			}
+		}
+		keeper.Metadata.merge(kept)
+		if err := e.replace(keeper); err != nil {
+			return err
+		}
+	}
+	if err := e.removeMetadata(gone); err != nil {
+		return fmt.Errorf("removing distribution metadata: %w", err)
+	}
+	return nil
+}

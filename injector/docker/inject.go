@@ -1,0 +1,166 @@
+package docker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/docker/docker/api/types/container"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+// Inject registers the disks' images. A daemon that runs is restarted if something
+// is missing. With dryRun it says what it would do and changes nothing.
+func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bool) (*report.Inject, error) {
+	start := time.Now()
+	done := func(c *changes, err error) (*report.Inject, error) {
+		if err != nil {
+			return nil, err
+		}
+		ms := time.Since(start).Milliseconds()
+		for _, d := range c.disks {
+			for i := range d.Images {
+				d.Images[i].Milliseconds = ms
+			}
+		}
+		return &report.Inject{Runtime: "docker", Disks: c.disks, Milliseconds: ms}, nil
+	}
+	if dryRun {
+		return done(r.plan(disks))
+	}
+	unlock, err := r.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	return done(r.inject(ctx, disks))
+}
+
+func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes, error) {
+	c, err := r.plan(disks)
+	if err != nil {
+		return nil, err
+	}
+	stopped, err := r.stoppedUnits()
+	if err != nil {
+		return nil, err
+	}
+	if err := r.checkRoom(c); err != nil {
+		return nil, err
+	}
+	if c.restart() && r.info != nil {
+		if err := r.checkRestart(ctx); err != nil {
+			return nil, err
+		}
+	}
+	for _, rec := range c.records {
+		if err := r.save(rec); err != nil {
+			return nil, err
+		}
+	}
+	for _, d := range disks {
+		if err := r.mount(d); err != nil {
+			return nil, err
+		}
+	}
+	if err := r.relinkLayers(c.relinks); err != nil {
+		return nil, err
+	}
+	if !c.restart() {
+		if stopped != nil {
+			return c, r.whileStopped(ctx, func() error { return nil })
+		}
+		return c, nil
+	}
+	if err := r.stage(c, r.opt.Link); err != nil {
+		return nil, errors.Join(err, r.abandon(c))
+	}
+	err = r.whileStopped(ctx, func() error {
+		// Pulls may have ended meanwhile; now the store stands still.
+		now, err := r.plan(disks)
+		if err != nil {
+			return err
+		}
+		if !now.equal(c) {
+			r.opt.Log.Info("the store changed while layers were prepared; preparing them again")
+			if err := r.abandon(c); err != nil {
+				return err
+			}
+			c = now
+			if err := r.stage(c, r.opt.Link); err != nil {
+				return err
+			}
+			for _, rec := range c.records {
+				if err := r.save(rec); err != nil {
+					return err
+				}
+			}
+		}
+		if err := r.commit(c); err != nil {
+			return err
+		}
+		return r.bindLayers(disks)
+	})
+	if err != nil {
+		return nil, errors.Join(err, r.abandon(c))
+	}
+	return c, nil
+}
+
+// bindLayers binds every layer of ours that is not linked: those that were just
+// registered, and those whose mounts dockerd took down as it stopped (it unmounts
+// all below its overlay2 directory).
+func (r *Runtime) bindLayers(disks []*cachedisk.Disk) error {
+	if r.opt.Link != LinkBind {
+		return nil
+	}
+	c, err := r.plan(disks)
+	if err != nil {
+		return err
+	}
+	return r.relinkLayers(c.relinks)
+}
+
+// mount makes the disk readable on the host at the generation's mount point.
+func (r *Runtime) mount(d *cachedisk.Disk) error {
+	target := mountpoint(d.ID)
+	if err := os.MkdirAll(r.host(target), 0o755); err != nil {
+		return fmt.Errorf("making the mount point %s: %w", target, err)
+	}
+	return d.MountOnHost(r.opt.HostRoot, target)
+}
+
+// checkRestart refuses to restart a daemon that runs containers which that would end.
+func (r *Runtime) checkRestart(ctx context.Context) error {
+	if err := r.checkStoppable(ctx); err != nil {
+		return err
+	}
+	if r.info.LiveRestoreEnabled || r.opt.RestartRunning {
+		return nil
+	}
+	running, err := r.cli.ContainerList(ctx, container.ListOptions{})
+	if err != nil {
+		return fmt.Errorf("listing docker's containers: %w", err)
+	}
+	if len(running) == 0 {
+		return nil
+	}
+	var names []string
+	for _, c := range running {
+		names = append(names, containerName(c))
+	}
+	return fmt.Errorf("registering needs a restart of docker, which would end the running containers %s; set \"live-restore\": true in daemon.json, stop them, or allow it with --docker-restart-running",
+		strings.Join(names, ", "))
+}
+
+func containerName(c container.Summary) string {
+	if len(c.Names) > 0 {
+		return strings.TrimPrefix(c.Names[0], "/")
+	}
+	return c.ID
+}

@@ -1,0 +1,129 @@
+package docker
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// Plan says of each reference what docker run would find, once the disks are
+// injected. It changes nothing and asks no registry: of a reference that neither
+// the node nor a disk knows, it cannot say which layers a pull would share.
+func (r *Runtime) Plan(_ context.Context, disks []*cachedisk.Disk, refs []string) ([]report.Reference, error) {
+	repos, err := r.readRepositories()
+	if err != nil {
+		return nil, err
+	}
+	var answers []report.Reference
+	for _, ref := range refs {
+		fam, err := familiar(ref)
+		if err != nil {
+			return nil, fmt.Errorf("reference %w", err)
+		}
+		a, err := r.planOne(disks, repos, fam)
+		if err != nil {
+			return nil, fmt.Errorf("reference %q: %w", ref, err)
+		}
+		a.Reference = ref
+		answers = append(answers, a)
+	}
+	return answers, nil
+}
+
+func (r *Runtime) planOne(disks []*cachedisk.Disk, repos *repositories, n name) (report.Reference, error) {
+	if id := repos.get(n); id != "" && r.hasImage(id) {
+		return r.onNode(id)
+	}
+	named, err := reference.ParseNormalizedNamed(n.ref)
+	if err != nil {
+		return report.Reference{}, err
+	}
+	var digested digest.Digest
+	if d, ok := named.(reference.Digested); ok {
+		digested = d.Digest()
+	}
+	related := 0
+	for _, d := range disks {
+		for _, img := range d.Manifest.Images {
+			chain, err := img.ChainIDs()
+			if err != nil {
+				return report.Reference{}, err
+			}
+			a := report.Reference{Layers: len(chain), Cached: len(chain)}
+			switch {
+			case hasName(img, named.String()):
+				a.Cover, a.Reason = report.Hit, fmt.Sprintf("on cache disk %s; inject registers it", d.Dir)
+				return a, nil
+			case digested != "" && (digested == img.Manifest.Digest || digested == img.Target().Digest):
+				a.Cover = report.Partial
+				a.Reason = fmt.Sprintf("cache disk %s has this image as %s; a pull fetches its manifest and config only", d.Dir, img.Names[0])
+				return a, nil
+			case inRepository(img, named.Name()):
+				related++
+			}
+		}
+	}
+	a := report.Reference{Cover: report.Miss, Reason: "neither the node nor a cache disk has an image of this name"}
+	if related > 0 {
+		a.Reason += fmt.Sprintf("; a pull may find layers of %d cached images of the same repository", related)
+	}
+	return a, nil
+}
+
+// onNode looks at an image that the node has, whose layers may be on a disk that is
+// not there.
+func (r *Runtime) onNode(id digest.Digest) (report.Reference, error) {
+	top, err := r.imageChain(id)
+	if err != nil {
+		return report.Reference{}, err
+	}
+	a := report.Reference{Cover: report.Hit, Reason: "on the node, as image " + short(id)}
+	if top == "" {
+		return a, nil
+	}
+	chain, err := r.chain(top)
+	if err != nil {
+		return report.Reference{}, err
+	}
+	a.Layers = len(chain)
+	for _, c := range chain {
+		if err := r.readable(c); err != nil {
+			a.Cover, a.Reason = report.Partial, fmt.Sprintf("on the node, but %v; attach its cache disk and run inject", err)
+			continue
+		}
+		a.Cached++
+	}
+	if a.Cached == 0 {
+		a.Cover = report.Miss
+	}
+	return a, nil
+}
+
+func hasName(img manifest.Image, name string) bool {
+	for _, n := range img.Names {
+		if n == name {
+			return true
+		}
+	}
+	return false
+}
+
+func inRepository(img manifest.Image, repository string) bool {
+	for _, n := range img.Names {
+		if ref, err := reference.ParseNormalizedNamed(n); err == nil && ref.Name() == repository {
+			return true
+		}
+	}
+	return false
+}
+
+func short(d digest.Digest) string {
+	e := d.Encoded()
+	return e[:min(12, len(e))]
+}

@@ -1,0 +1,277 @@
+package docker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/dbus"
+	godbus "github.com/godbus/dbus/v5"
+	"github.com/google/renameio/v2"
+	"golang.org/x/sys/unix"
+)
+
+// units are Docker's, in the order in which they are started. The socket would start
+// the service on the next client's connect, so both are stopped.
+var units = []string{"docker.socket", "docker.service"}
+
+// startTimeout bounds the start of a daemon with many containers.
+const startTimeout = 5 * time.Minute
+
+// runDir holds what must not outlive a boot: the lock and the note of stopped units.
+func (s store) runDir(elem ...string) string {
+	return s.host(append([]string{"/run", "selkies-image-injector"}, elem...)...)
+}
+
+// stoppedFile lists the units that a run has stopped and not started yet: if the run
+// is killed, the next one starts them.
+func (s store) stoppedFile() string { return s.runDir("docker-stopped.json") }
+
+func (s store) stoppedUnits() ([]string, error) {
+	b, err := os.ReadFile(s.stoppedFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	var stopped []string
+	if err == nil {
+		err = json.Unmarshal(b, &stopped)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reading which units are stopped %s: %w", s.stoppedFile(), err)
+	}
+	return stopped, nil
+}
+
+func (s store) dialSystemd(ctx context.Context) (*dbus.Conn, error) {
+	socket := s.host("/run/dbus/system_bus_socket")
+	conn, err := dbus.NewConnection(func() (*godbus.Conn, error) {
+		c, err := godbus.Dial("unix:path="+socket, godbus.WithContext(ctx))
+		if err != nil {
+			return nil, err
+		}
+		if err := errors.Join(c.Auth([]godbus.Auth{godbus.AuthExternal("0")})); err != nil {
+			c.Close()
+			return nil, err
+		}
+		if err := c.Hello(); err != nil {
+			c.Close()
+			return nil, err
+		}
+		return c, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("connecting to systemd by D-Bus at %s: %w", socket, err)
+	}
+	return conn, nil
+}
+
+// checkStoppable refuses to stop a daemon that systemd could not start again or that
+// is not the one whose store is written.
+func (r *Runtime) checkStoppable(ctx context.Context) error {
+	const remedy = "stop it, run inject, and start it again"
+	conn, err := r.dialSystemd(ctx)
+	if err != nil {
+		return fmt.Errorf("docker runs and cannot be restarted: %w; %s", err, remedy)
+	}
+	defer conn.Close()
+	prop, err := conn.GetServicePropertyContext(ctx, "docker.service", "MainPID")
+	if err != nil {
+		return fmt.Errorf("docker runs and cannot be restarted: asking systemd for docker.service: %w; %s", err, remedy)
+	}
+	main, _ := prop.Value.Value().(uint32)
+	peer, err := r.peer(ctx)
+	if err != nil {
+		return err
+	}
+	// Process 1 listens for a daemon that its socket unit activated; 0 is a process
+	// outside of this PID namespace.
+	if main == 0 || peer > 1 && uint32(peer) != main {
+		return fmt.Errorf("docker at %s is not the systemd unit docker.service, so it cannot be restarted; %s", r.cli.DaemonHost(), remedy)
+	}
+	return nil
+}
+
+// peer is the process that listens at the daemon's address, 0 if that is unknown.
+func (r *Runtime) peer(ctx context.Context) (int32, error) {
+	path, ok := strings.CutPrefix(r.cli.DaemonHost(), "unix://")
+	if !ok {
+		return 0, nil
+	}
+	var d net.Dialer
+	c, err := d.DialContext(ctx, "unix", path)
+	if err != nil {
+		return 0, fmt.Errorf("connecting to docker: %w", err)
+	}
+	defer c.Close()
+	raw, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return cred.Pid, nil
+}
+
+// whileStopped calls f while dockerd does not run, and brings Docker's units back to
+// their state before, whatever happens.
+func (r *Runtime) whileStopped(ctx context.Context, f func() error) (err error) {
+	stopped, err := r.stoppedUnits()
+	if err != nil {
+		return err
+	}
+	if r.info == nil && stopped == nil {
+		return f()
+	}
+	conn, err := r.dialSystemd(context.WithoutCancel(ctx))
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := r.stop(ctx, conn, stopped); err != nil {
+		return errors.Join(err, r.start(ctx, conn))
+	}
+	defer func() { err = errors.Join(err, r.start(ctx, conn)) }()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return f()
+}
+
+// stop stops the units that are active, and notes them, with those that an earlier
+// run stopped, before.
+func (r *Runtime) stop(ctx context.Context, conn *dbus.Conn, stopped []string) error {
+	var active []string
+	for _, u := range units {
+		prop, err := conn.GetUnitPropertyContext(ctx, u, "ActiveState")
+		if err != nil {
+			return fmt.Errorf("asking systemd for %s: %w", u, err)
+		}
+		state, _ := prop.Value.Value().(string)
+		if state == "active" || state == "activating" || state == "reloading" || slices.Contains(stopped, u) {
+			active = append(active, u)
+		}
+	}
+	b, err := json.Marshal(active)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(r.runDir(), 0o700); err != nil {
+		return fmt.Errorf("noting stopped units: %w", err)
+	}
+	if err := renameio.WriteFile(r.stoppedFile(), b, 0o600); err != nil {
+		return fmt.Errorf("noting stopped units: %w", err)
+	}
+	for _, u := range active {
+		r.opt.Log.Info("stopping", "unit", u)
+		if err := job(ctx, u, conn.StopUnitContext); err != nil {
+			return fmt.Errorf("stopping %s: %w", u, err)
+		}
+	}
+	return nil
+}
+
+// start starts the noted units, also when ctx has been cancelled, and waits until
+// the daemon answers.
+func (r *Runtime) start(ctx context.Context, conn *dbus.Conn) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTimeout)
+	defer cancel()
+	stopped, err := r.stoppedUnits()
+	if err != nil {
+		return err
+	}
+	for _, u := range stopped {
+		r.opt.Log.Info("starting", "unit", u)
+		// docker.service may start three times a minute; our restarts do not count. A
+		// unit that is not loaded, since it is inactive and unused, cannot be reset.
+		_ = conn.ResetFailedUnitContext(ctx, u)
+		if err := job(ctx, u, conn.StartUnitContext); err != nil {
+			return fmt.Errorf("starting %s: %w; look at journalctl -u docker, then systemctl start docker", u, err)
+		}
+	}
+	if slices.Contains(stopped, "docker.service") {
+		if err := r.ready(ctx); err != nil {
+			return err
+		}
+	}
+	return removeIfThere(r.stoppedFile())
+}
+
+// ready waits for the daemon to answer: systemd's job is done when it says so itself,
+// but not every docker.service is of Type=notify.
+func (r *Runtime) ready(ctx context.Context) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		_, err := r.cli.Ping(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for docker to answer: %w", err)
+		}
+	}
+}
+
+// job runs one systemd job to its end.
+func job(ctx context.Context, unit string, run func(context.Context, string, string, chan<- string) (int, error)) error {
+	done := make(chan string, 1)
+	if _, err := run(ctx, unit, "replace", done); err != nil {
+		return err
+	}
+	select {
+	case result := <-done:
+		if result != "done" {
+			return fmt.Errorf("systemd says %q", result)
+		}
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// lock waits for other injectors to end.
+func (s store) lock(ctx context.Context) (unlock func(), err error) {
+	if err := os.MkdirAll(s.runDir(), 0o700); err != nil {
+		return nil, fmt.Errorf("locking docker's store: %w", err)
+	}
+	f, err := os.OpenFile(filepath.Join(s.runDir(), "docker.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("locking docker's store: %w", err)
+	}
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			f.Close()
+			return nil, fmt.Errorf("locking docker's store: %w", err)
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("waiting for another injector: %w", ctx.Err())
+		}
+	}
+}

@@ -1,0 +1,373 @@
+package verify
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Whiteouts in a layer's tar stream, as the OCI image spec names them.
+const (
+	whiteoutPrefix = ".wh."
+	whiteoutOpaque = ".wh..wh..opq"
+)
+
+// Overlayfs' attributes. It writes the harmless ones of its own accord where a
+// layer was made by writing through a mount.
+const (
+	overlayPrefix = "trusted.overlay."
+	overlayOpaque = "trusted.overlay.opaque"
+)
+
+var overlayHarmless = []string{"origin", "impure", "nlink", "upper", "uuid"}
+
+// tree is what a layer's tar stream leaves behind once unpacked, by path.
+type tree map[string]*node
+
+// node is one path: an entry of the stream, a whiteout, or a directory that is only
+// there because something is below it.
+type node struct {
+	hdr      *tar.Header // nil for the others
+	whiteout bool
+	opaque   bool
+}
+
+// add unpacks one entry as Docker does: a later one replaces an earlier one, but a
+// directory keeps what is in it when another directory comes over it.
+func (t tree) add(hdr *tar.Header) {
+	name := t.resolve(clean(hdr.Name))
+	dir, base := path.Split(name)
+	dir = path.Clean(dir)
+	t.parents(name)
+	if base == whiteoutOpaque {
+		t[dir].opaque = true
+		return
+	}
+	if hidden, ok := strings.CutPrefix(base, whiteoutPrefix); ok {
+		name = path.Join(dir, hidden)
+		t.remove(name)
+		t[name] = &node{whiteout: true}
+		return
+	}
+	if old := t[name]; old != nil && old.dir() && hdr.Typeflag == tar.TypeDir {
+		old.hdr = hdr
+		return
+	}
+	t.remove(name)
+	t[name] = &node{hdr: hdr}
+}
+
+func (n *node) dir() bool {
+	return !n.whiteout && (n.hdr == nil || n.hdr.Typeflag == tar.TypeDir)
+}
+
+// parents makes the directories above name that the stream does not have.
+func (t tree) parents(name string) {
+	for name != "." {
+		name = path.Dir(name)
+		if t[name] == nil || !t[name].dir() {
+			t[name] = &node{}
+		}
+	}
+}
+
+func (t tree) remove(name string) {
+	old := t[name]
+	delete(t, name)
+	if old == nil || !old.dir() {
+		return
+	}
+	for below := range t {
+		if strings.HasPrefix(below, name+"/") {
+			delete(t, below)
+		}
+	}
+}
+
+// resolve follows symbolic links of the same layer in all but the last element, as
+// unpacking does.
+func (t tree) resolve(name string) string {
+	for range 40 {
+		next := t.resolveOnce(name)
+		if next == name {
+			break
+		}
+		name = next
+	}
+	return name
+}
+
+func (t tree) resolveOnce(name string) string {
+	for i := range len(name) {
+		if name[i] != '/' {
+			continue
+		}
+		n := t[name[:i]]
+		if n == nil || n.hdr == nil || n.hdr.Typeflag != tar.TypeSymlink {
+			continue
+		}
+		target := n.hdr.Linkname
+		if !path.IsAbs(target) {
+			target = path.Join(path.Dir(name[:i]), target)
+		}
+		return clean(target + name[i:])
+	}
+	return name
+}
+
+// file is what the disk has at a path.
+type file struct {
+	st     unix.Stat_t
+	link   string
+	xattrs map[string]string
+}
+
+// compare walks the layer's directory, following no symbolic link, and says what
+// differs from the tree, a line for each path.
+func (t tree) compare(dir string) ([]string, error) {
+	files, err := walk(dir)
+	if err != nil {
+		return nil, err
+	}
+	// Entries that are hard links have one set of attributes between them, those of
+	// whichever came last.
+	linked := map[uint64][]string{}
+	for name, n := range t {
+		if f := files[name]; f != nil && f.st.Nlink > 1 && n.hdr != nil && n.hdr.Typeflag != tar.TypeDir {
+			linked[f.st.Ino] = append(linked[f.st.Ino], name)
+		}
+	}
+	var problems []string
+	for name, n := range t {
+		f := files[name]
+		if f == nil {
+			problems = append(problems, fmt.Sprintf("%q is missing", name))
+			continue
+		}
+		var diffs []string
+		if names := linked[f.st.Ino]; len(names) > 1 && n.hdr != nil {
+			diffs = t.compareLinked(n, f, names, files)
+		} else {
+			diffs = n.compare(f)
+		}
+		if n.hdr != nil && n.hdr.Typeflag == tar.TypeLink {
+			target := files[t.resolve(clean(n.hdr.Linkname))]
+			if target == nil || target.st.Ino != f.st.Ino {
+				diffs = append(diffs, fmt.Sprintf("is no hard link to %q", n.hdr.Linkname))
+			}
+		}
+		if len(diffs) > 0 {
+			problems = append(problems, fmt.Sprintf("%q %s", name, strings.Join(diffs, ", ")))
+		}
+	}
+	for name := range files {
+		if t[name] == nil && name != "." {
+			problems = append(problems, fmt.Sprintf("%q is not in the layer", name))
+		}
+	}
+	slices.Sort(problems)
+	return problems, nil
+}
+
+// compareLinked accepts the attributes of any of the names of one file.
+func (t tree) compareLinked(n *node, f *file, names []string, files map[string]*file) []string {
+	var first []string
+	for _, name := range names {
+		other := *t[name]
+		if other.hdr.Typeflag == tar.TypeLink {
+			// The type and the contents' size are those of the file linked to.
+			hdr := *other.hdr
+			if target := t[t.resolve(clean(hdr.Linkname))]; target != nil && target.hdr != nil {
+				hdr.Typeflag, hdr.Size, hdr.Linkname = target.hdr.Typeflag, target.hdr.Size, target.hdr.Linkname
+				hdr.Devmajor, hdr.Devminor = target.hdr.Devmajor, target.hdr.Devminor
+				if len(xattrs(&hdr)) == 0 {
+					hdr.PAXRecords = target.hdr.PAXRecords
+				}
+			}
+			other.hdr = &hdr
+		}
+		diffs := other.compare(f)
+		if len(diffs) == 0 {
+			return nil
+		}
+		if t[name] == n || first == nil {
+			first = diffs
+		}
+	}
+	return first
+}
+
+// compare says how a path on the disk differs.
+func (n *node) compare(f *file) []string {
+	var diffs []string
+	differ := func(format string, a ...any) { diffs = append(diffs, fmt.Sprintf(format, a...)) }
+	kind := f.st.Mode & unix.S_IFMT
+	if n.whiteout {
+		if kind != unix.S_IFCHR || f.st.Rdev != 0 {
+			differ("is no whiteout")
+		}
+		return diffs
+	}
+	if opaque := f.xattrs[overlayOpaque] == "y"; n.dir() && opaque != n.opaque {
+		differ("is opaque: %t, not %t", opaque, n.opaque)
+	}
+	if n.hdr == nil {
+		if kind != unix.S_IFDIR {
+			differ("is no directory")
+		}
+		return diffs
+	}
+	h := n.hdr
+	if want, ok := kinds[h.Typeflag]; h.Typeflag != tar.TypeLink && (!ok || kind != want) {
+		differ("is of another type")
+		return diffs
+	}
+	switch kind {
+	case unix.S_IFREG:
+		if h.Typeflag != tar.TypeLink && f.st.Size != h.Size {
+			differ("has %d bytes, not %d", f.st.Size, h.Size)
+		}
+	case unix.S_IFLNK:
+		if f.link != h.Linkname {
+			differ("points to %q, not %q", f.link, h.Linkname)
+		}
+	case unix.S_IFCHR, unix.S_IFBLK:
+		if want := unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor)); f.st.Rdev != want {
+			differ("is device %d:%d, not %d:%d", unix.Major(f.st.Rdev), unix.Minor(f.st.Rdev), h.Devmajor, h.Devminor)
+		}
+	}
+	if kind != unix.S_IFLNK {
+		if got, want := f.st.Mode&0o7777, uint32(h.Mode)&0o7777; got != want {
+			differ("has mode %04o, not %04o", got, want)
+		}
+	}
+	if int(f.st.Uid) != h.Uid || int(f.st.Gid) != h.Gid {
+		differ("belongs to %d:%d, not %d:%d", f.st.Uid, f.st.Gid, h.Uid, h.Gid)
+	}
+	if got, want := time.Unix(f.st.Mtim.Unix()), bound(h.ModTime); got.Unix() != want.Unix() ||
+		want.Nanosecond() != 0 && got.Nanosecond() != want.Nanosecond() {
+		differ("was changed at %s, not %s", got.UTC().Format(time.RFC3339Nano), want.UTC().Format(time.RFC3339Nano))
+	}
+	return append(diffs, n.compareXattrs(f, kind)...)
+}
+
+var kinds = map[byte]uint32{
+	tar.TypeReg: unix.S_IFREG, tar.TypeRegA: unix.S_IFREG, tar.TypeGNUSparse: unix.S_IFREG, //nolint:staticcheck // old archives have it
+	tar.TypeDir: unix.S_IFDIR, tar.TypeSymlink: unix.S_IFLNK, tar.TypeFifo: unix.S_IFIFO,
+	tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK,
+}
+
+// bound is a time as Docker sets it: none before 1970.
+func bound(t time.Time) time.Time {
+	if t.Before(time.Unix(0, 0)) {
+		return time.Unix(0, 0)
+	}
+	return t
+}
+
+func (n *node) compareXattrs(f *file, kind uint32) []string {
+	var diffs []string
+	want := xattrs(n.hdr)
+	for name, value := range want {
+		got, ok := f.xattrs[name]
+		// The kernel takes user attributes on files and directories only; Docker goes on.
+		if !ok && strings.HasPrefix(name, "user.") && kind != unix.S_IFREG && kind != unix.S_IFDIR {
+			continue
+		}
+		if !ok || got != value {
+			diffs = append(diffs, fmt.Sprintf("has %s=%q, not %q", name, got, value))
+		}
+	}
+	for name := range f.xattrs {
+		if _, ok := want[name]; ok || name == overlayOpaque {
+			continue
+		}
+		if own, ok := strings.CutPrefix(name, overlayPrefix); ok && slices.Contains(overlayHarmless, own) {
+			continue
+		}
+		// The build machine's policy labels every file.
+		if name == "security.selinux" {
+			continue
+		}
+		diffs = append(diffs, fmt.Sprintf("has %s, which is not in the layer", name))
+	}
+	slices.Sort(diffs)
+	return diffs
+}
+
+func xattrs(hdr *tar.Header) map[string]string {
+	attrs := map[string]string{}
+	for k, v := range hdr.PAXRecords {
+		if name, ok := strings.CutPrefix(k, "SCHILY.xattr."); ok {
+			attrs[name] = v
+		}
+	}
+	return attrs
+}
+
+// walk reads everything below dir. A cache disk is read-only, so a path cannot turn
+// into a symbolic link between being listed and being looked at.
+func walk(dir string) (map[string]*file, error) {
+	files := map[string]*file{}
+	err := filepath.WalkDir(dir, func(name string, _ fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(dir, name)
+		if err != nil {
+			return err
+		}
+		f := &file{}
+		if err := unix.Lstat(name, &f.st); err != nil {
+			return &fs.PathError{Op: "lstat", Path: name, Err: err}
+		}
+		if f.st.Mode&unix.S_IFMT == unix.S_IFLNK {
+			if f.link, err = os.Readlink(name); err != nil {
+				return err
+			}
+		}
+		if f.xattrs, err = readXattrs(name); err != nil {
+			return &fs.PathError{Op: "getxattr", Path: name, Err: err}
+		}
+		files[rel] = f
+		return nil
+	})
+	return files, err
+}
+
+func readXattrs(name string) (map[string]string, error) {
+	size, err := unix.Llistxattr(name, nil)
+	if err != nil || size == 0 {
+		if errors.Is(err, syscall.ENOTSUP) {
+			err = nil
+		}
+		return nil, err
+	}
+	list := make([]byte, size)
+	if size, err = unix.Llistxattr(name, list); err != nil {
+		return nil, err
+	}
+	attrs := map[string]string{}
+	for _, attr := range strings.Split(strings.TrimSuffix(string(list[:size]), "\x00"), "\x00") {
+		n, err := unix.Lgetxattr(name, attr, nil)
+		if err != nil {
+			return nil, err
+		}
+		value := make([]byte, n)
+		if n, err = unix.Lgetxattr(name, attr, value); err != nil {
+			return nil, err
+		}
+		attrs[attr] = string(value[:n])
+	}
+	return attrs, nil
+}
