@@ -1,0 +1,180 @@
+//go:build e2e
+
+package containerd_test
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+func onEach(t *testing.T, f func(t *testing.T, n *node)) {
+	for _, release := range []machine.Release{machine.Debian, machine.Upstream} {
+		t.Run(string(release), func(t *testing.T) { f(t, newNode(t, release)) })
+	}
+}
+
+// TestLifecycle goes the whole way of a cache disk on a node: registered, run,
+// pulled over, taken back.
+func TestLifecycle(t *testing.T) {
+	onEach(t, lifecycle)
+}
+
+func lifecycle(t *testing.T, n *node) {
+	before := checksum(t, world.first)
+	n.attach(t, world.first, cacheDir)
+	empty := n.settled(t, false)
+
+	if err := world.reg.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := world.reg.Start(); err != nil {
+			t.Error(err)
+		}
+	})
+	r := n.inject(t, cacheDir)
+	if d := r.Disks[0]; d.Registered != 5 || d.Present != 0 || len(d.Images) != 3 {
+		t.Errorf("report: %+v", r)
+	}
+
+	t.Run("the CRI lists it", func(t *testing.T) {
+		img := n.listed(t, ref(app1))
+		if !slices.Contains(img.RepoTags, ref(app1)) || !slices.Contains(img.RepoTags, ref(stable)) {
+			t.Errorf("tags: %v", img.RepoTags)
+		}
+		if len(img.RepoDigests) != 1 || !strings.HasPrefix(img.RepoDigests[0], world.reg.Addr+"/test/app@sha256:") {
+			t.Errorf("digests: %v", img.RepoDigests)
+		}
+		if n.config.Release == machine.Upstream && !img.Pinned {
+			t.Error("not pinned")
+		}
+		byDigest := n.listed(t, img.RepoDigests[0])
+		if byDigest.Id != img.Id {
+			t.Errorf("by digest it is %s, by tag %s", byDigest.Id, img.Id)
+		}
+	})
+
+	clean := n.settled(t, true)
+	t.Run("twice", func(t *testing.T) {
+		r := n.inject(t, cacheDir)
+		for _, img := range r.Disks[0].Images {
+			if img.State != report.Present {
+				t.Errorf("%v is %s: %s", img.Names, img.State, img.Reason)
+			}
+		}
+		if diff := cmp.Diff(clean, n.settled(t, true)); diff != "" {
+			t.Errorf("the second run changed something: %s", diff)
+		}
+	})
+
+	t.Run("runs without a registry", func(t *testing.T) {
+		n.listed(t, ref(sandbox))
+		p := n.mustRun(t, "offline", ref(app1))
+		if got := p.sh(t, "cat /version; echo; ls /data /opaque; id -u; stat -c %u /data/owned"); got != "1\n/data:\nowned\n\n/opaque:\nnew\n0\n1000" {
+			t.Errorf("in the container: %q", got)
+		}
+		p.sh(t, "echo more >> /data/owned && rm /version && mkdir /opaque/dir")
+
+		var plan []report.Reference
+		if err := n.injector(t, &plan, "plan", "--cache", cacheDir, ref(app1), ref(app2), ref("other/thing:1")); err != nil {
+			t.Fatal(err)
+		}
+		for i, want := range []report.Cover{report.Hit, report.Partial, report.Miss} {
+			if plan[i].Cover != want {
+				t.Errorf("plan: %+v, want %s", plan[i], want)
+			}
+		}
+
+		_, err := n.Run(t.Context(), "selkies-image-injector", "eject")
+		if err == nil || !strings.Contains(err.Error(), "container main of pod test/offline") {
+			t.Errorf("eject while a container runs: %v", err)
+		}
+		var status []report.Registration
+		if err := n.injector(t, &status, "status"); err != nil {
+			t.Fatal(err)
+		}
+		if len(status) != 3 || !status[0].Readable || len(status[0].Names) != 3 {
+			t.Errorf("status: %+v", status)
+		}
+		p.remove(t)
+	})
+
+	if err := world.reg.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Run("a pull of the same tag", func(t *testing.T) {
+		world.reg.Reset()
+		n.pull(t, ref(app1))
+		if c := world.reg.Reset(); c.BlobGets != 0 || c.BlobHeads != 0 {
+			t.Errorf("asked of the registry: %+v", c)
+		}
+		// The pull may have replaced our labels; inject puts them back.
+		n.inject(t, cacheDir)
+		if diff := cmp.Diff(withoutTimes(clean), withoutTimes(n.settled(t, true))); diff != "" {
+			t.Errorf("after the pull and inject: %s", diff)
+		}
+	})
+	t.Run("a newer tag fetches what it adds", func(t *testing.T) {
+		world.reg.Reset()
+		n.pull(t, ref(app2))
+		if c := world.reg.Reset(); len(c.Blobs) != 2 {
+			t.Errorf("blobs fetched: %v, want the config and one layer", c.Blobs)
+		}
+		p := n.mustRun(t, "newer", ref(app2))
+		if got := p.sh(t, "cat /version /data/owned"); got != "2owned" {
+			t.Errorf("in the container: %q", got)
+		}
+		p.remove(t)
+
+		r := n.eject(t)
+		if len(r.Kept) != 1 || !strings.Contains(r.Kept[0], ref(app2)) {
+			t.Errorf("eject under a newer image: %+v", r)
+		}
+		again := n.mustRun(t, "kept", ref(app2))
+		if got := again.sh(t, "cat /version /data/owned"); got != "2owned" {
+			t.Errorf("in the container, after eject: %q", got)
+		}
+		again.remove(t)
+		n.inject(t, cacheDir)
+		n.removeImage(t, ref(app2))
+		if diff := cmp.Diff(withoutTimes(clean), withoutTimes(n.settled(t, true))); diff != "" {
+			t.Errorf("after the newer image is gone: %s", diff)
+		}
+	})
+
+	t.Run("the CRI removes an image", func(t *testing.T) {
+		n.removeImage(t, ref(app1))
+		n.inject(t, cacheDir)
+		if diff := cmp.Diff(withoutTimes(clean), withoutTimes(n.settled(t, true))); diff != "" {
+			t.Errorf("removed and injected again: %s", diff)
+		}
+	})
+
+	if r := n.eject(t); r.Layers != 5 || len(r.Kept) != 0 {
+		t.Errorf("eject: %+v", r)
+	}
+	if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+		t.Errorf("eject left something: %s", diff)
+	}
+	if after := checksum(t, world.first); after != before {
+		t.Error("the cache disk has changed")
+	}
+}
+
+// withoutTimes drops the time that ends the lines of a strict state.
+func withoutTimes(lines []string) []string {
+	var out []string
+	for _, l := range lines {
+		if i := strings.LastIndex(l, " 20"); i > 0 {
+			l = l[:i]
+		}
+		out = append(out, strings.TrimSpace(strings.SplitN(l, " 2026-", 2)[0]))
+	}
+	return out
+}
