@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -148,7 +149,7 @@ func add(ctx context.Context, docker *client.Client, m *machine.Machine, out *ma
 	if tagged, ok := named.(reference.NamedTagged); ok {
 		img.Names = append(img.Names, named.Name()+":"+tagged.Tag())
 	}
-	if err := addLayers(out, inspect.GraphDriver.Data, inspect.RootFS.Layers); err != nil {
+	if err := addLayers(m, out, inspect.GraphDriver.Data, inspect.RootFS.Layers); err != nil {
 		return err
 	}
 	if out.Store.Blobs {
@@ -218,7 +219,7 @@ func descriptor(mediaType string, data []byte) ocispec.Descriptor {
 
 // addLayers records the store's directories: UpperDir is the top layer's, LowerDir
 // has the others, top to bottom.
-func addLayers(out *manifest.Manifest, graph map[string]string, diffIDs []string) error {
+func addLayers(m *machine.Machine, out *manifest.Manifest, graph map[string]string, diffIDs []string) error {
 	dirs := []string{graph["UpperDir"]}
 	if graph["LowerDir"] != "" {
 		dirs = append(dirs, strings.Split(graph["LowerDir"], ":")...)
@@ -238,11 +239,25 @@ func addLayers(out *manifest.Manifest, graph map[string]string, diffIDs []string
 		if i > 0 {
 			l.Parent = identity.ChainID(slices.Clone(chain[:i]))
 		}
-		if !slices.ContainsFunc(out.Layers, func(o manifest.Layer) bool { return o.ChainID == l.ChainID }) {
-			out.Layers = append(out.Layers, l)
+		if slices.ContainsFunc(out.Layers, func(o manifest.Layer) bool { return o.ChainID == l.ChainID }) {
+			continue
 		}
+		var err error
+		if l.Size, err = layerSize(m, l.ChainID); err != nil {
+			return err
+		}
+		out.Layers = append(out.Layers, l)
 	}
 	return nil
+}
+
+// layerSize is what Docker's own image history adds up.
+func layerSize(m *machine.Machine, chain digest.Digest) (int64, error) {
+	b, err := os.ReadFile(m.Path(filepath.Join(mountPoint, storeRoot, "image/overlay2/layerdb/sha256", chain.Encoded(), "size")))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.ParseInt(string(b), 10, 64)
 }
 
 func keepBlobs(m *machine.Machine, layers []v1.Layer) error {
