@@ -80,7 +80,13 @@ func (m *Machine) StartContainerd(ctx context.Context, c Containerd) error {
 		}
 	}
 	program := "/usr/bin/containerd"
-	if c.Release == Upstream {
+	if c.Release == Debian {
+		// What an earlier start installed would come first in the PATH: containerd
+		// looks for its shim there.
+		if _, err := m.Run(ctx, "sh", "-c", "cd /usr/local/bin && rm -f containerd* ctr runc"); err != nil {
+			return err
+		}
+	} else {
 		if err := m.installTools(ctx, "containerd", "runc"); err != nil {
 			return err
 		}
