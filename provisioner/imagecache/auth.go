@@ -1,0 +1,140 @@
+package imagecache
+
+import (
+	"context"
+	"crypto/tls"
+	"fmt"
+	"net/http"
+	"slices"
+
+	"github.com/docker/docker/api/types/registry"
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/google"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
+)
+
+// registries is how the Packer host reaches registries and what it proves itself
+// with.
+type registries struct {
+	keychain authn.Keychain
+	insecure []string
+	// insecureTransport takes any certificate.
+	insecureTransport http.RoundTripper
+}
+
+func newRegistries(c *Config) *registries {
+	// What remote.DefaultTransport is, in the form that can be cloned.
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
+	return &registries{
+		keychain:          authn.NewMultiKeychain(configured(c.RegistryAuth), authn.DefaultKeychain, google.Keychain),
+		insecure:          c.InsecureRegistries,
+		insecureTransport: t,
+	}
+}
+
+// configured is the keychain of the registry_auth blocks.
+type configured []RegistryAuth
+
+func (k configured) Resolve(target authn.Resource) (authn.Authenticator, error) {
+	for _, a := range k {
+		if registryHost(a.Server) == registryHost(target.RegistryStr()) {
+			return authn.FromConfig(authn.AuthConfig{Username: a.Username, Password: a.Password}), nil
+		}
+	}
+	return authn.Anonymous, nil
+}
+
+// hideSecrets has the credentials of every registry filtered out of the log. It
+// runs before anything else does, since the SDK's filter must not be added to
+// while lines pass through it.
+func (r *registries) hideSecrets(ctx context.Context, refs []reference) error {
+	seen := map[string]bool{}
+	for _, ref := range refs {
+		if seen[ref.registry()] {
+			continue
+		}
+		seen[ref.registry()] = true
+		cfg, err := r.authorization(ctx, ref)
+		if err != nil {
+			return err
+		}
+		header, err := authHeader(ref, cfg)
+		if err != nil {
+			return err
+		}
+		packersdk.LogSecretFilter.Set(cfg.Password, cfg.Auth, cfg.IdentityToken, cfg.RegistryToken, header)
+	}
+	return nil
+}
+
+// header is the value of X-Registry-Auth for pulls from ref's registry, "" without
+// credentials. Tokens that expire are renewed by their keychain.
+func (r *registries) header(ctx context.Context, ref reference) (string, error) {
+	cfg, err := r.authorization(ctx, ref)
+	if err != nil {
+		return "", err
+	}
+	return authHeader(ref, cfg)
+}
+
+func authHeader(ref reference, cfg *authn.AuthConfig) (string, error) {
+	if *cfg == (authn.AuthConfig{}) {
+		return "", nil
+	}
+	header, err := registry.EncodeAuthConfig(registry.AuthConfig{
+		Username:      cfg.Username,
+		Password:      cfg.Password,
+		IdentityToken: cfg.IdentityToken,
+		RegistryToken: cfg.RegistryToken,
+		ServerAddress: ref.registry(),
+	})
+	if err != nil {
+		return "", fmt.Errorf("encoding the credentials for %s: %w", ref.registry(), err)
+	}
+	return header, nil
+}
+
+func (r *registries) authorization(ctx context.Context, ref reference) (*authn.AuthConfig, error) {
+	repo, err := name.NewRepository(ref.named.Name())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %q: %w", ref.from, ref, err)
+	}
+	a, err := authn.Resolve(ctx, r.keychain, repo)
+	if err != nil {
+		return nil, fmt.Errorf("finding credentials for %s: %w; set registry_auth", ref.registry(), err)
+	}
+	cfg, err := authn.Authorization(ctx, a)
+	if err != nil {
+		return nil, fmt.Errorf("finding credentials for %s: %w; set registry_auth", ref.registry(), err)
+	}
+	return cfg, nil
+}
+
+// parse makes a reference that go-containerregistry understands.
+func (r *registries) parse(ref reference, s string) (name.Reference, error) {
+	var opts []name.Option
+	if r.isInsecure(ref) {
+		opts = append(opts, name.Insecure)
+	}
+	return name.ParseReference(s, opts...)
+}
+
+func (r *registries) isInsecure(ref reference) bool {
+	return slices.Contains(r.insecure, ref.registry())
+}
+
+func (r *registries) options(ctx context.Context, ref reference) []remote.Option {
+	t := remote.DefaultTransport
+	if r.isInsecure(ref) {
+		t = r.insecureTransport
+	}
+	return []remote.Option{
+		remote.WithContext(ctx),
+		remote.WithAuthFromKeychain(r.keychain),
+		remote.WithTransport(t),
+		remote.WithUserAgent(toolName()),
+	}
+}

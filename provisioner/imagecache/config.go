@@ -1,0 +1,299 @@
+//go:generate packer-sdc struct-markdown
+//go:generate packer-sdc mapstructure-to-hcl2 -type Config,Disk,RegistryAuth
+
+package imagecache
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"path"
+	"regexp"
+	"strings"
+
+	"github.com/containerd/platforms"
+	"github.com/hashicorp/packer-plugin-sdk/common"
+	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
+	"github.com/hashicorp/packer-plugin-sdk/template/config"
+	"github.com/hashicorp/packer-plugin-sdk/template/interpolate"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Config is the configuration of the provisioner.
+type Config struct {
+	common.PackerConfig `mapstructure:",squash"`
+
+	// Image references to put on the disk, such as `debian:12`,
+	// `us-docker.pkg.dev/project/repo/app:v1` or `name:tag@sha256:...`.
+	// At least one reference is needed, here or in `image_list_file`.
+	Images []string `mapstructure:"images"`
+	// A file on the Packer host with one image reference a line. Blank lines and
+	// what follows a `#` at the start of a line or after a blank are ignored.
+	ImageListFile string `mapstructure:"image_list_file"`
+	// The platform to take from images that are built for several, as
+	// `os/architecture[/variant]`. Defaults to `linux/amd64`.
+	Platform string `mapstructure:"platform"`
+	// Address of the Docker daemon on the build VM, such as
+	// `unix:///run/user/1000/docker.sock`. By default the one that the `docker`
+	// command there uses. Cannot be used with `disk`, which runs a daemon of its own.
+	DockerHost string `mapstructure:"docker_host"`
+	// The disk to fill. Without this block the images go into the store of the
+	// build VM's own Docker daemon, and the layer manifest to the disk that holds it.
+	Disk *Disk `mapstructure:"disk"`
+	// How many images are pulled at once, 1 to 6. Each needs one session of the SSH
+	// connection, and sshd allows ten by default. Defaults to 4.
+	Concurrency int `mapstructure:"concurrency"`
+	// Remove images that are no longer listed, after the new ones have been pulled
+	// and recorded, so that layers that both share are not pulled again. With
+	// `disk`, everything else in its store goes; in the store of the VM's own
+	// daemon only what an earlier run of this provisioner recorded, and never an
+	// image that a container uses. Defaults to `true`.
+	Prune config.Trilean `mapstructure:"prune"`
+	// Read every layer back through the Docker API when done and check that it
+	// hashes to its diff ID. This moves all layers, uncompressed, to the Packer
+	// host. Without it, the layer manifest is read back and every layer's directory
+	// is looked for. Defaults to `false`.
+	Verify bool `mapstructure:"verify"`
+	// Where to write a copy of the layer manifest on the Packer host.
+	ManifestOutput string `mapstructure:"manifest_output"`
+	// Credentials for a registry; may be repeated. Registries without such a block
+	// use the Packer host's Docker configuration and credential helpers, and for
+	// Google's registries the application default credentials. Credentials reach
+	// the build VM only in a request to its Docker daemon, which keeps them in
+	// memory for the time of a pull. See [Registry credentials](#registry-credentials).
+	RegistryAuth []RegistryAuth `mapstructure:"registry_auth"`
+	// How a command is run as root on the build VM: a template in which
+	// `{{ .Command }}` is one simple command, quoted for a POSIX shell. It must pass
+	// standard input on to the command and must not ask for a password. Defaults to
+	// `{{ .Command }}` for root and to `sudo -n {{ .Command }}` for everyone else.
+	ExecuteCommand string `mapstructure:"execute_command"`
+	// How often the pull of an image is tried before it counts as failed; the pause
+	// between two attempts grows from 1 to 30 seconds. Defaults to 5.
+	MaxPullAttempts int `mapstructure:"max_pull_attempts"`
+	// Also keep the compressed layers as the registry serves them, in
+	// `selkies-image-cache/blobs` on the disk. A node whose Docker uses the
+	// containerd image store, the default since Docker 29, needs them for
+	// `docker save` and `docker push`. The disk grows by the compressed size of the
+	// images, which travel through the Packer host. Defaults to `false`.
+	KeepBlobs bool `mapstructure:"keep_blobs"`
+	// Registries, as `host[:port]`, that are spoken to in plain HTTP or with
+	// certificates that nobody vouches for. Loopback addresses always are. Without
+	// `disk`, set `insecure-registries` of the VM's own daemon as well.
+	InsecureRegistries []string `mapstructure:"insecure_registries"`
+
+	references []reference
+	platform   ocispec.Platform
+	ctx        interpolate.Context
+}
+
+// Disk is the disk to fill. A Docker daemon of its own runs on it for the time of
+// the build; afterwards it is flushed, trimmed and unmounted.
+type Disk struct {
+	// The block device on the build VM, such as
+	// `/dev/disk/by-id/google-image-cache`. Either this or `label` is required.
+	Device string `mapstructure:"device"`
+	// The label of the ext4 file system on a disk that has been formatted before.
+	Label string `mapstructure:"label"`
+	// Where the disk is mounted on the build VM during the build. Defaults to
+	// `/mnt/selkies-image-cache`.
+	MountPoint string `mapstructure:"mount_point"`
+	// When to make a new ext4 file system: `if-blank`, `never` or `always`, which
+	// erases whatever the disk holds. `if-blank` refuses a disk with a partition
+	// table, another file system or files that are not an image cache. Defaults to
+	// `if-blank`.
+	Format string `mapstructure:"format"`
+	// Docker's data root, relative to the root of the disk. Defaults to `docker`.
+	DockerRoot string `mapstructure:"docker_root"`
+}
+
+// RegistryAuth holds the credentials for one registry.
+type RegistryAuth struct {
+	// The registry as it stands in the references, `host[:port]`; Docker Hub is
+	// `docker.io`.
+	Server string `mapstructure:"server" required:"true"`
+	// The user name. For Google's Artifact Registry `oauth2accesstoken` with an
+	// access token as the password, or `_json_key`.
+	Username string `mapstructure:"username" required:"true"`
+	// The password or token. Sensitive: filtered out of the log and all messages.
+	Password string `mapstructure:"password" required:"true"`
+}
+
+const (
+	formatIfBlank = "if-blank"
+	formatNever   = "never"
+	formatAlways  = "always"
+
+	defaultMountPoint = "/mnt/selkies-image-cache"
+
+	// Every pull holds a connection, which over SSH is a session; sshd's MaxSessions
+	// is 10, and other requests and commands need some too.
+	maxConcurrency = 6
+)
+
+var mountPointRE = regexp.MustCompile(`^/[A-Za-z0-9._/-]+$`)
+
+func (c *Config) prepare(raws ...any) error {
+	err := config.Decode(c, &config.DecodeOpts{
+		PluginType:         "selkies-image-cache",
+		Interpolate:        true,
+		InterpolateContext: &c.ctx,
+		InterpolateFilter:  &interpolate.RenderFilter{Exclude: []string{"execute_command"}},
+	}, raws...)
+	if err != nil {
+		return err
+	}
+	for _, a := range c.RegistryAuth {
+		packersdk.LogSecretFilter.Set(a.Password)
+	}
+	var errs *packersdk.MultiError
+	check := func(err error) {
+		if err != nil {
+			errs = packersdk.MultiErrorAppend(errs, err)
+		}
+	}
+	c.setDefaults()
+	check(c.prepareReferences())
+	check(c.preparePlatform())
+	check(c.prepareDisk())
+	check(c.prepareRegistries())
+	if c.Concurrency < 1 || c.Concurrency > maxConcurrency {
+		check(fmt.Errorf("concurrency is %d; choose 1 to %d", c.Concurrency, maxConcurrency))
+	}
+	if c.MaxPullAttempts < 1 {
+		check(fmt.Errorf("max_pull_attempts is %d; choose 1 or more", c.MaxPullAttempts))
+	}
+	if c.ExecuteCommand != "" {
+		if !strings.Contains(c.ExecuteCommand, ".Command") {
+			check(fmt.Errorf("execute_command %q lacks {{ .Command }}", c.ExecuteCommand))
+		} else if err := interpolate.Validate(c.ExecuteCommand, &c.ctx); err != nil {
+			check(fmt.Errorf("execute_command: %w", err))
+		}
+	}
+	if errs != nil {
+		return errs
+	}
+	return nil
+}
+
+func (c *Config) setDefaults() {
+	c.Platform = cmp.Or(c.Platform, "linux/amd64")
+	c.Concurrency = cmp.Or(c.Concurrency, 4)
+	c.MaxPullAttempts = cmp.Or(c.MaxPullAttempts, 5)
+	if c.Prune == config.TriUnset {
+		c.Prune = config.TriTrue
+	}
+	if c.Disk != nil {
+		c.Disk.MountPoint = cmp.Or(c.Disk.MountPoint, defaultMountPoint)
+		c.Disk.Format = cmp.Or(c.Disk.Format, formatIfBlank)
+		c.Disk.DockerRoot = cmp.Or(c.Disk.DockerRoot, "docker")
+	}
+}
+
+func (c *Config) prepareReferences() error {
+	refs, errs := parseList(c.Images)
+	if c.ImageListFile != "" {
+		more, err := parseListFile(c.ImageListFile)
+		refs, errs = append(refs, more...), append(errs, err...)
+	}
+	errs = append(errs, duplicates(refs)...)
+	if len(refs) == 0 && len(errs) == 0 {
+		errs = append(errs, errors.New("images and image_list_file name no image; list at least one"))
+	}
+	c.references = refs
+	if len(errs) > 0 {
+		return packersdk.MultiErrorAppend(nil, errs...)
+	}
+	return nil
+}
+
+func (c *Config) preparePlatform() error {
+	// A bare architecture would be completed with the Packer host's own values.
+	if n := strings.Count(c.Platform, "/"); n < 1 || n > 2 {
+		return fmt.Errorf("platform %q is not os/architecture[/variant], such as linux/amd64", c.Platform)
+	}
+	p, err := platforms.Parse(c.Platform)
+	if err != nil {
+		return fmt.Errorf("platform %q: %w", c.Platform, err)
+	}
+	if p.OS != "linux" {
+		return fmt.Errorf("platform %q: only linux images can be cached", c.Platform)
+	}
+	c.platform = p
+	return nil
+}
+
+func (c *Config) prepareDisk() error {
+	if c.Disk == nil {
+		return nil
+	}
+	var errs *packersdk.MultiError
+	fail := func(format string, a ...any) {
+		errs = packersdk.MultiErrorAppend(errs, fmt.Errorf(format, a...))
+	}
+	d := c.Disk
+	switch {
+	case d.Device == "" && d.Label == "":
+		fail("disk: set device or label")
+	case d.Device != "" && d.Label != "":
+		fail("disk: device and label are both set; choose one")
+	case d.Device != "" && !path.IsAbs(d.Device):
+		fail("disk.device %q is not an absolute path", d.Device)
+	case strings.HasPrefix(d.Label, "-"):
+		fail("disk.label %q begins with a dash", d.Label)
+	case d.Label != "" && d.Format == formatAlways:
+		fail(`disk.format "always" erases the label that disk.label finds the disk by; set disk.device`)
+	}
+	// The path becomes part of a systemd unit, hence no blanks or quotes.
+	if !mountPointRE.MatchString(d.MountPoint) || path.Clean(d.MountPoint) != d.MountPoint {
+		fail("disk.mount_point %q is not a clean absolute path of letters, digits and ._- below /", d.MountPoint)
+	}
+	switch d.Format {
+	case formatIfBlank, formatNever, formatAlways:
+	default:
+		fail("disk.format is %q; choose %q, %q or %q", d.Format, formatIfBlank, formatNever, formatAlways)
+	}
+	if r := d.DockerRoot; path.IsAbs(r) || path.Clean(r) != r || r == "." || r == ".." || strings.HasPrefix(r, "../") {
+		fail("disk.docker_root %q is not a clean path relative to the disk's root", r)
+	}
+	if c.DockerHost != "" {
+		fail("docker_host and disk are both set; disk runs a Docker daemon of its own, so drop docker_host")
+	}
+	if errs != nil {
+		return errs
+	}
+	return nil
+}
+
+func (c *Config) prepareRegistries() error {
+	var errs *packersdk.MultiError
+	seen := map[string]bool{}
+	for i, a := range c.RegistryAuth {
+		switch server := registryHost(a.Server); {
+		case a.Server == "" || a.Username == "" || a.Password == "":
+			errs = packersdk.MultiErrorAppend(errs, fmt.Errorf("registry_auth[%d]: set server, username and password", i))
+		case strings.Contains(server, "/"):
+			errs = packersdk.MultiErrorAppend(errs, fmt.Errorf("registry_auth[%d]: server %q is not host[:port]", i, a.Server))
+		case seen[server]:
+			errs = packersdk.MultiErrorAppend(errs, fmt.Errorf("registry_auth[%d]: server %q is there twice", i, a.Server))
+		default:
+			seen[server] = true
+		}
+	}
+	for i, r := range c.InsecureRegistries {
+		if r == "" || strings.Contains(r, "/") {
+			errs = packersdk.MultiErrorAppend(errs, fmt.Errorf("insecure_registries[%d]: %q is not host[:port]", i, r))
+		}
+	}
+	if errs != nil {
+		return errs
+	}
+	return nil
+}
+
+func or[T comparable](v, fallback T) T {
+	var zero T
+	if v == zero {
+		return fallback
+	}
+	return v
+}

@@ -1,0 +1,160 @@
+package imagecache
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"path"
+	"time"
+)
+
+const (
+	lifelineUnit = "selkies-image-cache.service"
+	dockerdUnit  = "selkies-image-cache-dockerd.service"
+
+	// runtimeDirectory is the dedicated daemon's directory in /run, which systemd
+	// removes with the unit.
+	runtimeDirectory = "selkies-image-cache"
+
+	// A namespace of the VM's containerd that dockerd asks for at its start, so that
+	// it never meets the containers of the VM's own daemon.
+	containerdNamespace = "selkies-image-cache"
+)
+
+// lifeline undoes on the build VM what the build did there, however the build
+// ends. Packer does not wait for a provisioner that it cancels, and may be killed,
+// so the VM has to notice by itself: a unit reads from the build's connection, and
+// when that closes, systemd stops the dedicated daemon and unmounts the disk.
+type lifeline struct {
+	conn   net.Conn
+	dialer *dialer
+}
+
+// startLifeline starts the unit. The mount point is removed in the end if the
+// build is the one that makes it.
+func startLifeline(ctx context.Context, r *vm, mountPoint string, remove bool) (*lifeline, error) {
+	command := []string{
+		"systemd-run", "--unit=" + lifelineUnit, "--description=Packer build that fills an image cache",
+		"--collect", "--quiet", "--pipe", "--wait",
+		"--property=TimeoutStopSec=60",
+		"--property=ExecStopPost=-/bin/systemctl stop " + dockerdUnit,
+		"--property=ExecStopPost=-/bin/umount --recursive " + mountPoint,
+	}
+	if remove {
+		command = append(command, "--property=ExecStopPost=-/bin/rmdir "+mountPoint)
+	}
+	d := &dialer{vm: r, command: append(command, "cat")}
+	conn, err := d.dial(ctx, "", "")
+	if err != nil {
+		return nil, err
+	}
+	l := &lifeline{conn: conn, dialer: d}
+	// What cat echoes shows that it runs and reads from this connection.
+	const hello = "ready\n"
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	echo := make([]byte, len(hello))
+	_, err = io.WriteString(conn, hello)
+	if _, readErr := io.ReadFull(conn, echo); readErr != nil {
+		err = readErr
+	}
+	if err != nil {
+		conn.Close()
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		return nil, fmt.Errorf("starting %s on the build VM: %w; disk { ... } needs a VM that runs systemd", lifelineUnit, err)
+	}
+	return l, nil
+}
+
+// end stops the daemon and unmounts the disk, and returns when that is done.
+func (l *lifeline) end(ctx context.Context) error {
+	l.conn.Close()
+	if !l.dialer.wait(ctx, 90*time.Second) {
+		return fmt.Errorf("stopping %s on the build VM: it did not end in time", lifelineUnit)
+	}
+	return nil
+}
+
+// stopLeftovers ends what a build left behind whose connection has not been found
+// dead yet.
+func stopLeftovers(ctx context.Context, r *vm, say func(string, ...any)) error {
+	for _, unit := range []string{lifelineUnit, dockerdUnit} {
+		_, err := r.run(ctx, "systemctl", "is-active", "--quiet", unit)
+		if exitStatus(err) > 0 {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		say("stopping %s, which an earlier build left running", unit)
+		if _, err := r.run(ctx, "systemctl", "stop", unit); err != nil {
+			return fmt.Errorf("stopping what an earlier build left running: %w", err)
+		}
+	}
+	return nil
+}
+
+// startDaemon starts a Docker daemon of its own on the disk and returns its
+// address. It shares nothing with the VM's own daemon: not its configuration, nor
+// its sockets, network rules or containers.
+func (d *cacheDisk) startDaemon(ctx context.Context, c *Config) (host string, err error) {
+	run := path.Join("/run", runtimeDirectory)
+	host = "unix://" + path.Join(run, "docker.sock")
+	config, err := json.Marshal(map[string]any{
+		"data-root":      path.Join(d.config.MountPoint, d.config.DockerRoot),
+		"exec-root":      path.Join(run, "exec"),
+		"pidfile":        path.Join(run, "docker.pid"),
+		"hosts":          []string{host},
+		"storage-driver": "overlay2",
+		// Docker 29 would keep a new store in containerd.
+		"features":                 map[string]bool{"containerd-snapshotter": false},
+		"bridge":                   "none",
+		"iptables":                 false,
+		"ip6tables":                false,
+		"ip-forward":               false,
+		"insecure-registries":      append([]string{}, c.InsecureRegistries...),
+		"max-concurrent-downloads": 2 * c.Concurrency,
+	})
+	if err != nil {
+		return "", fmt.Errorf("encoding the daemon's configuration: %w", err)
+	}
+	if _, err := d.vm.run(ctx, "mkdir", "--parents", run); err != nil {
+		return "", err
+	}
+	configFile := path.Join(run, "daemon.json")
+	if err := d.vm.writeFile(ctx, configFile, bytes.NewReader(config)); err != nil {
+		return "", fmt.Errorf("configuring a Docker daemon on the cache disk: %w", err)
+	}
+	// Type=notify: systemd-run returns when the daemon is ready or has failed.
+	_, err = d.vm.run(ctx, "systemd-run", "--unit="+dockerdUnit, "--description=Docker on the image cache disk",
+		"--collect", "--quiet", "--service-type=notify",
+		"--property=RuntimeDirectory="+runtimeDirectory,
+		"--property=TimeoutStartSec=90", "--property=TimeoutStopSec=15",
+		"--property=LimitNOFILE=1048576", "--property=TasksMax=infinity",
+		"dockerd", "--config-file="+configFile,
+		"--containerd-namespace="+containerdNamespace, "--containerd-plugins-namespace="+containerdNamespace+"-plugins")
+	if err != nil {
+		return "", fmt.Errorf("starting a Docker daemon on the cache disk: %w", d.explainDaemon(ctx, err))
+	}
+	return host, nil
+}
+
+// explainDaemon adds the daemon's last words to systemd's "job failed".
+func (d *cacheDisk) explainDaemon(ctx context.Context, err error) error {
+	if exitStatus(err) < 0 {
+		return err
+	}
+	if _, e := d.vm.run(ctx, "dockerd", "--version"); exitStatus(e) == 127 {
+		return fmt.Errorf("%w; install Docker on the build VM before this provisioner runs", e)
+	}
+	out, e := d.vm.run(ctx, "journalctl", "--unit="+dockerdUnit, "--lines=3", "--output=cat", "--no-pager", "--quiet")
+	if e != nil || len(out) == 0 {
+		return err
+	}
+	return fmt.Errorf("%w: %s", err, oneLine(string(out)))
+}

@@ -1,0 +1,205 @@
+package imagecache
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/docker/go-units"
+	"github.com/opencontainers/go-digest"
+)
+
+// progressInterval is how often the state of the pulls is told.
+const progressInterval = 5 * time.Second
+
+// progress counts what moves while images are pulled. Bytes are those of the
+// compressed layers, as the registry has them, each counted once however many
+// images share it.
+type progress struct {
+	mu     sync.Mutex
+	blobs  map[digest.Digest]*blobProgress
+	images []*imageProgress
+
+	lastTime  time.Time
+	lastBytes int64
+}
+
+type blobProgress struct {
+	size int64
+	// wanted blobs were missing when the pulls began.
+	wanted bool
+	done   int64
+}
+
+type imageProgress struct {
+	image    *wanted
+	byID     map[string]digest.Digest
+	running  bool
+	finished bool
+	// shown is the line last told, so that nothing is told twice.
+	shown string
+}
+
+// newProgress counts a layer as wanted if the store lacks its chain.
+func newProgress(images []*wanted, stored map[digest.Digest]bool, now time.Time) *progress {
+	p := &progress{blobs: map[digest.Digest]*blobProgress{}, lastTime: now}
+	for _, w := range images {
+		ip := &imageProgress{image: w, byID: map[string]digest.Digest{}}
+		for i, b := range w.blobs {
+			if p.blobs[b.Digest] == nil {
+				p.blobs[b.Digest] = &blobProgress{size: b.Size}
+			}
+			if !stored[w.chain[i]] {
+				p.blobs[b.Digest].wanted = true
+			}
+			ip.byID[shortID(b.Digest)] = b.Digest
+		}
+		p.images = append(p.images, ip)
+	}
+	return p
+}
+
+// shortID is how the daemon names a layer in its progress events.
+func shortID(d digest.Digest) string { return d.Encoded()[:12] }
+
+func (p *progress) find(w *wanted) *imageProgress {
+	for _, ip := range p.images {
+		if ip.image == w {
+			return ip
+		}
+	}
+	return &imageProgress{}
+}
+
+func (p *progress) start(w *wanted) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.find(w).running = true
+}
+
+func (p *progress) finish(w *wanted, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	ip := p.find(w)
+	ip.running, ip.finished = false, ok
+}
+
+func (p *progress) event(w *wanted, e event) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	b := p.blobs[p.find(w).byID[e.ID]]
+	if b == nil {
+		return
+	}
+	switch e.Status {
+	case "Downloading":
+		// Two pulls of one layer share one download; a retry begins again.
+		b.done = max(b.done, min(e.Progress.Current, b.size))
+		b.wanted = true
+	case "Verifying Checksum", "Download complete":
+		b.done, b.wanted = b.size, true
+	case "Pull complete":
+		// A layer that another pull is downloading shows nothing but this.
+		if b.wanted {
+			b.done = b.size
+		}
+	case "Already exists":
+		// Kept from before, or pulled a moment ago by another image.
+		if b.done == 0 {
+			b.wanted = false
+		}
+	}
+}
+
+// counts are the bytes downloaded, the bytes to download in all, and the bytes of
+// layers that were there before.
+func (p *progress) counts() (done, total, kept int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.countsLocked()
+}
+
+func (p *progress) countsLocked() (done, total, kept int64) {
+	for _, b := range p.blobs {
+		if b.wanted {
+			done += b.done
+			total += b.size
+		} else {
+			kept += b.size
+		}
+	}
+	return done, total, kept
+}
+
+// downloaded is the number of bytes of w's layers that have been downloaded, by
+// this pull or one that shares them.
+func (p *progress) downloaded(w *wanted) int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	done, _ := p.imageLocked(p.find(w))
+	return done
+}
+
+func (p *progress) imageLocked(ip *imageProgress) (done, total int64) {
+	for _, d := range ip.byID {
+		if b := p.blobs[d]; b.wanted {
+			done += b.done
+			total += b.size
+		}
+	}
+	return done, total
+}
+
+// lines says where the pulls stand: the total first, then the images in progress
+// that have moved since the last time.
+func (p *progress) lines(now time.Time) []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	done, total, _ := p.countsLocked()
+	finished := 0
+	var images []string
+	for _, ip := range p.images {
+		if ip.finished {
+			finished++
+		}
+		if !ip.running {
+			continue
+		}
+		d, t := p.imageLocked(ip)
+		line := fmt.Sprintf("  %s: %s of %s", ip.image, units.HumanSize(float64(d)), units.HumanSize(float64(t)))
+		if d == t {
+			line = fmt.Sprintf("  %s: %s downloaded, extracting", ip.image, units.HumanSize(float64(t)))
+		}
+		if line != ip.shown {
+			ip.shown = line
+			images = append(images, line)
+		}
+	}
+	line := fmt.Sprintf("%d of %d images, %s of %s", finished, len(p.images), units.HumanSize(float64(done)), units.HumanSize(float64(total)))
+	if seconds := now.Sub(p.lastTime).Seconds(); seconds > 0 && done > p.lastBytes {
+		rate := float64(done-p.lastBytes) / seconds
+		line += fmt.Sprintf(", %s/s", units.HumanSize(rate))
+		if left := time.Duration(float64(total-done)/rate) * time.Second; left > 0 {
+			line += fmt.Sprintf(", about %s left", left)
+		}
+	}
+	p.lastTime, p.lastBytes = now, done
+	return append([]string{line}, images...)
+}
+
+// tell says where the pulls stand, until ctx ends.
+func (p *progress) tell(ctx context.Context, say func(format string, a ...any)) {
+	tick := time.NewTicker(progressInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-tick.C:
+			for _, line := range p.lines(now) {
+				say("%s", line)
+			}
+		}
+	}
+}

@@ -1,0 +1,286 @@
+// Package imagecache is the Packer provisioner selkies-image-cache. It fills a disk
+// of the build VM with container images through the VM's Docker and records in a
+// layer manifest what is where, so that the injector can make the images appear on
+// a node without a pull.
+package imagecache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/docker/go-units"
+	"github.com/hashicorp/hcl/v2/hcldec"
+	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// cleanupTimeout bounds the clean-up of a build that failed or was cancelled.
+const cleanupTimeout = 100 * time.Second
+
+// Provisioner implements packersdk.Provisioner.
+type Provisioner struct{ config Config }
+
+var _ packersdk.Provisioner = (*Provisioner)(nil)
+
+// ConfigSpec is the HCL2 specification of Config.
+func (p *Provisioner) ConfigSpec() hcldec.ObjectSpec { return p.config.FlatMapstructure().HCL2Spec() }
+
+// Prepare decodes and checks the configuration. Its errors name the option.
+func (p *Provisioner) Prepare(raws ...any) error { return p.config.prepare(raws...) }
+
+// Provision fills the disk. It may run again on the same instance, as max_retries
+// has it.
+func (p *Provisioner) Provision(ctx context.Context, ui packersdk.Ui, comm packersdk.Communicator, data map[string]any) error {
+	b := &build{config: &p.config, ui: ui, comm: comm, data: data}
+	defer b.cleanUp(ctx)
+	for _, step := range []struct {
+		name string
+		run  func(context.Context) error
+	}{
+		{"finding credentials", b.findCredentials},
+		{"connecting to the build VM", b.connect},
+		{"resolving images", b.resolve},
+		{"preparing the disk", b.prepareDisk},
+		{"connecting to Docker", b.connectDocker},
+		{"reading the earlier layer manifest", b.readEarlier},
+		{"pulling", b.pull},
+		{"keeping layer blobs", b.keepBlobs},
+		{"recording the layer manifest", b.record},
+		{"pruning", b.prune},
+		{"verifying", b.verify},
+		{"releasing the disk", b.release},
+	} {
+		err := step.run(ctx)
+		if ctx.Err() != nil {
+			return fmt.Errorf("%s: %w", step.name, context.Cause(ctx))
+		}
+		if err != nil {
+			return errors.New(packersdk.LogSecretFilter.FilterString(err.Error()))
+		}
+	}
+	return nil
+}
+
+// build is the state of one run.
+type build struct {
+	config *Config
+	ui     packersdk.Ui
+	comm   packersdk.Communicator
+	data   map[string]any
+
+	registries *registries
+	vm         *vm
+	images     []*wanted
+	failures   []failure
+	disk       *cacheDisk // nil without a disk block
+	engine     *engine
+	store      manifest.Store
+	root       string // where the disk with the store is mounted on the VM
+
+	earlier     *manifest.Manifest
+	earlierData []byte
+	manifest    []byte
+}
+
+func (b *build) say(format string, a ...any) {
+	b.ui.Say(packersdk.LogSecretFilter.FilterString(fmt.Sprintf(format, a...)))
+}
+
+func (b *build) findCredentials(ctx context.Context) error {
+	b.registries = newRegistries(b.config)
+	return b.registries.hideSecrets(ctx, b.config.references)
+}
+
+func (b *build) connect(ctx context.Context) (err error) {
+	b.vm, err = newVM(ctx, b.comm, b.config, b.data)
+	return err
+}
+
+// resolve finds out what the registries have, before anything on the VM changes.
+func (b *build) resolve(ctx context.Context) (err error) {
+	b.images, b.failures, err = b.registries.resolveAll(ctx, b.config.references, b.config.platform, b.config.Concurrency)
+	if err != nil {
+		return err
+	}
+	if len(b.images) == 0 {
+		return b.failed()
+	}
+	b.say("resolved %d references to %d images for %s", len(b.config.references)-len(b.failures), len(b.images), b.config.Platform)
+	for _, f := range b.failures {
+		b.say("%v; going on with the others", f)
+	}
+	return nil
+}
+
+func (b *build) prepareDisk(ctx context.Context) error {
+	if b.config.Disk == nil {
+		return nil
+	}
+	b.disk = &cacheDisk{vm: b.vm, config: *b.config.Disk, say: b.say}
+	return b.disk.prepare(ctx)
+}
+
+func (b *build) connectDocker(ctx context.Context) (err error) {
+	host := b.config.DockerHost
+	if b.disk != nil {
+		if host, err = b.disk.startDaemon(ctx, b.config); err != nil {
+			return err
+		}
+	}
+	// One connection more than there are pulls, for everything else.
+	if b.engine, err = connectEngine(ctx, b.vm, host, b.config.Concurrency+1); err != nil {
+		return err
+	}
+	if err := b.engine.usable(); err != nil {
+		return err
+	}
+	b.store = manifest.Store{Driver: manifest.DriverOverlay2, EngineVersion: b.engine.info.ServerVersion, Blobs: b.config.KeepBlobs}
+	if b.disk != nil {
+		b.root, b.store.Root = b.config.Disk.MountPoint, b.config.Disk.DockerRoot
+	} else if b.root, b.store.Root, err = findStoreDisk(ctx, b.vm, b.engine.info.DockerRootDir); err != nil {
+		return err
+	}
+	b.say("Docker %s on the build VM fills %s", b.store.EngineVersion, path.Join(b.root, b.store.Root))
+	return nil
+}
+
+func (b *build) readEarlier(ctx context.Context) (err error) {
+	b.earlier, b.earlierData, err = readManifest(ctx, b.vm, b.root, b.say)
+	return err
+}
+
+func (b *build) pull(ctx context.Context) error {
+	stored, err := b.engine.storedChains(ctx)
+	if err != nil {
+		return err
+	}
+	p := &puller{
+		engine: b.engine, registries: b.registries, platform: b.config.platform, attempts: b.config.MaxPullAttempts,
+		say: b.say, progress: newProgress(b.images, stored, time.Now()),
+	}
+	if _, total, kept := p.progress.counts(); total > 0 {
+		b.say("%s to pull, %s is there", units.HumanSize(float64(total)), units.HumanSize(float64(kept)))
+	}
+	telling, stop := context.WithCancel(ctx)
+	go p.progress.tell(telling, b.say)
+	pulled, failures, err := p.pullAll(ctx, b.images, b.config.Concurrency)
+	stop()
+	if err != nil {
+		return err
+	}
+	done, _, kept := p.progress.counts()
+	b.say("pulled %s, kept %s", units.HumanSize(float64(done)), units.HumanSize(float64(kept)))
+	b.images, b.failures = pulled, append(b.failures, failures...)
+	// What was pulled stays on the disk for the next try; the layer manifest stays
+	// as it is, since nothing it names has gone.
+	return b.failed()
+}
+
+// failed is one error that names every reference that could not be had.
+func (b *build) failed() error {
+	if len(b.failures) == 0 {
+		return nil
+	}
+	lines := make([]string, len(b.failures))
+	for i, f := range b.failures {
+		lines[i] = oneLine(f.Error())
+	}
+	return fmt.Errorf("%d of %d references failed: %s", len(lines), len(b.config.references), strings.Join(lines, "; "))
+}
+
+func (b *build) keepBlobs(ctx context.Context) error {
+	if !b.config.KeepBlobs {
+		return nil
+	}
+	return newBlobStore(b.vm, b.root, b.say).keep(ctx, b.images)
+}
+
+func (b *build) record(ctx context.Context) error {
+	r := &recorder{engine: b.engine, platform: b.config.platform, store: b.store, dataRoot: b.engine.info.DockerRootDir}
+	m, err := r.record(ctx, b.images, time.Now())
+	if err != nil {
+		return err
+	}
+	if b.manifest, err = writeManifest(ctx, b.vm, b.root, m, b.earlier, b.earlierData); err != nil {
+		return err
+	}
+	if b.config.ManifestOutput != "" {
+		if err := copyManifest(b.config.ManifestOutput, b.manifest); err != nil {
+			return err
+		}
+	}
+	written, err := manifest.Decode(b.manifest)
+	if err != nil {
+		return err
+	}
+	id, err := written.ID()
+	if err != nil {
+		return err
+	}
+	b.say("recorded %d images with %d layers, cache ID %s", len(written.Images), len(written.Layers), id)
+	return nil
+}
+
+// prune runs when everything wanted is there: an image that is dropped earlier
+// takes layers along that the new ones share. The layer manifest never names what
+// is gone, whenever the build is cut off.
+func (b *build) prune(ctx context.Context) error {
+	if b.config.Prune.False() {
+		return nil
+	}
+	p := &pruner{engine: b.engine, say: b.say, mayRemove: recordedNames(b.earlier)}
+	if b.disk != nil {
+		p.mayRemove, p.unnamed = func(string) bool { return true }, true
+	}
+	if err := p.prune(ctx, b.images); err != nil {
+		return err
+	}
+	blobs := newBlobStore(b.vm, b.root, b.say)
+	if !b.config.KeepBlobs {
+		return blobs.prune(ctx, nil)
+	}
+	return blobs.prune(ctx, b.images)
+}
+
+func (b *build) verify(ctx context.Context) error {
+	if b.config.Verify {
+		b.say("reading all layers back")
+		if err := verifyContent(ctx, b.engine, b.images); err != nil {
+			return err
+		}
+	}
+	return verifyDisk(ctx, b.vm, b.root, b.manifest)
+}
+
+// release leaves the disk clean: with a disk block unmounted, else flushed, since
+// an image may be made of it at any moment from now.
+func (b *build) release(ctx context.Context) error {
+	b.engine.close()
+	if b.disk == nil {
+		if _, err := b.vm.run(ctx, "sync"); err != nil {
+			return fmt.Errorf("flushing the disk: %w", err)
+		}
+		return nil
+	}
+	return b.disk.release(ctx)
+}
+
+// cleanUp takes back what a failed or cancelled build has on the VM. Should Packer
+// not leave it the time, the VM does the same by itself; see lifeline.
+func (b *build) cleanUp(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	if b.engine != nil {
+		b.engine.close()
+	}
+	if b.disk != nil {
+		if err := b.disk.free(ctx); err != nil {
+			b.ui.Error(packersdk.LogSecretFilter.FilterString(err.Error()))
+		}
+	}
+}

@@ -1,0 +1,206 @@
+package imagecache
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/docker/docker/api/types/image"
+	"github.com/google/renameio/v2"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+	"github.com/selkies-project/packer-plugin-selkies/version"
+)
+
+func toolName() string { return "packer-plugin-selkies/" + version.String() }
+
+// recorder describes the daemon's store in a layer manifest.
+type recorder struct {
+	engine   *engine
+	platform ocispec.Platform
+	store    manifest.Store
+	// dataRoot is the store as the daemon sees it, an absolute path.
+	dataRoot string
+
+	layers []manifest.Layer
+	index  map[digest.Digest]int
+}
+
+// record describes the images given. All that it says of the store comes from the
+// Engine API.
+func (r *recorder) record(ctx context.Context, images []*wanted, created time.Time) (*manifest.Manifest, error) {
+	m := &manifest.Manifest{
+		SchemaVersion: manifest.SchemaVersion,
+		Platform:      r.platform,
+		Created:       created,
+		Tool:          toolName(),
+		Store:         r.store,
+	}
+	r.index = map[digest.Digest]int{}
+	for _, w := range images {
+		if err := r.recordLayers(ctx, w); err != nil {
+			return nil, fmt.Errorf("recording %s: %w", w, err)
+		}
+		img := w.image
+		img.Names = w.names()
+		m.Images = append(m.Images, img)
+	}
+	m.Layers = r.layers
+	return m, nil
+}
+
+func (r *recorder) recordLayers(ctx context.Context, w *wanted) error {
+	inspect, err := r.engine.ImageInspect(ctx, w.id())
+	if err != nil {
+		return err
+	}
+	dirs, err := layerDirectories(inspect, path.Join(r.dataRoot, manifest.DriverOverlay2))
+	if err != nil {
+		return err
+	}
+	diffIDs, err := w.image.DiffIDs()
+	if err != nil {
+		return err
+	}
+	if len(dirs) != len(diffIDs) {
+		return fmt.Errorf("docker has %d layer directories, the image %d layers", len(dirs), len(diffIDs))
+	}
+	for i, d := range diffIDs {
+		if got := inspect.RootFS.Layers[i]; got != d.String() {
+			return fmt.Errorf("docker has %s as layer %d, the image's config %s", got, i, d)
+		}
+	}
+	history, err := r.engine.ImageHistory(ctx, w.id())
+	if err != nil {
+		return err
+	}
+	sizes := layerSizes(history, len(diffIDs), inspect.Size)
+	parent := digest.Digest("")
+	for i, chainID := range w.chain {
+		if _, known := r.index[chainID]; !known {
+			r.index[chainID] = len(r.layers)
+			r.layers = append(r.layers, manifest.Layer{
+				ChainID:   chainID,
+				DiffID:    diffIDs[i],
+				Parent:    parent,
+				Directory: dirs[i],
+				Size:      sizes[i],
+			})
+		}
+		parent = chainID
+	}
+	return nil
+}
+
+// layerDirectories are the names of an image's layer directories in the driver's
+// home, base layer first. The driver tells the top one and, from the top down,
+// those below it.
+func layerDirectories(inspect image.InspectResponse, home string) ([]string, error) {
+	if len(inspect.RootFS.Layers) == 0 {
+		return nil, nil
+	}
+	data := inspect.GraphDriver.Data
+	paths := []string{data["UpperDir"]}
+	if lower := data["LowerDir"]; lower != "" {
+		paths = append(paths, strings.Split(lower, ":")...)
+	}
+	slices.Reverse(paths)
+	dirs := make([]string, len(paths))
+	for i, p := range paths {
+		dir, ok := strings.CutPrefix(p, home+"/")
+		dir, isDiff := strings.CutSuffix(dir, "/diff")
+		if !ok || !isDiff || strings.Contains(dir, "/") {
+			return nil, fmt.Errorf("docker has a layer in %q, which is no layer directory of %s", p, home)
+		}
+		dirs[i] = dir
+	}
+	return dirs, nil
+}
+
+// layerSizes takes the sizes of n layers, base layer first, from the image's
+// history, which the daemon gives newest first, with a zero size for entries that
+// made no layer. It has nothing for an image that was built without one: then the
+// top layer stands for what the others lack of the image's size.
+func layerSizes(history []image.HistoryResponseItem, n int, total int64) []int64 {
+	sizes := make([]int64, 0, n)
+	for _, h := range slices.Backward(history) {
+		if h.Size > 0 {
+			sizes = append(sizes, h.Size)
+		}
+	}
+	if len(sizes) == n {
+		return sizes
+	}
+	// Some layer is empty, or the history is not complete.
+	sizes = make([]int64, n)
+	if n > 0 {
+		sizes[n-1] = total
+	}
+	return sizes
+}
+
+// readManifest reads the layer manifest of an earlier build, nil if there is none
+// to go by.
+func readManifest(ctx context.Context, r *vm, root string, say func(string, ...any)) (*manifest.Manifest, []byte, error) {
+	name := path.Join(root, manifest.Path)
+	data, err := r.run(ctx, "cat", name)
+	if exitStatus(err) > 0 {
+		return nil, nil, nil
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("reading the layer manifest %s: %w", name, err)
+	}
+	m, err := manifest.Decode(data)
+	if err != nil {
+		say("the earlier layer manifest is not readable and will be replaced: %v", err)
+		return nil, data, nil
+	}
+	return m, data, nil
+}
+
+// writeManifest writes m to the disk, unless the one there says the same but for
+// its date: an unchanged cache keeps its cache ID. It returns what is on the disk.
+func writeManifest(ctx context.Context, r *vm, root string, m, earlier *manifest.Manifest, earlierData []byte) ([]byte, error) {
+	if earlier != nil {
+		same := *m
+		same.Created = earlier.Created
+		data, err := same.Encode()
+		if err != nil {
+			return nil, fmt.Errorf("encoding the layer manifest: %w", err)
+		}
+		if bytes.Equal(data, earlierData) {
+			return data, nil
+		}
+	}
+	data, err := m.Encode()
+	if err != nil {
+		return nil, fmt.Errorf("encoding the layer manifest: %w", err)
+	}
+	name := path.Join(root, manifest.Path)
+	if _, err := r.run(ctx, "mkdir", "--parents", path.Dir(name)); err != nil {
+		return nil, fmt.Errorf("writing the layer manifest: %w", err)
+	}
+	if err := r.writeFile(ctx, name, bytes.NewReader(data)); err != nil {
+		return nil, fmt.Errorf("writing the layer manifest: %w", err)
+	}
+	return data, nil
+}
+
+// copyManifest writes the copy on the Packer host.
+func copyManifest(name string, data []byte) error {
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return fmt.Errorf("writing manifest_output: %w", err)
+	}
+	if err := renameio.WriteFile(name, data, 0o644); err != nil {
+		return fmt.Errorf("writing manifest_output: %w", err)
+	}
+	return nil
+}
