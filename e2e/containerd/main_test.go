@@ -73,7 +73,11 @@ func setUp(m *testing.M) (status int, err error) {
 	if err := host.Build(ctx, "./injector", world.injector); err != nil {
 		return 1, err
 	}
-	if world.reg, err = registry.Start(registry.Config{Dir: filepath.Join(dir, "blobs")}); err != nil {
+	blobs := filepath.Join(dir, "blobs")
+	if err := os.Mkdir(blobs, 0o755); err != nil {
+		return 1, err
+	}
+	if world.reg, err = registry.Start(registry.Config{Dir: blobs}); err != nil {
 		return 1, err
 	}
 	defer world.reg.Stop()

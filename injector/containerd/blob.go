@@ -40,7 +40,8 @@ type blob struct {
 
 // blobsOf lists the image's blobs, those that others refer to first. Layer blobs
 // are there only if the disk keeps them; nothing but docker save and a push
-// needs them.
+// needs them. The labels are those that a pull sets, also for what is not there, so
+// that a pull of the same image finds nothing to change.
 func blobsOf(d *cachedisk.Disk, img manifest.Image, chain []digest.Digest) ([]blob, error) {
 	config := blob{desc: img.Config, refs: map[string]string{}}
 	if len(chain) > 0 {
@@ -49,18 +50,18 @@ func blobsOf(d *cachedisk.Disk, img manifest.Image, chain []digest.Digest) ([]bl
 	man := blob{desc: img.Manifest, refs: map[string]string{
 		"containerd.io/gc.ref.content.config": img.Config.Digest.String(),
 	}}
+	layers, err := img.LayerBlobs()
+	if err != nil {
+		return nil, err
+	}
+	diffIDs, err := img.DiffIDs()
+	if err != nil {
+		return nil, err
+	}
 	var blobs []blob
-	if d.Manifest.Store.Blobs {
-		layers, err := img.LayerBlobs()
-		if err != nil {
-			return nil, err
-		}
-		diffIDs, err := img.DiffIDs()
-		if err != nil {
-			return nil, err
-		}
-		for i, l := range layers {
-			man.refs["containerd.io/gc.ref.content.l."+strconv.Itoa(i)] = l.Digest.String()
+	for i, l := range layers {
+		man.refs["containerd.io/gc.ref.content.l."+strconv.Itoa(i)] = l.Digest.String()
+		if d.Manifest.Store.Blobs {
 			blobs = append(blobs, blob{
 				desc: l,
 				info: map[string]string{labels.LabelUncompressed: diffIDs[i].String()},
@@ -76,9 +77,7 @@ func blobsOf(d *cachedisk.Disk, img manifest.Image, chain []digest.Digest) ([]bl
 			return nil, fmt.Errorf("decoding index %s: %w", img.Index.Digest, err)
 		}
 		for i, m := range list.Manifests {
-			if m.Digest == img.Manifest.Digest {
-				index.refs["containerd.io/gc.ref.content.m."+strconv.Itoa(i)] = m.Digest.String()
-			}
+			index.refs["containerd.io/gc.ref.content.m."+strconv.Itoa(i)] = m.Digest.String()
 		}
 		blobs = append(blobs, index)
 	}

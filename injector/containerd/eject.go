@@ -191,36 +191,45 @@ func (r *Runtime) handOver(ctx context.Context, s *survey, wanted func(digest.Di
 	return nil
 }
 
-// whyKept says of each layer that stays what keeps it; of a chain, the top.
+// whyKept says for each chain of layers that stays, named by its top, what keeps
+// it: images, else snapshots.
 func (r *Runtime) whyKept(ctx context.Context, s *survey, left []snapshots.Info) []string {
 	if len(left) == 0 {
 		return nil
 	}
-	keeper := map[string][]string{}
-	for _, info := range s.snapshots {
-		if info.Parent != "" && !isLayer(info) {
-			keeper[info.Parent] = append(keeper[info.Parent], "snapshot "+info.Name)
+	images, children := map[string][]string{}, map[string][]string{}
+	for name, record := range s.images {
+		// The CRI's records by image ID say nothing to a person.
+		if digest.Digest(name).Validate() == nil {
+			continue
+		}
+		if chain, err := r.chain(ctx, record); err == nil {
+			for _, id := range chain {
+				images[chainName(id)] = append(images[chainName(id)], "image "+name)
+			}
 		}
 	}
-	for _, record := range s.images {
-		if chain, err := r.chain(ctx, record); err == nil && len(chain) > 0 && digest.Digest(record.Name).Validate() != nil {
-			top := chainName(chain[len(chain)-1])
-			keeper[top] = append(keeper[top], "image "+record.Name)
-		}
+	for name, info := range s.snapshots {
+		children[info.Parent] = append(children[info.Parent], "snapshot "+name)
 	}
-	parents := map[string]bool{}
+	below := map[string]bool{}
 	for _, info := range left {
-		parents[info.Parent] = true
+		below[info.Parent] = true
 	}
 	var kept []string
 	for _, info := range left {
-		by := slices.Sorted(slices.Values(keeper[info.Name]))
-		switch {
-		case len(by) > 0:
-			kept = append(kept, fmt.Sprintf("layer %s and those below it, for %s", short(digest.Digest(info.Name)), strings.Join(by, ", ")))
-		case !parents[info.Name]:
-			kept = append(kept, fmt.Sprintf("layer %s and those below it, for a lease or content that refers to it", short(digest.Digest(info.Name))))
+		if below[info.Name] {
+			continue
 		}
+		by := images[info.Name]
+		if len(by) == 0 {
+			by = children[info.Name]
+		}
+		if len(by) == 0 {
+			by = []string{"a lease or content that refers to it"}
+		}
+		slices.Sort(by)
+		kept = append(kept, fmt.Sprintf("layer %s and those below it, for %s", short(digest.Digest(info.Name)), strings.Join(by, ", ")))
 	}
 	return kept
 }
