@@ -1,0 +1,383 @@
+//go:build e2e
+
+package docker_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+// TestLife is the life of the catalogue's images on a node: registered, used in
+// every way, removed, taken back.
+func TestLife(t *testing.T) {
+	sum := checksum(t, world.first.image)
+	for _, r := range releases {
+		t.Run(r.name, func(t *testing.T) {
+			n := newNode(t, r.docker)
+			life(t, n)
+		})
+	}
+	if checksum(t, world.first.image) != sum {
+		t.Error("the cache disk was written to")
+	}
+}
+
+func life(t *testing.T, n *node) {
+	// What a normal pull gives.
+	trees, inspects := map[string]treediff.Tree{}, map[string]map[string]any{}
+	for _, image := range world.refs {
+		n.Output(t, "docker", "pull", "-q", image)
+		trees[image] = n.tree(t, image)
+	}
+	for _, image := range world.refs {
+		inspects[image] = n.inspect(t, image)
+	}
+	n.fresh(t)
+	before := n.store(t)
+	n.attach(t, world.first.image, cacheDir)
+	if err := world.reg.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := world.reg.Start(); err != nil && !strings.Contains(err.Error(), "running") {
+			t.Log(err)
+		}
+	})
+
+	var registered treediff.Tree
+	t.Run("plan", func(t *testing.T) {
+		var refs []report.Reference
+		if err := n.injector(t, &refs, "plan", ref("oci:latest"), ref("nothing:1")); err != nil {
+			t.Fatal(err)
+		}
+		if refs[0].Cover != report.Hit || refs[1].Cover != report.Miss {
+			t.Errorf("plan says %+v", refs)
+		}
+		same(t, "after plan", before, n.store(t))
+	})
+	t.Run("inject", func(t *testing.T) {
+		r := n.inject(t)
+		t.Logf("%d ms", r.Milliseconds)
+		if d := r.Disks[0]; d.Registered != len(world.first.manifest.Layers) || d.Present != 0 {
+			t.Errorf("%d layers registered and %d present, want all %d registered", d.Registered, d.Present, len(world.first.manifest.Layers))
+		}
+		for _, img := range r.Disks[0].Images {
+			if img.State != report.Registered || img.Reason != "" {
+				t.Errorf("%s is %s: %s", img.Names, img.State, img.Reason)
+			}
+		}
+		registered = n.store(t)
+	})
+	t.Run("inject twice", func(t *testing.T) {
+		pid := n.pid(t)
+		r := n.inject(t)
+		if r.Disks[0].Registered != 0 || slices.ContainsFunc(r.Disks[0].Images, func(i report.Image) bool { return i.State != report.Present }) {
+			t.Errorf("the second run says %+v", r.Disks[0])
+		}
+		if n.pid(t) != pid {
+			t.Error("the second run restarted docker")
+		}
+		same(t, "after the second run", registered, n.store(t))
+	})
+	t.Run("use without a registry", func(t *testing.T) {
+		for _, image := range world.refs {
+			if diff := cmp.Diff(inspects[image], n.inspect(t, image)); diff != "" {
+				t.Errorf("docker inspect %s differs from a pulled image's (-pulled +injected):\n%s", image, diff)
+			}
+			n.hello(t, image)
+			same(t, image, trees[image], n.tree(t, image))
+		}
+	})
+	t.Run("status", func(t *testing.T) {
+		var regs []report.Registration
+		if err := n.injector(t, &regs, "status"); err != nil {
+			t.Fatal(err)
+		}
+		if len(regs) != len(world.first.manifest.Images) {
+			t.Errorf("%d images, want %d", len(regs), len(world.first.manifest.Images))
+		}
+		for _, r := range regs {
+			if !r.Readable {
+				t.Errorf("%s: %s", r.Names, r.Problem)
+			}
+		}
+	})
+	t.Run("save", func(t *testing.T) {
+		for _, image := range []string{ref("odd-files:latest"), ref("same-layer-twice:latest"), ref("docker-schema2:latest")} {
+			n.Output(t, "docker", "save", "-o", "/tmp/saved.tar", image)
+			img, err := tarball.ImageFromPath(n.Path("/tmp/saved.tar"), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			checkLayers(t, image, img)
+		}
+	})
+	t.Run("build on top", func(t *testing.T) {
+		n.Output(t, "sh", "-ec", fmt.Sprintf(`mkdir -p /tmp/build; cd /tmp/build; echo new >file
+			printf 'FROM %s\nCOPY file /file\nRUN /bin/busybox sh -c "cat /file /greeting >/both"\n' >Dockerfile
+			docker build -q --network none -t built .`, ref("oci:latest")))
+		if out := n.Output(t, "docker", "run", "--rm", "--network", "none", "built", "/bin/busybox", "cat", "/both"); out != "new\nhello\n" {
+			t.Errorf("the built image has %q", out)
+		}
+		n.Output(t, "docker", "run", "--name", "c", "--network", "none", ref("odd-files:latest"), "/bin/busybox", "touch", "/committed")
+		if out := n.Output(t, "docker", "diff", "c"); out != "A /committed\n" {
+			t.Errorf("docker diff says %q", out)
+		}
+		n.Output(t, "docker", "commit", "c", "committed")
+		n.Output(t, "docker", "rm", "c")
+		n.hello(t, "committed")
+		n.Output(t, "docker", "rmi", "built", "committed")
+	})
+	t.Run("rmi", func(t *testing.T) {
+		for _, image := range world.refs {
+			n.Output(t, "docker", "rmi", image)
+		}
+		n.Output(t, "docker", "image", "prune", "-af")
+		if left, _ := filepath.Glob(n.Path(dataRoot + "/image/overlay2/layerdb/sha256/*")); len(left) > 0 {
+			t.Errorf("layers are left over: %v", left)
+		}
+		dirs, _ := filepath.Glob(n.Path(dataRoot + "/overlay2/*"))
+		links, _ := filepath.Glob(n.Path(dataRoot + "/overlay2/l/*"))
+		if len(dirs) != 1 || len(links) != 0 {
+			t.Errorf("left over: %v %v", dirs, links)
+		}
+		n.inject(t)
+		same(t, "registered again", registered, n.store(t))
+	})
+	t.Run("a newer tag shares layers", func(t *testing.T) {
+		if err := world.reg.Start(); err != nil {
+			t.Fatal(err)
+		}
+		world.reg.Reset()
+		n.Output(t, "docker", "pull", "-q", world.newer)
+		if c := world.reg.Count(); c.BlobGets != 2 {
+			t.Errorf("the pull fetched %v, want the config and one layer", c.Blobs)
+		}
+		n.hello(t, world.newer)
+		n.Output(t, "docker", "rmi", world.newer)
+		world.reg.Reset()
+		n.Output(t, "docker", "pull", "-q", ref("shared:1"))
+		if c := world.reg.Count(); c.BlobGets != 0 {
+			t.Errorf("the pull of a registered tag fetched %v", c.Blobs)
+		}
+	})
+	t.Run("eject", func(t *testing.T) {
+		n.Output(t, "docker", "run", "-d", "--name", "user", "--network", "none", ref("oci:latest"), "/bin/sleep", "1000")
+		used := n.store(t)
+		n.refused(t, []string{"eject"}, "user", "docker rm")
+		same(t, "after a refused eject", used, n.store(t))
+		n.Output(t, "docker", "rm", "-f", "user")
+
+		n.Output(t, "docker", "tag", ref("oci:latest"), "mine")
+		if r := n.eject(t); len(r.Kept) == 0 {
+			t.Errorf("nothing is kept of an image that has another tag: %+v", r)
+		}
+		n.hello(t, "mine")
+		n.Output(t, "docker", "rmi", "mine")
+		n.eject(t)
+		after := n.store(t)
+		// The pull of the newer tag left its own metadata, as dockerd does.
+		for name := range after {
+			if _, ok := before[name]; !ok && strings.Contains(name, "/distribution/") {
+				delete(after, name)
+			}
+		}
+		same(t, "after eject", before, after)
+	})
+}
+
+// checkLayers hashes a saved image's layers.
+func checkLayers(t *testing.T, what string, img v1.Image) {
+	t.Helper()
+	config, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, l := range layers {
+		r, err := l.Uncompressed()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, _, err := v1.SHA256(r)
+		r.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h != config.RootFS.DiffIDs[i] {
+			t.Errorf("%s: saved layer %d is %s, not %s", what, i, h, config.RootFS.DiffIDs[i])
+		}
+	}
+}
+
+// TestEjectClean takes back what was registered on a node that never pulled.
+func TestEjectClean(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	before := n.store(t)
+	n.attach(t, world.first.image, cacheDir)
+	n.inject(t)
+	r := n.eject(t)
+	if r.Layers != len(world.first.manifest.Layers) || len(r.Kept) != 0 {
+		t.Errorf("%d layers taken back and %v kept, want %d and nothing", r.Layers, r.Kept, len(world.first.manifest.Layers))
+	}
+	same(t, "after eject", before, n.store(t))
+}
+
+// TestGenerations has two cache disks that share layers.
+func TestGenerations(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	before := n.store(t)
+	detach := n.attach(t, world.first.image, cacheDir)
+	n.attach(t, world.second.image, "/mnt/disks/gke-secondary-disks/second")
+	r := n.inject(t)
+	if len(r.Disks) != 2 || r.Disks[1].Registered != 1 {
+		t.Errorf("two disks: %+v", r.Disks)
+	}
+	n.hello(t, world.newer)
+
+	// The older disk goes: what both have stays, and is read from the newer one.
+	n.eject(t, world.first.id(t))
+	n.Output(t, "umount", cacheDir)
+	detach()
+	n.hello(t, world.newer)
+	n.hello(t, ref("shared:1"))
+	n.hello(t, ref("two-tags:one"))
+	if _, err := n.Run(t.Context(), "docker", "image", "inspect", ref("oci:latest")); err == nil {
+		t.Error("an image of the older disk alone is still there")
+	}
+	n.eject(t)
+	same(t, "after eject", before, n.store(t))
+
+	// The older disk is gone without a word: the newer one heals what it has.
+	detach = n.attach(t, world.first.image, cacheDir)
+	n.inject(t, "--cache", cacheDir)
+	n.Output(t, "umount", cacheDir, stateDir+"/"+strings.TrimPrefix(world.first.id(t), "sha256:"))
+	detach()
+	if _, err := n.Run(t.Context(), "docker", "run", "--rm", "--network", "none", ref("shared:1")); err == nil {
+		t.Error("a container runs without its layers")
+	}
+	n.inject(t)
+	n.hello(t, ref("shared:1"))
+}
+
+// TestNodeWins registers on a node that has images of its own under the same names.
+func TestNodeWins(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.Output(t, "docker", "pull", "-q", ref("shared:1"))
+	n.Output(t, "docker", "tag", ref("shared:1"), ref("oci:latest"))
+	n.Output(t, "docker", "run", "--name", "c", "--network", "none", ref("shared:1"), "/bin/busybox", "touch", "/f")
+	n.Output(t, "docker", "commit", "c", ref("two-tags:one"))
+	n.Output(t, "docker", "rm", "c")
+	own := map[string]any{}
+	for _, image := range []string{ref("oci:latest"), ref("two-tags:one"), ref("shared:1")} {
+		own[image] = n.inspect(t, image)["Id"]
+	}
+	before := n.store(t)
+	n.attach(t, world.first.image, cacheDir)
+	r := n.inject(t)
+	if got := r.Disks[0].Present; got != 4 {
+		t.Errorf("%d layers were present, want the four pulled ones", got)
+	}
+	told := 0
+	for _, img := range r.Disks[0].Images {
+		if strings.Contains(img.Reason, "another image as") {
+			told++
+		}
+	}
+	if told != 2 {
+		t.Errorf("%d images are reported as standing back, want 2: %+v", told, r.Disks[0].Images)
+	}
+	for image, id := range own {
+		if got := n.inspect(t, image)["Id"]; got != id {
+			t.Errorf("%s was replaced", image)
+		}
+	}
+	n.hello(t, ref("two-tags:two"))
+	n.hello(t, ref("deep:latest"))
+	n.eject(t)
+	same(t, "after eject", before, n.store(t))
+	n.hello(t, ref("shared:1"))
+}
+
+// TestVerify finds what was changed behind the manifest's back.
+func TestVerify(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.attach(t, world.first.image, cacheDir)
+	var reports []report.Verify
+	if err := n.injector(t, &reports, "verify"); err != nil {
+		t.Fatal(err)
+	}
+	if reports[0].Layers != len(world.first.manifest.Layers) || reports[0].Bytes == 0 {
+		t.Errorf("verified %+v", reports[0])
+	}
+	t.Logf("%d bytes in %d ms", reports[0].Bytes, reports[0].Milliseconds)
+
+	// A writable copy, through an overlay as the image is read-only.
+	n.Output(t, "sh", "-ec", "mkdir -p /run/copy; cp -a /cache /run/copy/")
+	odd := odd(t)
+	for _, tt := range []struct{ name, change, undo string }{
+		{"content", "cp -a odd/first /tmp/f; printf x | dd of=odd/first conv=notrunc status=none", "cat /tmp/f >odd/first; touch -r /tmp/f odd/first"},
+		{"mode", "chmod 0600 odd/first", "chmod --reference=/tmp/f odd/first"},
+		{"owner", "chown 12:13 odd/first; chmod --reference=/tmp/f odd/first", "chown --reference=/tmp/f odd/first; chmod --reference=/tmp/f odd/first"},
+		{"time", "touch -d @1 odd/first", "touch -r /tmp/f odd/first"},
+		{"attribute", "setfattr -n user.x -v y odd/first", "setfattr -x user.x odd/first"},
+		{"more", "touch odd/more", "rm odd/more"},
+		{"missing", "mv odd/first /tmp/g", "mv /tmp/g odd/first"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := "/run/copy/cache/" + odd
+			touched := "touch -r odd /tmp/dirtime; " + tt.change + "; touch -r /tmp/dirtime odd"
+			if _, err := n.Run(t.Context(), "sh", "-ec", "cd "+dir+"; "+touched); err != nil {
+				if tt.name == "attribute" {
+					t.Skip("the machine has no setfattr")
+				}
+				t.Fatal(err)
+			}
+			var reports []report.Verify
+			err := n.injector(t, &reports, "verify", "--cache", "/run/copy/cache")
+			if err == nil || !strings.Contains(err.Error(), odd) {
+				t.Errorf("the damage was not found: %v", err)
+			}
+			if b, _ := json.Marshal(reports); !strings.Contains(string(b), "odd/") {
+				t.Errorf("the file is not named: %s", b)
+			}
+			n.Output(t, "sh", "-ec", "cd "+dir+"; touch -r odd /tmp/dirtime; "+tt.undo+"; touch -r /tmp/dirtime odd")
+		})
+	}
+}
+
+// odd is the directory of the layer that has odd/first, relative to the disk's root.
+func odd(t *testing.T) string {
+	t.Helper()
+	m := world.first.manifest
+	for _, img := range m.Images {
+		if !slices.Contains(img.Names, ref("odd-files:latest")) {
+			continue
+		}
+		chain, err := img.ChainIDs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range m.Layers {
+			if l.ChainID == chain[1] {
+				return m.LayerPath(l)
+			}
+		}
+	}
+	t.Fatal("no odd-files")
+	return ""
+}

@@ -1,0 +1,227 @@
+//go:build e2e
+
+package docker_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+const (
+	cacheDir = "/cache" // where the injector looks by itself
+	dataRoot = "/var/lib/docker"
+	stateDir = "/var/lib/selkies-image-cache"
+)
+
+var releases = []struct {
+	name   string
+	docker machine.Release
+}{
+	{"Docker 20.10", machine.Debian},
+	{"Moby 29", machine.Upstream},
+}
+
+// node is a machine with a Docker.
+type node struct {
+	*machine.Machine
+	docker machine.Docker
+}
+
+func newNode(t *testing.T, release machine.Release) *node {
+	t.Helper()
+	n := &node{machine.New(t, machine.Config{Name: "node"}), machine.Docker{Release: release}}
+	if err := n.Install(world.injector, "/usr/local/bin/selkies-image-injector"); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.StartContainerd(t.Context(), machine.Containerd{Release: release}); err != nil {
+		t.Fatal(err)
+	}
+	n.start(t)
+	return n
+}
+
+func (n *node) start(t *testing.T) {
+	t.Helper()
+	if err := n.StartDocker(t.Context(), n.docker); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (n *node) stop(t *testing.T) {
+	t.Helper()
+	n.Output(t, "systemctl", "stop", "docker.socket", "docker.service")
+}
+
+// fresh gives the node a Docker that never had an image.
+func (n *node) fresh(t *testing.T) {
+	t.Helper()
+	n.stop(t)
+	n.Output(t, "sh", "-ec", "umount "+stateDir+"/* 2>/dev/null || :; rm -rf "+stateDir+"; find "+dataRoot+" -mindepth 1 -delete")
+	n.start(t)
+}
+
+// attach attaches a disk image read-only and mounts it at dir, as GKE does. The
+// returned function takes both away.
+func (n *node) attach(t *testing.T, image, dir string) (detach func()) {
+	t.Helper()
+	loop, err := host.AttachLoop(image, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Base(loop.Path)
+	if err := n.AttachDisk(loop.Path, name); err != nil {
+		t.Fatal(err)
+	}
+	n.Output(t, "mkdir", "-p", dir)
+	n.Output(t, "mount", "-o", "ro,noload", loop.Path, dir)
+	detach = func() {
+		if err := n.DetachDisk(loop.Path, name); err != nil && !os.IsNotExist(err) {
+			t.Log(err)
+		}
+		loop.Close()
+	}
+	t.Cleanup(detach)
+	return detach
+}
+
+// injector runs the injector and decodes its report.
+func (n *node) injector(t *testing.T, out any, args ...string) error {
+	t.Helper()
+	text, err := n.Run(t.Context(), append([]string{"selkies-image-injector", "--runtime", "docker", "--output", "json"}, args...)...)
+	if text != "" && out != nil {
+		if err := json.Unmarshal([]byte(text), out); err != nil {
+			t.Fatalf("the injector said %q: %v", text, err)
+		}
+	}
+	return err
+}
+
+func (n *node) inject(t *testing.T, args ...string) *report.Inject {
+	t.Helper()
+	var r report.Inject
+	if err := n.injector(t, &r, append([]string{"inject"}, args...)...); err != nil {
+		t.Fatal(err)
+	}
+	return &r
+}
+
+func (n *node) eject(t *testing.T, args ...string) *report.Eject {
+	t.Helper()
+	var r report.Eject
+	if err := n.injector(t, &r, append([]string{"eject"}, args...)...); err != nil {
+		t.Fatal(err)
+	}
+	return &r
+}
+
+// refused runs the injector, which must fail with one line that has every word.
+func (n *node) refused(t *testing.T, args []string, words ...string) {
+	t.Helper()
+	err := n.injector(t, nil, args...)
+	if err == nil {
+		t.Fatalf("%v succeeded", args)
+	}
+	for _, w := range words {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("%v: %q does not say %q", args, err, w)
+		}
+	}
+	if said := strings.TrimSpace(err.Error()); strings.Contains(said, "\n") {
+		t.Errorf("%v: more than a line: %q", args, said)
+	}
+}
+
+// hello runs an image's echo in a container.
+func (n *node) hello(t *testing.T, image string) {
+	t.Helper()
+	if out := n.Output(t, "docker", "run", "--rm", "--network", "none", image, "/bin/echo", "hello"); out != "hello\n" {
+		t.Errorf("%s said %q", image, out)
+	}
+}
+
+// tree is the tree that a container of the image sees, without what Docker makes in it.
+func (n *node) tree(t *testing.T, image string) treediff.Tree {
+	t.Helper()
+	id := strings.TrimSpace(n.Output(t, "docker", "run", "-d", "--network", "none", image, "/bin/sleep", "1000"))
+	defer n.Output(t, "docker", "rm", "-f", id)
+	pid := strings.TrimSpace(n.Output(t, "docker", "inspect", "-f", "{{.State.Pid}}", id))
+	tree, err := treediff.Dir(n.Path(fmt.Sprintf("/proc/%s/root", pid)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range tree {
+		switch top, _, _ := strings.Cut(name, "/"); top {
+		case ".", ".dockerenv", "dev", "proc", "sys", "etc":
+			delete(tree, name)
+		}
+	}
+	return tree
+}
+
+// inspect is what docker says of an image, without what depends on the day.
+func (n *node) inspect(t *testing.T, image string) map[string]any {
+	t.Helper()
+	var all []map[string]any
+	if err := json.Unmarshal([]byte(n.Output(t, "docker", "image", "inspect", image)), &all); err != nil {
+		t.Fatal(err)
+	}
+	delete(all[0], "Metadata")
+	delete(all[0], "GraphDriver")
+	return all[0]
+}
+
+// store is Docker's image store and our state, as files. Directories that dockerd
+// makes with the first layer and keeps, and times, are left out.
+func (n *node) store(t *testing.T) treediff.Tree {
+	t.Helper()
+	all := treediff.Tree{}
+	for _, dir := range []string{dataRoot + "/image", dataRoot + "/overlay2", filepath.Dir(stateDir)} {
+		tree, err := treediff.Dir(n.Path(dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, e := range tree {
+			if dir == filepath.Dir(stateDir) && !strings.HasPrefix(name, filepath.Base(stateDir)) || filepath.Base(name) == "lastUpdated" {
+				continue
+			}
+			if e.Type == "dir" {
+				e.Mode, e.Size = 0, 0
+			}
+			e.ModTime = time.Time{}
+			switch name {
+			case "overlay2/layerdb/sha256", "overlay2/layerdb/mounts", "overlay2/layerdb/tmp", "overlay2/distribution":
+				continue
+			}
+			all[filepath.Join(dir, name)] = e
+		}
+	}
+	return all
+}
+
+func same(t *testing.T, what string, want, got treediff.Tree) {
+	t.Helper()
+	diffs := treediff.Compare(want, got)
+	for i, d := range diffs {
+		if i == 10 {
+			t.Errorf("%s: and %d more", what, len(diffs)-i)
+			break
+		}
+		t.Errorf("%s: %s", what, d)
+	}
+}
+
+// pid is that of dockerd.
+func (n *node) pid(t *testing.T) string {
+	t.Helper()
+	return strings.TrimSpace(n.Output(t, "systemctl", "show", "-P", "MainPID", "docker.service"))
+}
