@@ -16,7 +16,8 @@ cache=${SELKIES_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/packer-plugin-selkies}
 key=$(cd "$dir" && { cat go.mod go.sum; go env GOVERSION GOARCH; } | sha256sum | cut -c1-16)
 out=$cache/tools/$name-$key
 if [ ! -d "$out" ]; then
-	tmp=$(mktemp -d "${TMPDIR:-/tmp}/selkies-tools.XXXXXX")
+	mkdir -p "$cache/tools"
+	tmp=$(mktemp -d "$cache/tools/.build.XXXXXX")
 	trap 'rm -rf "$tmp"' EXIT INT TERM
 	echo "building $name from its Go module (once; kept in $out)" >&2
 	tags= cgo=0
@@ -24,7 +25,6 @@ if [ ! -d "$out" ]; then
 	[ "$name" != runc ] || { tags=seccomp cgo=1; }
 	(cd "$dir" && CGO_ENABLED=$cgo GOFLAGS=-mod=readonly go build -trimpath -buildvcs=false \
 		-tags "$tags" -ldflags='-s -w' -o "$tmp/bin/" tool)
-	mkdir -p "$cache/tools"
 	mv -T "$tmp/bin" "$out" 2>/dev/null || [ -d "$out" ]
 fi
 echo "$out"
