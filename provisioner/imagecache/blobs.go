@@ -44,16 +44,26 @@ func (s *blobStore) keep(ctx context.Context, images []*wanted) error {
 		return err
 	}
 	for _, w := range images {
+		var missing []ocispec.Descriptor
+		var bytes int64
 		for _, b := range w.blobs {
-			if size, ok := have[b.Digest]; ok && size == b.Size {
-				continue
+			if size, ok := have[b.Digest]; !ok || size != b.Size {
+				missing = append(missing, b)
+				bytes += b.Size
+				have[b.Digest] = b.Size
 			}
-			s.say("keeping blob %s of %s, %s", b.Digest, w, units.HumanSize(float64(b.Size)))
+		}
+		if len(missing) > 0 {
+			s.say("keeping %d layer blobs of %s, %s", len(missing), w, units.HumanSize(float64(bytes)))
+		}
+		for _, b := range missing {
 			if err := s.copy(ctx, w, b); err != nil {
 				return fmt.Errorf("keeping blob %s of %s: %w", b.Digest, w, err)
 			}
-			have[b.Digest] = b.Size
 		}
+	}
+	if _, err := s.vm.run(ctx, "sync", "--file-system", s.dir); err != nil {
+		return fmt.Errorf("flushing blobs: %w", err)
 	}
 	return nil
 }
@@ -74,7 +84,7 @@ func (s *blobStore) copy(ctx context.Context, w *wanted, b ocispec.Descriptor) e
 	}
 	defer content.Close()
 	counted := &countingReader{r: content}
-	err = s.vm.writeFile(ctx, s.path(b.Digest), counted)
+	err = s.vm.replaceFile(ctx, s.path(b.Digest), counted)
 	switch {
 	case err != nil && strings.Contains(err.Error(), "No space left on device"):
 		return errDiskFull

@@ -18,10 +18,6 @@ const (
 	// runtimeDirectory is the dedicated daemon's directory in /run, which systemd
 	// removes with the unit.
 	runtimeDirectory = "selkies-image-cache"
-
-	// A namespace of the VM's containerd that dockerd asks for at its start, so that
-	// it never meets the containers of the VM's own daemon.
-	containerdNamespace = "selkies-image-cache"
 )
 
 // lifeline undoes on the build VM what the build did there, however the build
@@ -136,8 +132,10 @@ func (d *cacheDisk) startDaemon(ctx context.Context, c *Config) (host string, er
 		"--property=RuntimeDirectory="+runtimeDirectory,
 		"--property=TimeoutStartSec=90", "--property=TimeoutStopSec=15",
 		"--property=LimitNOFILE=1048576", "--property=TasksMax=infinity",
-		"dockerd", "--config-file="+configFile,
-		"--containerd-namespace="+containerdNamespace, "--containerd-plugins-namespace="+containerdNamespace+"-plugins")
+		// Where dockerd sees no containerd it starts one of its own below its roots,
+		// and the VM's keeps no trace of it.
+		"--property=InaccessiblePaths=-/run/containerd",
+		"dockerd", "--config-file="+configFile)
 	if err != nil {
 		return "", fmt.Errorf("starting a Docker daemon on the cache disk: %w", d.explainDaemon(ctx, err))
 	}

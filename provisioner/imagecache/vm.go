@@ -180,17 +180,23 @@ func (r *vm) commandLine(args []string) (string, error) {
 	return line, nil
 }
 
-// writeFile writes a file on the VM, so that a reader sees the old one or the new
-// one, whole, also after a power loss.
+// writeFile is replaceFile for a file that lasts through a power loss.
 func (r *vm) writeFile(ctx context.Context, name string, content io.Reader) error {
+	if err := r.replaceFile(ctx, name, content); err != nil {
+		return err
+	}
+	_, err := r.run(ctx, "sync", "--file-system", name)
+	return err
+}
+
+// replaceFile writes a file on the VM, so that a reader sees the old one or the new
+// one, whole.
+func (r *vm) replaceFile(ctx context.Context, name string, content io.Reader) error {
 	tmp := name + ".tmp"
 	if _, err := r.runInput(ctx, content, "dd", "of="+tmp, "bs=1M", "conv=fsync", "status=none"); err != nil {
 		return err
 	}
-	if _, err := r.run(ctx, "mv", "--no-target-directory", tmp, name); err != nil {
-		return err
-	}
-	_, err := r.run(ctx, "sync", "--file-system", name)
+	_, err := r.run(ctx, "mv", "--no-target-directory", tmp, name)
 	return err
 }
 

@@ -1,0 +1,317 @@
+//go:build e2e
+
+package provisioner_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// TestBuild puts every shape of image on a blank disk, with Debian's Docker and
+// with Docker 29, and finds the registry's own bytes and every layer there.
+func TestBuild(t *testing.T) {
+	t.Run("debian", func(t *testing.T) { testBuild(t, world.debian, false) })
+	t.Run("upstream", func(t *testing.T) {
+		v, err := bootVM(t.Context(), machine.Upstream)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer v.Close()
+		// The VM's own Docker keeps images in containerd, as Docker 29 does unless told
+		// otherwise; the daemon on the disk does not.
+		if err := v.StartDocker(t.Context(), machine.Docker{Release: machine.Upstream, ImageStore: true}); err != nil {
+			t.Fatal(err)
+		}
+		testBuild(t, v, true)
+		t.Run("own daemon", func(t *testing.T) {
+			reg := registry.New(t, registry.Config{})
+			refs := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
+			out, err := v.build(t, imagesOption(refs))
+			if err == nil || !strings.Contains(out, "docker on the build VM keeps its images in containerd") {
+				t.Errorf("packer build: %v\n%s", err, out)
+			}
+		})
+	})
+}
+
+func testBuild(t *testing.T, v *vm, zstd bool) {
+	reg := registry.New(t, registry.Config{})
+	catalogue, err := images.Catalogue(world.busybox)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !zstd {
+		catalogue = slices.DeleteFunc(catalogue, func(i images.Image) bool { return i.Zstd })
+	}
+	refs, err := images.Push(t.Context(), reg.Addr, catalogue)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A tag with its digest, from a list as people write them.
+	digest, err := catalogue[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := filepath.Join(t.TempDir(), "images.txt")
+	pinned := reg.Addr + "/" + catalogue[0].Repository + ":pinned"
+	if err := remote.Tag(parse(t, pinned).(name.Tag), catalogue[0].Image); err != nil {
+		t.Fatal(err)
+	}
+	text := "# desktops\n\n" + pinned + "@" + digest.String() + "  # pinned\n"
+	if err := os.WriteFile(list, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	output := filepath.Join(t.TempDir(), "manifest.json")
+	d := newDisk(t, v, 1024)
+	before := v.state(t)
+
+	v.mustBuild(t, imagesOption(refs...), d.block(), "image_list_file = \""+list+"\"", "manifest_output = \""+output+"\"", "verify = true", "keep_blobs = true")
+
+	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+		t.Errorf("the build changed the VM: %s", diff)
+	}
+	m, data := d.manifest(t)
+	local, err := os.ReadFile(output)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(local, data) {
+		t.Error("manifest_output is not what is on the disk")
+	}
+	byName := map[string]manifest.Image{}
+	for _, img := range m.Images {
+		for _, n := range img.Names {
+			byName[n] = img
+		}
+	}
+	for _, ref := range append(refs, pinned, pinned[:strings.LastIndex(pinned, ":")]+"@"+digest.String()) {
+		img, ok := byName[ref]
+		if !ok {
+			t.Errorf("%s is not in the manifest", ref)
+			continue
+		}
+		checkDescriptors(t, ref, img)
+	}
+	d.mount(t, func(dir string) {
+		for _, l := range m.Layers {
+			if fi, err := os.Stat(filepath.Join(dir, m.LayerPath(l))); err != nil || !fi.IsDir() {
+				t.Errorf("layer %s: %v", l.ChainID, err)
+			}
+		}
+		checkBlobs(t, dir, m)
+	})
+}
+
+// checkDescriptors compares an image's index, manifest and config with what the
+// registry serves.
+func checkDescriptors(t *testing.T, ref string, img manifest.Image) {
+	t.Helper()
+	desc, err := remote.Get(parse(t, ref))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := img.Target(); string(got.Digest) != desc.Digest.String() || !bytes.Equal(got.Data, desc.Manifest) || got.MediaType != string(desc.MediaType) {
+		t.Errorf("%s: %s %s is not what the registry serves", ref, got.MediaType, got.Digest)
+	}
+	image, err := desc.Image() // linux/amd64 of an index
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := image.RawManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := image.RawConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(img.Manifest.Data, raw) || !bytes.Equal(img.Config.Data, config) {
+		t.Errorf("%s: manifest or config is not what the registry serves", ref)
+	}
+}
+
+func checkBlobs(t *testing.T, dir string, m *manifest.Manifest) {
+	t.Helper()
+	if !m.Store.Blobs {
+		t.Error("store.blobs is false")
+	}
+	for _, img := range m.Images {
+		blobs, err := img.LayerBlobs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range blobs {
+			f, err := os.Open(filepath.Join(dir, manifest.BlobsDir, b.Digest.Algorithm().String(), b.Digest.Encoded()))
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			got, err := b.Digest.Algorithm().FromReader(f)
+			f.Close()
+			if err != nil || got != b.Digest {
+				t.Errorf("blob %s hashes to %s: %v", b.Digest, got, err)
+			}
+		}
+	}
+}
+
+// TestRebuild builds several times on one disk: only what is new is pulled, what is
+// no longer listed leaves, and without a change not a byte of the manifest changes.
+func TestRebuild(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	shared := layer(t, map[string]int{"shared": 3 << 20})
+	added := layer(t, map[string]int{"added": 1 << 20})
+	first := pushed(t, reg, "app:1", newImage(t, shared))
+	newer := newImage(t, shared, added)
+	second := pushed(t, reg, "app:2", newer)
+	other := pushed(t, reg, "other:1", newImage(t, layer(t, map[string]int{"other": 1 << 20})))
+	d := newDisk(t, v, 256)
+
+	v.mustBuild(t, imagesOption(first, other), d.block())
+	_, generation1 := d.manifest(t)
+
+	t.Run("unchanged", func(t *testing.T) {
+		reg.Reset()
+		out := v.mustBuild(t, imagesOption(first, other), d.block())
+		if blobs := layerBlobs(t, reg, newer); len(blobs) > 0 {
+			t.Errorf("pulled %v", blobs)
+		}
+		if _, data := d.manifest(t); !bytes.Equal(data, generation1) {
+			t.Errorf("the manifest changed: %s", cmp.Diff(string(generation1), string(data)))
+		}
+		if !strings.Contains(out, "pulled 0B, kept 4.1") {
+			t.Errorf("does not say what it kept:\n%s", out)
+		}
+	})
+	t.Run("newer", func(t *testing.T) {
+		reg.Reset()
+		out := v.mustBuild(t, imagesOption(second, other), d.block())
+		layers, err := newer.Layers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		digest, err := layers[1].Digest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff([]string{digest.String()}, layerBlobs(t, reg, newer)); diff != "" {
+			t.Errorf("blobs pulled: %s", diff)
+		}
+		m, _ := d.manifest(t)
+		if got := names(m); !slices.Contains(got, second) || slices.Contains(got, first) {
+			t.Errorf("names are %v", got)
+		}
+		if !strings.Contains(out, "removed "+first) {
+			t.Errorf("does not say that it removed %s:\n%s", first, out)
+		}
+	})
+	t.Run("moved tag", func(t *testing.T) {
+		// The tag's earlier image must leave the store, although nothing names it.
+		tag := parse(t, second).(name.Tag)
+		if err := remote.Write(tag, newImage(t, added)); err != nil {
+			t.Fatal(err)
+		}
+		v.mustBuild(t, imagesOption(second, other), d.block())
+		m, _ := d.manifest(t)
+		d.mount(t, func(dir string) {
+			stored, err := filepath.Glob(filepath.Join(dir, m.Store.Root, "image/overlay2/imagedb/content/sha256/*"))
+			if err != nil || len(stored) != len(m.Images) {
+				t.Errorf("the store has %d images, the manifest %d (%v)", len(stored), len(m.Images), err)
+			}
+		})
+	})
+}
+
+// TestOwnDaemon fills the store of the VM's own Docker, and leaves alone what it
+// did not put there.
+func TestOwnDaemon(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	mine := pushed(t, reg, "mine:1", newImage(t, layer(t, map[string]int{"mine": 1000})))
+	first := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"first": 1000})))
+	second := pushed(t, reg, "app:2", newImage(t, layer(t, map[string]int{"second": 1000})))
+	v.Output(t, "docker", "pull", mine)
+	defer v.Run(t.Context(), "sh", "-c", "docker rmi -f $(docker images -q); rm -r /selkies-image-cache")
+
+	v.mustBuild(t, imagesOption(first))
+	v.mustBuild(t, imagesOption(second))
+
+	m, err := manifest.Read(v.Path("/"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m.Store.Root != "var/lib/docker" {
+		// The machine's /var/lib/docker is a mount of its own, as with a data disk
+		// mounted there.
+		t.Errorf("store.root is %q", m.Store.Root)
+	}
+	for _, l := range m.Layers {
+		if _, err := os.Stat(v.Path("/" + m.LayerPath(l))); err != nil {
+			t.Error(err)
+		}
+	}
+	got := v.Output(t, "docker", "images", "--format", "{{.Repository}}:{{.Tag}}")
+	if !strings.Contains(got, mine) || strings.Contains(got, first) || !strings.Contains(got, second) {
+		t.Errorf("docker images:\n%s", got)
+	}
+}
+
+func pushed(t *testing.T, reg *registry.Registry, ref string, image v1.Image) string {
+	t.Helper()
+	full := reg.Addr + "/" + ref
+	if err := remote.Write(parse(t, full), image); err != nil {
+		t.Fatal(err)
+	}
+	return full
+}
+
+func parse(t *testing.T, ref string) name.Reference {
+	t.Helper()
+	r, err := name.ParseReference(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// layerBlobs are the layers among the blobs that were fetched.
+func layerBlobs(t *testing.T, reg *registry.Registry, image v1.Image) []string {
+	t.Helper()
+	layers, err := image.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fetched []string
+	for _, l := range layers {
+		d, err := l.Digest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if slices.Contains(reg.Count().Blobs, d.String()) {
+			fetched = append(fetched, d.String())
+		}
+	}
+	return fetched
+}
+
+func names(m *manifest.Manifest) (names []string) {
+	for _, img := range m.Images {
+		names = append(names, img.Names...)
+	}
+	return names
+}
