@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
+)
+
+// mountPoint is where the cache disk is mounted on the node, as GKE mounts a
+// secondary boot disk.
+const mountPoint = "/mnt/disks/gke-secondary-disks/" + diskName
+
+// measurement is how long a runtime took to have the images running, by one way.
+type measurement struct {
+	runtime, way string
+	get, start   time.Duration
+	served       registry.Count
+}
+
+// runtime is a container runtime of a node: how it is started, how it pulls an image,
+// what the injector calls it, and how it runs a container.
+type runtime struct {
+	name   string
+	inject string
+	start  func(ctx context.Context, node *machine.Machine) error
+	pull   []string
+	run    func(n int, w workload) []string
+}
+
+var containerd = runtime{
+	name:   "containerd 2.4",
+	inject: "containerd",
+	start: func(ctx context.Context, node *machine.Machine) error {
+		return node.StartContainerd(ctx, machine.Containerd{Release: machine.Upstream})
+	},
+	pull: []string{"ctr", "-n", "k8s.io", "images", "pull", "--plain-http"},
+	run: func(n int, w workload) []string {
+		args := []string{"ctr", "-n", "k8s.io", "run", w.mode(), "--net-host", w.ref, fmt.Sprintf("demo-%d", n)}
+		return append(args, w.command...)
+	},
+}
+
+var docker = runtime{
+	name:   "Docker 20.10",
+	inject: "docker",
+	start: func(ctx context.Context, node *machine.Machine) error {
+		return node.StartDocker(ctx, machine.Docker{Release: machine.Debian})
+	},
+	pull: []string{"docker", "pull", "-q"},
+	run: func(n int, w workload) []string {
+		args := []string{"docker", "run", w.mode(), "--network=host", fmt.Sprintf("--name=demo-%d", n), w.ref}
+		return append(args, w.command...)
+	},
+}
+
+// mode is the option of ctr and docker for a container that ends, or that stays.
+func (w workload) mode() string {
+	if w.command == nil {
+		return "--detach"
+	}
+	return "--rm"
+}
+
+// pullOn times pulling and starting the images on a new node.
+func (d *demo) pullOn(r runtime) func(context.Context) error {
+	return func(ctx context.Context) error {
+		return d.measure(ctx, r, "pull", func(node *machine.Machine) error {
+			for _, i := range d.images {
+				if _, err := node.Run(ctx, append(r.pull, i.ref)...); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+}
+
+// injectOn times injecting and starting the images on a new node.
+func (d *demo) injectOn(r runtime) func(context.Context) error {
+	return func(ctx context.Context) error {
+		return d.measure(ctx, r, "inject", func(node *machine.Machine) error {
+			return show(node.Command(ctx, "selkies-image-injector", "inject", "--runtime="+r.inject))
+		})
+	}
+}
+
+// bootNode boots a node with the cache disk attached and mounted, as GKE does it.
+func (d *demo) bootNode(ctx context.Context) (*machine.Machine, error) {
+	node, err := machine.Boot(ctx, machine.Config{Name: "node"})
+	if err != nil {
+		return nil, err
+	}
+	if err = node.Install(d.injector(), "/usr/local/bin/selkies-image-injector"); err == nil {
+		err = node.AttachDisk(d.disk.Path, diskName)
+	}
+	if err == nil {
+		_, err = node.Run(ctx, "mkdir", "-p", mountPoint)
+	}
+	if err == nil {
+		_, err = node.Run(ctx, "mount", "-o", "ro,noload", "/dev/disk/by-id/google-"+diskName, mountPoint)
+	}
+	if err != nil {
+		return nil, errors.Join(err, node.Close())
+	}
+	return node, nil
+}
+
+// measure times, on a new node and from cold caches, how long get takes to make the
+// images known there and how long a container of each takes to start, and counts
+// what the registry serves.
+func (d *demo) measure(ctx context.Context, r runtime, way string, get func(*machine.Machine) error) (err error) {
+	node, err := d.bootNode(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, node.Close()) }()
+	if err := r.start(ctx, node); err != nil {
+		return err
+	}
+	if err := d.coldCaches(); err != nil {
+		return err
+	}
+	m := measurement{runtime: r.name, way: way}
+	d.registry.Reset()
+	began := time.Now()
+	if err := get(node); err != nil {
+		return fmt.Errorf("%s: %s: %w", r.name, way, err)
+	}
+	m.get = time.Since(began)
+	for n, w := range d.images {
+		out, err := node.Run(ctx, r.run(n, w)...)
+		if err != nil {
+			return fmt.Errorf("%s: starting %s: %w", r.name, w.ref, err)
+		}
+		if !strings.Contains(out, w.want) {
+			return fmt.Errorf("%s: %s said %q, not %q", r.name, w.ref, out, w.want)
+		}
+		fmt.Printf("    %s runs\n", w.ref)
+	}
+	m.start = time.Since(began) - m.get
+	m.served = d.registry.Reset()
+	d.measurements = append(d.measurements, m)
+	return nil
+}
+
+// coldCaches empties the page cache, as a new node's is, except for the registry's
+// blobs, which a real registry has in the memory of other machines.
+func (d *demo) coldCaches() error {
+	unix.Sync()
+	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
+		return fmt.Errorf("emptying the page cache: %w", err)
+	}
+	blobs, err := filepath.Glob(filepath.Join(d.blobs, "*", "*"))
+	if err != nil {
+		return err
+	}
+	for _, b := range blobs {
+		f, err := os.Open(b)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, f)
+		f.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
