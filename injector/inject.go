@@ -34,6 +34,9 @@ A second run changes nothing. A run that was killed is completed by the next.`,
 // inject registers the disks that can be read, also when another one is broken.
 func inject(cmd *cobra.Command, f *flags, dryRun bool) error {
 	ctx := cmd.Context()
+	if err := checkRoot(); err != nil {
+		return err
+	}
 	disks, diskErr := cachedisk.Find(f.caches, f.hostRoot)
 	if len(disks) == 0 {
 		return diskErr

@@ -26,8 +26,8 @@ type runtime interface {
 
 // openRuntime connects to the runtime that the flags ask for.
 func openRuntime(ctx context.Context, f *flags) (runtime, error) {
-	if os.Geteuid() != 0 {
-		return nil, errors.New("not root: the runtime's store is root's; run with sudo, or as a privileged container")
+	if err := checkRoot(); err != nil {
+		return nil, err
 	}
 	switch f.runtime {
 	case runtimeContainerd:
@@ -52,6 +52,13 @@ func openRuntime(ctx context.Context, f *flags) (runtime, error) {
 	}
 	return nil, fmt.Errorf("no runtime: containerd at %s does not serve the CRI (%v) and no Docker answers at %s; start one, or name it with --containerd-address or --docker-host",
 		f.containerdAddress, err, f.dockerHost)
+}
+
+func checkRoot() error {
+	if os.Geteuid() != 0 {
+		return errors.New("not root: the cache disk and the runtime's store are root's; run with sudo, or as a privileged container")
+	}
+	return nil
 }
 
 func openContainerd(ctx context.Context, f *flags, namespace string) (runtime, error) {

@@ -84,7 +84,12 @@ func (n *node) attach(t *testing.T, image, dir string) (detach func()) {
 	}
 	n.Output(t, "mkdir", "-p", dir)
 	n.Output(t, "mount", "-o", "ro,noload", loop.Path, dir)
+	done := false
 	detach = func() {
+		if done {
+			return
+		}
+		done = true
 		if err := n.DetachDisk(loop.Path, name); err != nil && !os.IsNotExist(err) {
 			t.Log(err)
 		}
@@ -92,6 +97,29 @@ func (n *node) attach(t *testing.T, image, dir string) (detach func()) {
 	}
 	t.Cleanup(detach)
 	return detach
+}
+
+// emptyDisk attaches a new disk of 64 MiB and returns its device.
+func (n *node) emptyDisk(t *testing.T) string {
+	t.Helper()
+	image := filepath.Join(t.TempDir(), "disk")
+	if err := host.NewDisk(image, 64<<20); err != nil {
+		t.Fatal(err)
+	}
+	loop, err := host.AttachLoop(image, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.AttachDisk(loop.Path, "empty"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := n.DetachDisk(loop.Path, "empty"); err != nil {
+			t.Error(err)
+		}
+		loop.Close()
+	})
+	return loop.Path
 }
 
 // injector runs the injector and decodes its report.

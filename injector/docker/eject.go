@@ -131,11 +131,13 @@ func (e *ejection) supplier(chain digest.Digest, dir string) *record {
 func (e *ejection) removeImages(ctx context.Context) error {
 	for _, rec := range e.going {
 		for _, img := range rec.Images {
+			err := error(nil)
 			if keeper := e.alsoIn(img.ID); keeper != nil {
-				keeper.added(img.ID, img.Added)
-				continue
+				err = e.handOver(ctx, img, keeper.image(img.ID))
+			} else {
+				err = e.removeImage(ctx, img)
 			}
-			if err := e.removeImage(ctx, img); err != nil {
+			if err != nil {
 				return fmt.Errorf("removing image %s: %w", img.Names, err)
 			}
 		}
@@ -153,25 +155,69 @@ func (e *ejection) alsoIn(id digest.Digest) *record {
 	return nil
 }
 
-func (e *ejection) removeImage(ctx context.Context, img recordImage) error {
-	repos, err := e.readRepositories()
+// handOver leaves an image to a staying generation and removes the names that only
+// the going one has.
+func (e *ejection) handOver(ctx context.Context, img recordImage, keeper *recordImage) error {
+	going := img
+	going.Names = slices.DeleteFunc(slices.Clone(img.Names), func(n string) bool { return slices.Contains(keeper.Names, n) })
+	going.Added = slices.DeleteFunc(slices.Clone(img.Added), func(n string) bool { return slices.Contains(keeper.Names, n) })
+	for _, n := range img.Added {
+		if slices.Contains(keeper.Names, n) && !slices.Contains(keeper.Added, n) {
+			keeper.Added = append(keeper.Added, n)
+		}
+	}
+	ours, others, err := e.split(going)
 	if err != nil {
 		return err
 	}
-	own := e.ownsImage(img.ID)
-	remove := img.Added
-	if own {
-		remove = img.Names
-	} else if !e.hasImage(img.ID) {
+	if !slices.ContainsFunc(others, name.tagged) {
+		// Removing the last tag would remove the image.
+		for _, n := range ours {
+			keeper.Names, keeper.Added = append(keeper.Names, n.ref), append(keeper.Added, n.ref)
+		}
 		return nil
 	}
-	var ours, others []name
+	return e.untag(ctx, ours)
+}
+
+// split sorts the names that an image has into those that are ours and others.
+func (e *ejection) split(img recordImage) (ours, others []name, err error) {
+	repos, err := e.readRepositories()
+	if err != nil {
+		return nil, nil, err
+	}
+	remove := img.Added
+	if e.ownsImage(img.ID) {
+		remove = img.Names
+	}
 	for _, n := range repos.names(img.ID) {
 		if slices.Contains(remove, n.ref) {
 			ours = append(ours, n)
 		} else {
 			others = append(others, n)
 		}
+	}
+	return ours, others, nil
+}
+
+func (e *ejection) untag(ctx context.Context, names []name) error {
+	for _, n := range names {
+		_, err := e.cli.ImageRemove(ctx, n.ref, image.RemoveOptions{})
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (e *ejection) removeImage(ctx context.Context, img recordImage) error {
+	own := e.ownsImage(img.ID)
+	if !own && !e.hasImage(img.ID) {
+		return nil
+	}
+	ours, others, err := e.split(img)
+	if err != nil {
+		return err
 	}
 	// Removing an image's last tag removes its digests with it, and removing its last
 	// name the image: the node's own must survive.
@@ -181,11 +227,8 @@ func (e *ejection) removeImage(ctx context.Context, img recordImage) error {
 		}
 		return nil
 	}
-	for _, n := range ours {
-		_, err := e.cli.ImageRemove(ctx, n.ref, image.RemoveOptions{})
-		if err != nil && !errdefs.IsNotFound(err) {
-			return err
-		}
+	if err := e.untag(ctx, ours); err != nil {
+		return err
 	}
 	if own {
 		return e.removeOwnImage(ctx, img, others)
@@ -237,7 +280,7 @@ func (e *ejection) retire(rec *record, left map[digest.Digest]string) error {
 	}
 	if kept > 0 || slices.ContainsFunc(rec.Images, e.remains) {
 		if kept > 0 {
-			e.keep("cache %s: %d of its layers are used by other images", short(rec.CacheID), kept)
+			e.keep("cache %s: %d of its layers are used by other images or the build cache", short(rec.CacheID), kept)
 		}
 		return nil
 	}

@@ -1,0 +1,353 @@
+//go:build e2e
+
+package docker_test
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+// TestKilled kills inject at random points and runs it again: the end is that of a
+// clean run, and docker always runs afterwards if it did before.
+func TestKilled(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.attach(t, world.first.image, cacheDir)
+	for _, tt := range []struct {
+		name   string
+		runs   bool // dockerd runs
+		rounds int
+	}{
+		{"docker runs", true, 15},
+		{"docker is stopped", false, 35},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n.fresh(t)
+			n.stop(t)
+			n.Output(t, "sh", "-ec", "rm -rf /var/lib/spare; cp -a "+dataRoot+" /var/lib/spare")
+			n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
+			reset := func() {
+				n.stop(t)
+				n.Output(t, "sh", "-ec", "umount "+stateDir+"/* 2>/dev/null || :; rm -rf "+stateDir+
+					"; find "+dataRoot+" -mindepth 1 -delete; cp -a /var/lib/spare/. "+dataRoot)
+				if tt.runs {
+					n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
+				}
+			}
+			reset()
+			start := time.Now()
+			n.inject(t)
+			took := time.Since(start)
+			want := n.store(t)
+			t.Logf("a clean run takes %v", took)
+			early := 0
+			for range tt.rounds {
+				reset()
+				after := rand.N(took)
+				cmd := n.Command(t.Context(), "selkies-image-injector", "--runtime", "docker", "inject")
+				if killed(t, n, cmd, after) {
+					early++
+				}
+				n.inject(t)
+				same(t, fmt.Sprintf("killed after %v", after), want, n.store(t))
+				state, _ := n.Run(t.Context(), "systemctl", "is-active", "docker.service", "docker.socket")
+				if active := strings.Count(state, "inactive") == 0; active != tt.runs {
+					t.Errorf("killed after %v: docker's units are %q", after, state)
+				}
+				if t.Failed() {
+					return
+				}
+			}
+			t.Logf("%d of %d runs were killed before their end", early, tt.rounds)
+			if !tt.runs {
+				n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
+			}
+			n.hello(t, ref("deep:latest"))
+		})
+	}
+}
+
+// killed starts cmd and kills the injector in the machine after a while, and says if
+// that was before its end.
+func killed(t *testing.T, n *node, cmd *exec.Cmd, after time.Duration) bool {
+	t.Helper()
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	timer := time.NewTimer(after)
+	defer timer.Stop()
+	select {
+	case <-done:
+		return false
+	case <-timer.C:
+	}
+	// The machine's own process, not the nsenter around it.
+	_, _ = n.Run(t.Context(), "sh", "-c", `for p in /proc/[0-9]*; do
+		[ "$(readlink $p/exe)" != /usr/local/bin/selkies-image-injector ] || kill -9 ${p#/proc/}; done`)
+	return <-done != nil
+}
+
+// TestConcurrent runs four injectors at once.
+func TestConcurrent(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.attach(t, world.first.image, cacheDir)
+	errs := make(chan error)
+	for range 4 {
+		go func() {
+			_, err := n.Run(t.Context(), "selkies-image-injector", "--runtime", "docker", "inject")
+			errs <- err
+		}()
+	}
+	for range 4 {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	n.hello(t, ref("deep:latest"))
+}
+
+// TestReboot reboots with registered images: without the disk containers fail, with
+// it they run, whether it is mounted by the system or by inject.
+func TestReboot(t *testing.T) {
+	for _, r := range releases {
+		t.Run(r.name, func(t *testing.T) {
+			n := newNode(t, r.docker)
+			detach := n.attach(t, world.first.image, cacheDir)
+			n.inject(t)
+			n.Output(t, "docker", "create", "--name", "many", "--network", "none", ref("deep:latest"), "/bin/echo", "hello")
+			n.Output(t, "docker", "create", "--name", "one", "--network", "none", ref("one-layer:latest"), "/bin/echo", "hello")
+			if err := n.Reboot(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			detach()
+			for _, c := range []string{"many", "one"} {
+				if out, err := n.Run(t.Context(), "docker", "start", "-a", c); err == nil {
+					t.Errorf("container %s started without its layers and said %q", c, out)
+				}
+			}
+			for _, image := range []string{ref("deep:latest"), ref("one-layer:latest")} {
+				if out, err := n.Run(t.Context(), "docker", "run", "--rm", "--network", "none", image); err == nil {
+					t.Errorf("%s ran without its layers and said %q", image, out)
+				}
+			}
+			var regs []report.Registration
+			if err := n.injector(t, &regs, "status"); err == nil || len(regs) == 0 || regs[0].Readable {
+				t.Errorf("status says of a missing disk %v, %+v", err, regs)
+			}
+			var refs []report.Reference
+			if err := n.injector(t, &refs, "plan", "--cache", "/nowhere", ref("deep:latest")); err == nil && refs[0].Cover == report.Hit {
+				t.Errorf("plan says of a missing disk %+v", refs)
+			}
+
+			// The disk comes back where it was, by fstab or a mount unit.
+			mountpoint := stateDir + "/" + strings.TrimPrefix(world.first.id(t), "sha256:")
+			n.attach(t, world.first.image, mountpoint)
+			for _, c := range []string{"many", "one"} {
+				if out := n.Output(t, "docker", "start", "-a", c); out != "hello\n" {
+					t.Errorf("container %s said %q", c, out)
+				}
+			}
+			n.hello(t, ref("odd-files:latest"))
+
+			// Or inject mounts it, without a restart.
+			n.Output(t, "umount", mountpoint)
+			n.attach(t, world.first.image, cacheDir)
+			pid := n.pid(t)
+			n.inject(t)
+			if n.pid(t) != pid {
+				t.Error("mounting the disk again restarted docker")
+			}
+			n.hello(t, ref("deep:latest"))
+		})
+	}
+}
+
+// TestStopped registers while docker does not run.
+func TestStopped(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.attach(t, world.first.image, cacheDir)
+	n.stop(t)
+	r := n.inject(t)
+	t.Logf("%d layers in %d ms", r.Disks[0].Registered, r.Milliseconds)
+	if state, _ := n.Run(t.Context(), "systemctl", "is-active", "docker.service", "docker.socket"); state != "inactive\ninactive\n" {
+		t.Errorf("docker's units are %q", state)
+	}
+	n.refused(t, []string{"eject"}, "not running", "start it")
+	n.Output(t, "systemctl", "start", "docker.service")
+	n.hello(t, ref("deep:latest"))
+}
+
+// TestBind reaches layers by bind mounts.
+func TestBind(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	before := n.store(t)
+	sum := checksum(t, world.first.image)
+	n.attach(t, world.first.image, cacheDir)
+	n.inject(t, "--link", "bind")
+	for _, image := range world.refs {
+		n.hello(t, image)
+	}
+	mounts := func() int {
+		out, _ := n.Run(t.Context(), "grep", "-c", "/overlay2/[0-9a-f]*/diff ", "/proc/self/mountinfo")
+		var count int
+		_, _ = fmt.Sscan(out, &count)
+		return count
+	}
+	layers := len(world.first.manifest.Layers)
+	if got := mounts(); got != layers {
+		t.Errorf("%d bind mounts for %d layers", got, layers)
+	}
+	// dockerd unmounts everything in its store as it stops.
+	n.Output(t, "systemctl", "restart", "docker.service")
+	pid := n.pid(t)
+	n.inject(t, "--link", "bind")
+	if got := mounts(); got != layers {
+		t.Errorf("%d bind mounts for %d layers after a restart", got, layers)
+	}
+	if n.pid(t) != pid {
+		t.Error("binding again restarted docker")
+	}
+	n.hello(t, ref("deep:latest"))
+	n.Output(t, "docker", "rmi", ref("odd-files:latest"))
+	n.hello(t, ref("deep:latest"))
+	n.eject(t)
+	if got := mounts(); got != 0 {
+		t.Errorf("%d bind mounts after eject", got)
+	}
+	same(t, "after eject", before, n.store(t))
+	if checksum(t, world.first.image) != sum {
+		t.Error("the cache disk was written to")
+	}
+}
+
+// TestRefused is everything that inject must not touch.
+func TestRefused(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.attach(t, world.first.image, cacheDir)
+	inject := []string{"inject"}
+	unchanged := func(t *testing.T, before treediff.Tree) {
+		t.Helper()
+		same(t, "after a refusal", before, n.store(t))
+	}
+
+	t.Run("not root", func(t *testing.T) {
+		before := n.store(t)
+		_, err := n.Run(t.Context(), "setpriv", "--reuid", "1000", "--clear-groups", "selkies-image-injector", "--runtime", "docker", "inject")
+		if err == nil || !strings.Contains(err.Error(), "root") {
+			t.Errorf("says %v", err)
+		}
+		unchanged(t, before)
+	})
+	t.Run("running containers", func(t *testing.T) {
+		n.Output(t, "docker", "pull", "-q", ref("one-layer:latest"))
+		n.Output(t, "docker", "run", "-d", "--name", "busy", "--network", "none", ref("one-layer:latest"), "/bin/sleep", "1000")
+		before, pid := n.store(t), n.pid(t)
+		n.refused(t, inject, "busy", "live-restore", "--docker-restart-running")
+		unchanged(t, before)
+		if n.pid(t) != pid {
+			t.Error("docker was restarted")
+		}
+		var r report.Inject
+		if err := n.injector(t, &r, "inject", "--dry-run"); err == nil {
+			t.Logf("dry run: %+v", r)
+		}
+		// With live-restore containers survive.
+		n.docker.Config = map[string]any{"live-restore": true}
+		n.Output(t, "docker", "rm", "-f", "busy")
+		n.start(t)
+		n.Output(t, "docker", "run", "-d", "--name", "busy", "--network", "none", ref("one-layer:latest"), "/bin/sleep", "1000")
+		before = n.store(t)
+		n.inject(t)
+		if out := n.Output(t, "docker", "inspect", "-f", "{{.State.Running}}", "busy"); out != "true\n" {
+			t.Errorf("the container runs: %s", out)
+		}
+		n.hello(t, ref("deep:latest"))
+		// The container's image is the node's own, on a layer of its own.
+		n.eject(t)
+		unchanged(t, before)
+		n.Output(t, "docker", "rm", "-f", "busy")
+		n.docker.Config = nil
+		n.start(t)
+		// Or when it is allowed to end them.
+		n.Output(t, "docker", "run", "-d", "--name", "busy", "--network", "none", ref("one-layer:latest"), "/bin/sleep", "1000")
+		n.inject(t, "--docker-restart-running")
+		n.Output(t, "docker", "rm", "-f", "busy")
+		n.eject(t)
+	})
+	t.Run("not under systemd", func(t *testing.T) {
+		n.fresh(t)
+		before := n.store(t)
+		n.stop(t)
+		n.Output(t, "systemd-run", "-q", "--unit", "other", "-p", "Type=notify", "/usr/sbin/dockerd", "--containerd", "/run/containerd/containerd.sock")
+		n.refused(t, inject, "docker.service", "stop it")
+		unchanged(t, before)
+		n.Output(t, "systemctl", "stop", "other")
+	})
+	t.Run("another data root", func(t *testing.T) {
+		n.start(t)
+		n.refused(t, []string{"inject", "--docker-root", "/srv"}, "/srv", dataRoot)
+		n.stop(t)
+		n.refused(t, []string{"inject", "--docker-root", "/srv"}, "/srv", "no overlay2 store")
+		n.start(t)
+	})
+	t.Run("another storage driver", func(t *testing.T) {
+		n.docker.Config = map[string]any{"storage-driver": "vfs"}
+		n.start(t)
+		n.refused(t, inject, "vfs", "overlay2", "daemon.json")
+	})
+	t.Run("userns-remap", func(t *testing.T) {
+		n.docker.Config = map[string]any{"userns-remap": "default"}
+		n.start(t)
+		n.refused(t, inject, "userns-remap")
+	})
+	n.docker.Config = nil
+	t.Run("no room", func(t *testing.T) {
+		small := n.emptyDisk(t)
+		n.Output(t, "sh", "-ec", fmt.Sprintf("mkfs.ext4 -q -N 300 %[1]s; mkdir -p /mnt/small; mount %[1]s /mnt/small", small))
+		n.docker.Config = map[string]any{"data-root": "/mnt/small"}
+		n.start(t)
+		pid := n.pid(t)
+		n.refused(t, inject, "inodes free", "make room")
+		if n.pid(t) != pid {
+			t.Error("docker was restarted")
+		}
+		n.stop(t)
+		n.Output(t, "umount", "/mnt/small")
+		n.docker.Config = nil
+	})
+	t.Run("a damaged disk", func(t *testing.T) {
+		n.start(t)
+		before := n.store(t)
+		n.Output(t, "sh", "-ec", "mkdir -p /run/bad/selkies-image-cache; head -c 1000 /cache/selkies-image-cache/manifest.json >/run/bad/selkies-image-cache/manifest.json")
+		n.refused(t, []string{"inject", "--cache", "/run/bad"}, "/run/bad", "truncated")
+		n.Output(t, "cp", "/cache/selkies-image-cache/manifest.json", "/run/bad/selkies-image-cache/manifest.json")
+		n.refused(t, []string{"inject", "--cache", "/run/bad"}, "/run/bad", "layer")
+		unchanged(t, before)
+	})
+	t.Run("the write fails", func(t *testing.T) {
+		// A directory where repositories.json should be cannot be replaced.
+		before := n.store(t)
+		pid := n.pid(t)
+		n.Output(t, "sh", "-ec", "mkdir -p /run/keep; chattr +i "+dataRoot+"/image/overlay2/imagedb/content/sha256")
+		n.refused(t, inject, "registering image")
+		n.Output(t, "chattr", "-i", dataRoot+"/image/overlay2/imagedb/content/sha256")
+		if n.pid(t) == pid || n.pid(t) == "0" {
+			t.Error("docker was not started again")
+		}
+		if got, want := n.Output(t, "docker", "images", "-q"), ""; got != want {
+			t.Errorf("images are half visible: %q", got)
+		}
+		n.inject(t)
+		n.hello(t, ref("deep:latest"))
+		n.eject(t)
+		unchanged(t, before)
+	})
+}
