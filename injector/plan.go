@@ -33,6 +33,9 @@ and the node have it:
 
 func plan(cmd *cobra.Command, f *flags, refs []string) error {
 	ctx := cmd.Context()
+	if err := checkRoot(); err != nil {
+		return err
+	}
 	disks, diskErr := cachedisk.Find(f.caches, f.hostRoot)
 	if len(disks) == 0 {
 		return diskErr

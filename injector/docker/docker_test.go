@@ -1,0 +1,321 @@
+package docker
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/docker/docker/api/types/system"
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// newStore is a store as dockerd makes it, below a directory that stands for the
+// host's root.
+func newStore(t *testing.T) store {
+	t.Helper()
+	s := store{hostRoot: t.TempDir(), root: DefaultRoot}
+	for _, dir := range []string{"proc/1", "var/lib"} {
+		if err := os.MkdirAll(filepath.Join(s.hostRoot, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink(s.hostRoot, filepath.Join(s.hostRoot, "proc/1/root")); err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(s.hostRoot, "proc/1/mountinfo"), "")
+	for _, dir := range []string{s.overlay("l"), s.image("layerdb"), s.image("imagedb/content/sha256"), s.image("imagedb/metadata/sha256")} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+func write(t *testing.T, name, content string) {
+	t.Helper()
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, []byte(content), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pulled puts a layer into the store as dockerd does.
+func (s store) pulled(t *testing.T, chain, parent digest.Digest, id, link, lower string) {
+	t.Helper()
+	write(t, filepath.Join(s.layerdb(chain), "cache-id"), id)
+	if parent != "" {
+		write(t, filepath.Join(s.layerdb(chain), "parent"), parent.String())
+		write(t, s.overlay(id, "lower"), lower)
+	}
+	write(t, s.overlay(id, "link"), link)
+}
+
+// newDisk is a cache disk with one image of n layers.
+func newDisk(t *testing.T, n int, names ...string) *cachedisk.Disk {
+	t.Helper()
+	config := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}}
+	m := &manifest.Manifest{
+		SchemaVersion: 1, Platform: config.Platform, Created: time.Unix(1, 0), Tool: "test",
+		Store: manifest.Store{Driver: "overlay2", Root: "docker", EngineVersion: "1"},
+	}
+	image := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest}
+	for i := range n {
+		diffID := digest.FromString(strings.Repeat("d", i+1))
+		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, diffID)
+		l := manifest.Layer{DiffID: diffID, Directory: strings.Repeat("d", i+1), Size: int64(i)}
+		l.ChainID = identity.ChainID(append([]digest.Digest(nil), config.RootFS.DiffIDs...))
+		if i > 0 {
+			l.Parent = m.Layers[i-1].ChainID
+		}
+		m.Layers = append(m.Layers, l)
+		image.Layers = append(image.Layers, ocispec.Descriptor{Digest: digest.FromString(strings.Repeat("b", i+1))})
+	}
+	config.RootFS.Type = "layers"
+	inline := func(v any) ocispec.Descriptor {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b)), Data: b}
+	}
+	img := manifest.Image{Names: names, Config: inline(config)}
+	image.Config = ocispec.Descriptor{Digest: img.Config.Digest, Size: img.Config.Size}
+	img.Manifest = inline(image)
+	m.Images = []manifest.Image{img}
+	id, err := m.ID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &cachedisk.Disk{Dir: "/cache", ID: id, Manifest: m}
+}
+
+func TestFamiliar(t *testing.T) {
+	d := "@sha256:" + strings.Repeat("a", 64)
+	for normalised, want := range map[string]name{
+		"docker.io/library/debian:12":     {"debian", "debian:12"},
+		"debian":                          {"debian", "debian:latest"},
+		"docker.io/library/debian" + d:    {"debian", "debian" + d},
+		"docker.io/library/debian:12" + d: {"debian", "debian" + d},
+		"docker.io/selkies/desktop:1.4":   {"selkies/desktop", "selkies/desktop:1.4"},
+		"gcr.io/project/a/b:c":            {"gcr.io/project/a/b", "gcr.io/project/a/b:c"},
+		"127.0.0.1:5000/a:b":              {"127.0.0.1:5000/a", "127.0.0.1:5000/a:b"},
+	} {
+		got, err := familiar(normalised)
+		if err != nil || got != want {
+			t.Errorf("familiar(%q) = %v, %v; want %v", normalised, got, err, want)
+		}
+		if got.tagged() == strings.Contains(want.ref, "@") {
+			t.Errorf("%q: tagged() = %t", want.ref, got.tagged())
+		}
+	}
+	if _, err := familiar("Not a reference"); err == nil {
+		t.Error("no error for a malformed reference")
+	}
+}
+
+func TestRepositories(t *testing.T) {
+	s := newStore(t)
+	a, b := digest.FromString("a"), digest.FromString("b")
+	const was = `{"Repositories":{"debian":{"debian:12":"` // as dockerd writes it
+	write(t, s.image("repositories.json"), was+a.String()+`"}}}`)
+	r, err := s.readRepositories()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.add(name{"debian", "debian:12"}, b) {
+		t.Error("a name that the node has was replaced")
+	}
+	if !r.add(name{"debian", "debian:13"}, b) || !r.add(name{"x", "x:1"}, b) {
+		t.Error("a new name was not added")
+	}
+	if err := s.writeRepositories(r); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(s.image("repositories.json"))
+	want := was + a.String() + `","debian:13":"` + b.String() + `"},"x":{"x:1":"` + b.String() + `"}}}`
+	if err != nil || string(got) != want {
+		t.Errorf("wrote %s, %v; want %s", got, err, want)
+	}
+
+	write(t, s.image("repositories.json"), "{")
+	if _, err := s.readRepositories(); err == nil || !strings.Contains(err.Error(), "repositories.json") {
+		t.Errorf("a broken file gives %v", err)
+	}
+}
+
+// TestPlanLower has the node's own layers below those of the disk.
+func TestPlanLower(t *testing.T) {
+	r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink}}
+	d := newDisk(t, 4, "docker.io/library/x:1")
+	l := d.Manifest.Layers
+	r.pulled(t, l[0].ChainID, "", "node0", "NODE0", "")
+	r.pulled(t, l[1].ChainID, l[0].ChainID, "node1", "NODE1", "l/NODE0")
+	c, err := r.plan([]*cachedisk.Disk{d})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lowers []string
+	for _, l := range c.layers {
+		lowers = append(lowers, l.Lower)
+	}
+	want := []string{"l/NODE1:l/NODE0", "l/" + ownLink(l[2].ChainID) + ":l/NODE1:l/NODE0"}
+	if diff := cmp.Diff(want, lowers); diff != "" {
+		t.Errorf("lower (-want +got):\n%s", diff)
+	}
+	if got, want := c.layers[0].Source, StateDir+"/"+d.ID.Encoded()+"/docker/overlay2/ddd/diff"; got != want {
+		t.Errorf("linked to %s, want %s", got, want)
+	}
+	if got := c.disks[0]; got.Registered != 2 || got.Present != 2 || got.Images[0].State != report.Registered {
+		t.Errorf("reported %+v", got)
+	}
+}
+
+// TestCommit registers, looks again, and takes the distribution metadata back.
+func TestCommit(t *testing.T) {
+	r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink}}
+	disks := []*cachedisk.Disk{newDisk(t, 3, "docker.io/library/x:1", "gcr.io/p/x:1")}
+	c, err := r.plan(disks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.checkRoom(c); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.save(c.records[0]); err != nil {
+		t.Fatal(err)
+	}
+	// Twice, as after a run that was killed.
+	for range 2 {
+		if err := r.stage(c, LinkSymlink); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.commit(c); err != nil {
+		t.Fatal(err)
+	}
+	again, err := r.plan(disks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if again.restart() || again.disks[0].Images[0].State != report.Present || len(again.metadata.Sources) > 0 {
+		t.Errorf("after commit there is still %+v", again)
+	}
+	if len(again.relinks) > 0 {
+		t.Errorf("relinks %v of a disk that is there", again.relinks)
+	}
+	repos, err := r.readRepositories()
+	if err != nil || len(repos.Repositories) != 2 {
+		t.Errorf("names %v, %v", repos, err)
+	}
+	sources := r.readSources(disks[0].Manifest.Layers[0].DiffID)
+	if len(sources) != 2 || sources[0].SourceRepository != "docker.io/library/x" {
+		t.Errorf("sources %v", sources)
+	}
+
+	// A second save, of a run that had nothing to add, forgets nothing.
+	if err := r.save(again.records[0]); err != nil {
+		t.Fatal(err)
+	}
+	recs, err := r.records()
+	if err != nil || len(recs) != 1 {
+		t.Fatal(recs, err)
+	}
+	if diff := cmp.Diff(c.records[0].normal(), recs[0], cmpopts.EquateEmpty()); diff != "" {
+		t.Errorf("the record changed (-first +second):\n%s", diff)
+	}
+	if err := r.removeMetadata(recs[0].Metadata); err != nil {
+		t.Fatal(err)
+	}
+	if left, _ := filepath.Glob(r.image("distribution", "*")); len(left) > 0 {
+		t.Errorf("left over: %v", left)
+	}
+}
+
+func TestPlanRefuses(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		layers int
+		node   func(t *testing.T, s store, d *cachedisk.Disk)
+		reason string
+	}{
+		{"too deep", maxLayers + 1, nil, "126 layers"},
+		{"damaged", 2, func(t *testing.T, s store, d *cachedisk.Disk) {
+			write(t, filepath.Join(s.layerdb(d.Manifest.Layers[0].ChainID), "size"), "1")
+		}, "damaged"},
+		{"directory gone", 2, func(t *testing.T, s store, d *cachedisk.Disk) {
+			write(t, filepath.Join(s.layerdb(d.Manifest.Layers[0].ChainID), "cache-id"), "nowhere")
+		}, "damaged"},
+		{"name taken", 2, func(t *testing.T, s store, _ *cachedisk.Disk) {
+			write(t, s.image("repositories.json"), `{"Repositories":{"x":{"x:1":"`+digest.FromString("").String()+`"}}}`)
+		}, "another image as x:1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink}}
+			d := newDisk(t, tt.layers, "docker.io/library/x:1")
+			if tt.node != nil {
+				tt.node(t, r.store, d)
+			}
+			c, err := r.plan([]*cachedisk.Disk{d})
+			if err != nil {
+				t.Fatal(err)
+			}
+			img := c.disks[0].Images[0]
+			if img.State != report.Skipped || !strings.Contains(img.Reason, tt.reason) || c.restart() {
+				t.Errorf("%s: %q, restart %t; want it skipped: %s", img.State, img.Reason, c.restart(), tt.reason)
+			}
+		})
+	}
+}
+
+func TestServable(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		info system.Info
+		kind string
+		want string
+	}{
+		{"graph driver", system.Info{Driver: "overlay2", DriverStatus: [][2]string{{"Backing Filesystem", "extfs"}}}, KindOverlay2, ""},
+		{"image store", system.Info{Driver: "overlayfs", DriverStatus: [][2]string{{"driver-type", "io.containerd.snapshotter.v1"}}}, KindContainerd, "--containerd-namespace moby"},
+		{"vfs", system.Info{Driver: "vfs"}, "vfs", "only overlay2"},
+		{"userns-remap", system.Info{Driver: "overlay2", SecurityOptions: []string{"name=seccomp", "name=userns"}}, KindOverlay2, "userns-remap"},
+		{"rootless", system.Info{Driver: "overlay2", SecurityOptions: []string{"name=rootless"}}, KindOverlay2, "rootless"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := kind(&tt.info); got != tt.kind {
+				t.Errorf("kind is %s, want %s", got, tt.kind)
+			}
+			err := servable(&tt.info)
+			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("says %v, want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestCheck(t *testing.T) {
+	s := newStore(t)
+	if err := s.check(); err != nil {
+		t.Error(err)
+	}
+	s.root = "/var/lib/docker/100000.100000"
+	if err := s.check(); err == nil || !strings.Contains(err.Error(), "userns-remap") {
+		t.Errorf("says %v", err)
+	}
+	s.root = "/srv"
+	if err := s.check(); err == nil || !strings.Contains(err.Error(), "--docker-root") {
+		t.Errorf("says %v", err)
+	}
+}
