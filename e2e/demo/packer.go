@@ -49,9 +49,10 @@ func (d *demo) packerBuild(ctx context.Context) error {
 		cmd.Env = append(os.Environ(), "CHECKPOINT_DISABLE=1", "PACKER_NO_COLOR=1",
 			"PACKER_CONFIG_DIR="+d.dir, "PACKER_PLUGIN_PATH="+filepath.Join(d.dir, "plugins"),
 			"PACKER_CACHE_DIR="+filepath.Join(d.dir, "packer-cache"))
-		// It gets one interrupt from here, not a second one from the terminal.
+		// Packer expects an interrupt as a terminal sends it, to all its processes, and
+		// only one: the second makes it give up its clean-up.
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-		cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+		cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
 		cmd.WaitDelay = time.Minute
 		return show(cmd)
 	}
