@@ -39,6 +39,8 @@ type Config struct {
 	References []string
 	// Blobs keeps the compressed layers on the disk too.
 	Blobs bool
+	// Release of the Docker that writes the store, Debian by default.
+	Release machine.Release
 	// Created is the generation's time, now if zero.
 	Created time.Time
 }
@@ -50,8 +52,7 @@ const (
 	diskSize = 8 << 30
 )
 
-// Build makes a cache disk with the Docker of m, a machine on Debian's release,
-// which it starts and stops.
+// Build makes a cache disk with the Docker of m, which it starts and stops.
 func Build(ctx context.Context, m *machine.Machine, c Config) (_ *manifest.Manifest, err error) {
 	if err := host.NewDisk(c.Image, diskSize); err != nil {
 		return nil, err
@@ -79,8 +80,14 @@ func Build(ctx context.Context, m *machine.Machine, c Config) (_ *manifest.Manif
 		_, unmount := m.Run(context.WithoutCancel(ctx), "umount", mountPoint)
 		err = errors.Join(err, stop, unmount)
 	}()
+	if c.Release == "" {
+		c.Release = machine.Debian
+	}
+	if err := m.StartContainerd(ctx, machine.Containerd{Release: c.Release}); err != nil {
+		return nil, err
+	}
 	err = m.StartDocker(ctx, machine.Docker{
-		Release: machine.Debian,
+		Release: c.Release,
 		Config:  map[string]any{"data-root": mountPoint + "/" + storeRoot},
 	})
 	if err != nil {

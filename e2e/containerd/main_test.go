@@ -81,7 +81,7 @@ func setUp(m *testing.M) (status int, err error) {
 		return 1, err
 	}
 	defer world.reg.Stop()
-	if err := push(ctx); err != nil {
+	if err := push(ctx, dir); err != nil {
 		return 1, fmt.Errorf("pushing images: %w", err)
 	}
 	if err := buildDisks(ctx, dir); err != nil {
@@ -148,12 +148,20 @@ func layer(files ...file) (v1.Layer, error) {
 	}, tarball.WithMediaType(types.OCILayer))
 }
 
-func push(ctx context.Context) error {
+func push(ctx context.Context, tmp string) error {
 	path, err := machine.Busybox(ctx)
 	if err != nil {
 		return err
 	}
 	busybox, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	program := filepath.Join(tmp, "euid")
+	if err := host.Build(ctx, "./e2e/containerd/testdata/euid", program, "-ldflags=-s -w"); err != nil {
+		return err
+	}
+	euid, err := os.ReadFile(program)
 	if err != nil {
 		return err
 	}
@@ -163,8 +171,7 @@ func push(ctx context.Context) error {
 			dir("bin/"), dir("etc/"), dir("tmp/"), dir("proc/"), dir("sys/"), dir("dev/"),
 			{name: "bin/busybox", body: string(busybox)},
 			{name: "bin/sh", typ: tar.TypeSymlink, link: "busybox"},
-			// busybox's own su is what a set-user-ID bit shows on.
-			{name: "bin/id", body: string(busybox), mode: 0o4755},
+			{name: "bin/euid", body: string(euid), mode: 0o4755},
 			{name: "etc/passwd", body: "root:x:0:0::/:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n", mode: 0o644},
 		},
 		{dir("data/"), {name: "data/owned", body: "owned", uid: 1000, mode: 0o644}, {name: "data/gone", body: "gone", mode: 0o644}},

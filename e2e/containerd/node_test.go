@@ -47,8 +47,13 @@ type node struct {
 
 func newNode(t *testing.T, release machine.Release) *node {
 	t.Helper()
+	return newNodeWith(t, release, machine.Config{Name: "node"})
+}
+
+func newNodeWith(t *testing.T, release machine.Release, config machine.Config) *node {
+	t.Helper()
 	n := &node{
-		Machine: machine.New(t, machine.Config{Name: "node"}),
+		Machine: machine.New(t, config),
 		config:  machine.Containerd{Release: release, Sandbox: ref(sandbox)},
 		ns:      "k8s.io",
 	}
@@ -58,6 +63,12 @@ func newNode(t *testing.T, release machine.Release) *node {
 	n.start(t)
 	t.Cleanup(n.disconnect)
 	return n
+}
+
+// ctr runs containerd's own client in the node's namespace.
+func (n *node) ctr(t *testing.T, args ...string) string {
+	t.Helper()
+	return n.Output(t, append([]string{"ctr", "-n", n.ns}, args...)...)
 }
 
 // start starts containerd and connects to it.
@@ -240,6 +251,20 @@ func (n *node) state(t *testing.T, strict bool) []string {
 	return lines
 }
 
+// collect has containerd collect its garbage, such as the directories of
+// containers that were removed.
+func (n *node) collect(t *testing.T) {
+	t.Helper()
+	ctx := n.context(t)
+	l, err := n.ctrd.LeasesService().Create(ctx, leases.WithRandomID())
+	if err == nil {
+		err = n.ctrd.LeasesService().Delete(ctx, l, leases.SynchronousDelete)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 func labels(m map[string]string) string {
 	var s []string
 	for k, v := range m {
@@ -250,9 +275,10 @@ func labels(m map[string]string) string {
 }
 
 // settled waits until the CRI, which follows containerd's events, has stopped
-// changing records, and gives the state then.
+// changing records, and gives the state then, without garbage.
 func (n *node) settled(t *testing.T, strict bool) []string {
 	t.Helper()
+	n.collect(t)
 	last := n.state(t, strict)
 	same := 0
 	wait(t, "a state that stays", func() error {
@@ -294,8 +320,13 @@ type pod struct {
 	sandbox, container string
 }
 
-// run starts a container of the image in a pod of its own.
+// run starts a container of the image in a pod of its own, on the host's network.
 func (n *node) run(t *testing.T, name, reference string) (*pod, error) {
+	t.Helper()
+	return n.runIn(t, name, reference, &cri.NamespaceOption{Network: cri.NamespaceMode_NODE})
+}
+
+func (n *node) runIn(t *testing.T, name, reference string, options *cri.NamespaceOption) (*pod, error) {
 	t.Helper()
 	config := &cri.PodSandboxConfig{
 		Metadata:     &cri.PodSandboxMetadata{Name: name, Namespace: "test", Uid: name, Attempt: 0},
@@ -303,9 +334,7 @@ func (n *node) run(t *testing.T, name, reference string) (*pod, error) {
 		Labels: map[string]string{
 			"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "test", "io.kubernetes.pod.uid": name,
 		},
-		Linux: &cri.LinuxPodSandboxConfig{SecurityContext: &cri.LinuxSandboxSecurityContext{
-			NamespaceOptions: &cri.NamespaceOption{Network: cri.NamespaceMode_NODE},
-		}},
+		Linux: &cri.LinuxPodSandboxConfig{SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: options}},
 	}
 	s, err := n.runtime().RunPodSandbox(t.Context(), &cri.RunPodSandboxRequest{Config: config})
 	if err != nil {
@@ -323,7 +352,7 @@ func (n *node) run(t *testing.T, name, reference string) (*pod, error) {
 			Labels: map[string]string{
 				"io.kubernetes.container.name": "main", "io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "test",
 			},
-			Linux: &cri.LinuxContainerConfig{},
+			Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{NamespaceOptions: options}},
 		},
 	})
 	if err != nil {

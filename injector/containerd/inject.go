@@ -88,8 +88,7 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, start tim
 	if err != nil {
 		return nil, err
 	}
-	run := &run{r: r, id: "selkies-image-injector-" + rand.Text(), survey: s, sources: sourcesOf(disks),
-		layers: map[digest.Digest]func() (bool, error){}, blobs: map[digest.Digest]func() error{}}
+	run := r.newRun(ctx, s, disks)
 	if err := run.anchor(ctx, disks); err != nil {
 		return nil, err
 	}
@@ -115,9 +114,28 @@ type run struct {
 	survey  *survey
 	sources map[digest.Digest][]source
 
+	// bottom makes the snapshot below all base layers.
+	bottom func() error
+
 	mu     sync.Mutex
 	layers map[digest.Digest]func() (bool, error)
 	blobs  map[digest.Digest]func() error
+}
+
+func (r *Runtime) newRun(ctx context.Context, s *survey, disks []*cachedisk.Disk) *run {
+	n := &run{
+		r:       r,
+		id:      "selkies-image-injector-" + rand.Text(),
+		survey:  s,
+		sources: sourcesOf(disks),
+		layers:  map[digest.Digest]func() (bool, error){},
+		blobs:   map[digest.Digest]func() error{},
+	}
+	n.bottom = sync.OnceValue(func() error {
+		_, err := r.commit(ctx, n.id, bottomName, "", nil, syncDir)
+		return err
+	})
+	return n
 }
 
 // anchor mounts every disk where the node needs it.
@@ -207,9 +225,12 @@ func (n *run) registerLayer(ctx context.Context, id digest.Digest) (bool, error)
 	src := n.sources[id][0]
 	a := n.survey.anchors[src.disk.ID]
 	link := layerLink(a.dir, src.disk.Manifest, src.layer)
-	parent := ""
-	if src.layer.Parent != "" {
-		parent = chainName(src.layer.Parent)
+	parent := chainName(src.layer.Parent)
+	if parent == "" {
+		if err := n.bottom(); err != nil {
+			return false, err
+		}
+		parent = bottomName
 	}
 	added, err := n.r.commit(ctx, n.id, chainName(id), parent,
 		map[string]string{labelCache: src.disk.ID.String()}, placeLink(link))

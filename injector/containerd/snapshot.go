@@ -16,6 +16,14 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
+// bottomName is an empty snapshot of ours below every base layer. With it a
+// container of a one-layer image has two lower directories. With one alone,
+// containerd 2.1 and newer ID-map for a user namespace a clone of that snapshot's
+// own directory, where the layer's link leads nowhere, and not of the directory of
+// all snapshots (getCommonDirectory in core/mount). No label keeps it: it goes with
+// the last layer above it.
+const bottomName = "selkies-image-cache-bottom"
+
 // commitFunc puts a snapshot's content in place; dir is the snapshot's own
 // directory, as this process reaches it.
 type commitFunc func(dir string) error

@@ -1,0 +1,290 @@
+//go:build e2e
+
+package containerd_test
+
+import (
+	"context"
+	"math/rand/v2"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/image-spec/identity"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+)
+
+// killPoints is how many runs of inject, and of eject, are killed.
+const killPoints = 50
+
+// TestKill kills inject at random points: what is visible then is complete, and
+// the next run ends in the state of one that was left alone. Then the same with
+// eject.
+func TestKill(t *testing.T) {
+	n := newNode(t, machine.Upstream)
+	n.attach(t, world.second, cacheDir)
+	empty := n.settled(t, false)
+	start := time.Now()
+	n.inject(t, cacheDir)
+	injectTime := time.Since(start)
+	full := n.settled(t, false)
+	start = time.Now()
+	n.eject(t)
+	ejectTime := time.Since(start)
+	if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+		t.Fatalf("eject left something: %s", diff)
+	}
+
+	killed := 0
+	for range killPoints {
+		after := time.Duration(rand.Int64N(int64(injectTime)))
+		if n.runAndKill(t, after, "inject", "--cache", cacheDir) {
+			killed++
+		}
+		n.checkVisible(t)
+		n.inject(t, cacheDir)
+		if diff := cmp.Diff(full, n.settled(t, false)); diff != "" {
+			t.Fatalf("inject killed after %v and run again: %s", after, diff)
+		}
+
+		after = time.Duration(rand.Int64N(int64(ejectTime)))
+		if n.runAndKill(t, after, "eject") {
+			killed++
+		}
+		n.eject(t)
+		if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+			t.Fatalf("eject killed after %v and run again: %s", after, diff)
+		}
+	}
+	t.Logf("killed %d of %d runs before their end (inject takes %v, eject %v)", killed, 2*killPoints, injectTime, ejectTime)
+	if killed < killPoints {
+		t.Errorf("only %d of %d runs were killed before their end", killed, 2*killPoints)
+	}
+}
+
+// runAndKill starts the injector and kills it after the delay. It says whether the
+// injector was still running.
+func (n *node) runAndKill(t *testing.T, after time.Duration, args ...string) bool {
+	t.Helper()
+	cmd := n.Command(context.Background(), "selkies-image-injector", append([]string{"--runtime", "containerd"}, args...)...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	timer := time.AfterFunc(after, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
+	defer timer.Stop()
+	var exit *exec.ExitError
+	err := cmd.Wait()
+	if err == nil {
+		return false
+	}
+	if e, ok := err.(*exec.ExitError); ok {
+		exit = e
+	}
+	if exit == nil || exit.ExitCode() == 1 {
+		t.Errorf("%v failed by itself: %v", args, err)
+	}
+	return true
+}
+
+// checkVisible checks that every image record has all its content and layers, and
+// every layer its link.
+func (n *node) checkVisible(t *testing.T) {
+	t.Helper()
+	ctx := n.context(t)
+	list, err := n.ctrd.ListImages(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, img := range list {
+		diffIDs, err := img.RootFS(ctx)
+		if err != nil {
+			t.Errorf("image %s is visible without its content: %v", img.Name(), err)
+			continue
+		}
+		for _, id := range identity.ChainIDs(diffIDs) {
+			if _, err := n.ctrd.SnapshotService("overlayfs").Stat(ctx, id.String()); err != nil {
+				t.Errorf("image %s is visible without a layer: %v", img.Name(), err)
+			}
+		}
+	}
+	err = n.ctrd.SnapshotService("overlayfs").Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		dir := i.Labels["selkies.io/image-cache.dir"]
+		if dir == "" || i.Kind != snapshots.KindCommitted || i.Labels["selkies.io/image-cache.anchor"] != "" {
+			return nil
+		}
+		if out, err := n.Run(t.Context(), "test", "-d", snapshotsDir+"/"+dir+"/fs/."); err != nil {
+			t.Errorf("layer %s is committed and not there: %v %s", i.Name, err, out)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestRace lets two injectors and a pull of the same image run at once.
+func TestRace(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		n.attach(t, world.first, cacheDir)
+		empty := n.settled(t, false)
+		for range 5 {
+			var wg sync.WaitGroup
+			for range 2 {
+				wg.Go(func() {
+					if _, err := n.Run(t.Context(), "selkies-image-injector", "inject", "--runtime", "containerd", "--cache", cacheDir); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			wg.Go(func() { n.pull(t, ref(app1)) })
+			wg.Wait()
+			if t.Failed() {
+				return
+			}
+			n.listed(t, ref(sandbox))
+			n.settled(t, false)
+			p := n.mustRun(t, "race", ref(app1))
+			if got := p.sh(t, "cat /version /data/owned /opaque/*"); got != "1ownednew" {
+				t.Errorf("in the container: %q", got)
+			}
+			p.remove(t)
+			n.eject(t)
+			for _, img := range []string{app1, stable, sandbox, single} {
+				n.removeImage(t, ref(img))
+			}
+			n.eject(t)
+			if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+				t.Fatalf("left over: %s", diff)
+			}
+		}
+	})
+}
+
+// TestReboot reboots the node: without its disk containers fail with an error,
+// with it they run, and nothing is registered anew.
+func TestReboot(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		detach := n.attach(t, world.first, cacheDir)
+		n.inject(t, cacheDir)
+		n.listed(t, ref(sandbox))
+		n.listed(t, ref(app1))
+		before := n.settled(t, true)
+
+		n.disconnect()
+		if err := n.Reboot(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		detach()
+		n.connect(t)
+		n.listed(t, ref(app1))
+		p, err := n.run(t, "no-disk", ref(app1))
+		if err == nil {
+			out := p.sh(t, "ls /")
+			t.Fatalf("a container started without the disk and sees %q", out)
+		}
+		if !strings.Contains(err.Error(), "no such file or directory") {
+			t.Errorf("without the disk: %v", err)
+		}
+		if _, err := n.Run(t.Context(), "selkies-image-injector", "status", "--runtime", "containerd"); err == nil || !strings.Contains(err.Error(), "disk not readable") {
+			t.Errorf("status without the disk: %v", err)
+		}
+
+		n.attach(t, world.first, cacheDir)
+		// The mount alone brings the images back, whoever makes it.
+		anchor := ""
+		for _, l := range strings.Split(n.ctr(t, "snapshots", "--snapshotter", "overlayfs", "ls"), "\n") {
+			if strings.HasPrefix(l, "selkies-image-cache-") {
+				anchor = strings.Fields(l)[0]
+			}
+		}
+		info, err := n.ctrd.SnapshotService("overlayfs").Stat(n.context(t), anchor)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fs := snapshotsDir + "/" + info.Labels["selkies.io/image-cache.dir"] + "/fs"
+		n.Output(t, "mount", "--bind", cacheDir, fs)
+		p = n.mustRun(t, "by-hand", ref(app1))
+		p.remove(t)
+		n.Output(t, "umount", fs)
+
+		r := n.inject(t, cacheDir)
+		if d := r.Disks[0]; d.Registered != 0 {
+			t.Errorf("registered anew: %+v", d)
+		}
+		after := n.settled(t, true)
+		if diff := cmp.Diff(before, after); diff != "" {
+			t.Errorf("the disk is back, and inject changed more than the mount: %s", diff)
+		}
+		p = n.mustRun(t, "back", ref(app1))
+		if got := p.sh(t, "cat /version /data/owned"); got != "1owned" {
+			t.Errorf("in the container: %q", got)
+		}
+		p.remove(t)
+	})
+}
+
+// TestGenerations replaces a disk by a newer one.
+func TestGenerations(t *testing.T) {
+	const newer = "/mnt/disks/newer"
+	onEach(t, func(t *testing.T, n *node) {
+		detach := n.attach(t, world.first, cacheDir)
+		n.attach(t, world.second, newer)
+		empty := n.settled(t, false)
+		first := n.inject(t, cacheDir).Disks[0].CacheID
+		both := n.inject(t, cacheDir, newer)
+		if both.Disks[0].Dir != newer || both.Disks[0].Registered != 1 || both.Disks[0].Present != 5 {
+			t.Errorf("both: %+v", both)
+		}
+		settled := n.settled(t, true)
+		n.inject(t, cacheDir, newer)
+		if diff := cmp.Diff(settled, n.settled(t, true)); diff != "" {
+			t.Errorf("both again: %s", diff)
+		}
+
+		if r := n.eject(t, first.String()); len(r.Kept) != 0 || len(r.Images) != 0 {
+			t.Errorf("eject of the older: %+v", r)
+		}
+		n.Output(t, "umount", cacheDir)
+		if out := n.Output(t, "grep", "-c", "selkies\\|/fs ", "/proc/1/mountinfo"); strings.TrimSpace(out) == "0" {
+			t.Error("the newer disk is not mounted")
+		}
+		detach()
+		n.listed(t, ref(sandbox))
+		for _, img := range []string{app1, app2} {
+			p := n.mustRun(t, "handed-over", ref(img))
+			if got := p.sh(t, "cat /data/owned"); got != "owned" {
+				t.Errorf("%s: in the container: %q", img, got)
+			}
+			p.remove(t)
+		}
+		n.eject(t)
+		if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+			t.Errorf("eject left something: %s", diff)
+		}
+
+		// The older disk is lost, and never ejected.
+		detach = n.attach(t, world.first, cacheDir)
+		n.inject(t, cacheDir)
+		n.settled(t, false)
+		n.Output(t, "sh", "-c", "umount "+cacheDir+" && umount "+snapshotsDir+"/*/fs")
+		detach()
+		n.inject(t, newer)
+		n.settled(t, false)
+		n.listed(t, ref(sandbox))
+		p := n.mustRun(t, "lost", ref(app1))
+		if got := p.sh(t, "cat /data/owned"); got != "owned" {
+			t.Errorf("in the container: %q", got)
+		}
+		p.remove(t)
+		n.eject(t)
+		if got := n.settled(t, false); !slices.Equal(empty, got) {
+			t.Errorf("eject left something: %s", cmp.Diff(empty, got))
+		}
+	})
+}
