@@ -6,12 +6,12 @@
 package docker_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -147,7 +147,8 @@ func buildDisks(ctx context.Context, dir string) error {
 // ref is a reference in the test registry.
 func ref(image string) string { return world.reg.Addr + "/" + image }
 
-// checksum is of a disk image's data and where it lies.
+// checksum is of a disk image's contents. Zeros are not read where the file has
+// holes, and not hashed where it has none, since that may change by itself.
 func checksum(t *testing.T, file string) string {
 	t.Helper()
 	f, err := os.Open(file)
@@ -156,6 +157,7 @@ func checksum(t *testing.T, file string) string {
 	}
 	defer f.Close()
 	h := sha256.New()
+	block, zeros := make([]byte, 4096), make([]byte, 4096)
 	for end := int64(0); ; {
 		start, err := f.Seek(end, unix.SEEK_DATA)
 		if errors.Is(err, unix.ENXIO) {
@@ -164,11 +166,13 @@ func checksum(t *testing.T, file string) string {
 		if err == nil {
 			end, err = f.Seek(start, unix.SEEK_HOLE)
 		}
-		if err != nil {
-			t.Fatal(err)
+		for at := start; err == nil && at < end; at += int64(len(block)) {
+			if _, err = f.ReadAt(block, at); err == nil && !bytes.Equal(block, zeros) {
+				fmt.Fprintf(h, "%d:", at)
+				h.Write(block)
+			}
 		}
-		fmt.Fprintf(h, "%d-%d:", start, end)
-		if _, err := io.Copy(h, io.NewSectionReader(f, start, end-start)); err != nil {
+		if err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -248,6 +248,20 @@ func same(t *testing.T, what string, want, got treediff.Tree) {
 	}
 }
 
+// wait waits until ok says so.
+func (n *node) wait(t *testing.T, otherwise string, ok func() bool) {
+	t.Helper()
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for range 100 {
+		if ok() {
+			return
+		}
+		<-tick.C
+	}
+	t.Error(otherwise)
+}
+
 // pid is that of dockerd.
 func (n *node) pid(t *testing.T) string {
 	t.Helper()

@@ -24,6 +24,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -152,7 +153,28 @@ func (r *Runtime) open(ctx context.Context) error {
 		root = DefaultRoot
 	}
 	r.store = store{hostRoot: r.opt.HostRoot, root: filepath.Clean(root)}
+	if pid := r.daemonPID(); r.info == nil && pid != 0 {
+		return fmt.Errorf("dockerd runs as process %d but does not answer at %s; name its address with --docker-host", pid, r.cli.DaemonHost())
+	}
 	return r.store.check()
+}
+
+// daemonPID is the process that dockerd's PID file names, 0 if it is no dockerd: one
+// that listens elsewhere must not have its store written.
+func (s store) daemonPID() int {
+	text, err := readTrimmed(s.host("/run/docker.pid"))
+	if err != nil {
+		return 0
+	}
+	pid, err := strconv.Atoi(text)
+	if err != nil {
+		return 0
+	}
+	comm, err := readTrimmed(filepath.Join(s.hostRoot, "proc", text, "comm"))
+	if err != nil || comm != "dockerd" {
+		return 0
+	}
+	return pid
 }
 
 // Close closes the connection to the daemon.

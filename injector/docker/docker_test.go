@@ -2,8 +2,11 @@ package docker
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,7 +25,7 @@ import (
 
 // newStore is a store as dockerd makes it, below a directory that stands for the
 // host's root.
-func newStore(t *testing.T) store {
+func newStore(t testing.TB) store {
 	t.Helper()
 	s := store{hostRoot: t.TempDir(), root: DefaultRoot}
 	for _, dir := range []string{"proc/1", "var/lib"} {
@@ -42,7 +45,7 @@ func newStore(t *testing.T) store {
 	return s
 }
 
-func write(t *testing.T, name, content string) {
+func write(t testing.TB, name, content string) {
 	t.Helper()
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		t.Fatal(err)
@@ -64,26 +67,46 @@ func (s store) pulled(t *testing.T, chain, parent digest.Digest, id, link, lower
 }
 
 // newDisk is a cache disk with one image of n layers.
-func newDisk(t *testing.T, n int, names ...string) *cachedisk.Disk {
+func newDisk(t testing.TB, n int, names ...string) *cachedisk.Disk {
 	t.Helper()
-	config := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}}
-	m := &manifest.Manifest{
-		SchemaVersion: 1, Platform: config.Platform, Created: time.Unix(1, 0), Tool: "test",
-		Store: manifest.Store{Driver: "overlay2", Root: "docker", EngineVersion: "1"},
+	m := newManifest()
+	addImage(t, m, "d", n, names...)
+	return &cachedisk.Disk{Dir: "/cache", ID: cacheID(t, m), Manifest: m}
+}
+
+func newManifest() *manifest.Manifest {
+	return &manifest.Manifest{
+		SchemaVersion: 1, Created: time.Unix(1, 0), Tool: "test",
+		Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"},
+		Store:    manifest.Store{Driver: "overlay2", Root: "docker", EngineVersion: "1"},
 	}
+}
+
+func cacheID(t testing.TB, m *manifest.Manifest) digest.Digest {
+	t.Helper()
+	id, err := m.ID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// addImage adds an image of n layers, whose directories are salt0, salt1 and so on.
+func addImage(t testing.TB, m *manifest.Manifest, salt string, n int, names ...string) {
+	t.Helper()
+	config := ocispec.Image{Platform: m.Platform, RootFS: ocispec.RootFS{Type: "layers"}}
 	image := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest}
+	var parent digest.Digest
 	for i := range n {
-		diffID := digest.FromString(strings.Repeat("d", i+1))
-		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, diffID)
-		l := manifest.Layer{DiffID: diffID, Directory: strings.Repeat("d", i+1), Size: int64(i)}
-		l.ChainID = identity.ChainID(append([]digest.Digest(nil), config.RootFS.DiffIDs...))
-		if i > 0 {
-			l.Parent = m.Layers[i-1].ChainID
-		}
-		m.Layers = append(m.Layers, l)
-		image.Layers = append(image.Layers, ocispec.Descriptor{Digest: digest.FromString(strings.Repeat("b", i+1))})
+		dir := fmt.Sprint(salt, i)
+		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, digest.FromString(dir))
+		chain := identity.ChainID(slices.Clone(config.RootFS.DiffIDs))
+		m.Layers = append(m.Layers, manifest.Layer{
+			DiffID: digest.FromString(dir), ChainID: chain, Parent: parent, Directory: dir, Size: int64(i),
+		})
+		parent = chain
+		image.Layers = append(image.Layers, ocispec.Descriptor{Digest: digest.FromString("blob " + dir)})
 	}
-	config.RootFS.Type = "layers"
 	inline := func(v any) ocispec.Descriptor {
 		b, err := json.Marshal(v)
 		if err != nil {
@@ -94,12 +117,7 @@ func newDisk(t *testing.T, n int, names ...string) *cachedisk.Disk {
 	img := manifest.Image{Names: names, Config: inline(config)}
 	image.Config = ocispec.Descriptor{Digest: img.Config.Digest, Size: img.Config.Size}
 	img.Manifest = inline(image)
-	m.Images = []manifest.Image{img}
-	id, err := m.ID()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &cachedisk.Disk{Dir: "/cache", ID: id, Manifest: m}
+	m.Images = append(m.Images, img)
 }
 
 func TestFamiliar(t *testing.T) {
@@ -175,7 +193,7 @@ func TestPlanLower(t *testing.T) {
 	if diff := cmp.Diff(want, lowers); diff != "" {
 		t.Errorf("lower (-want +got):\n%s", diff)
 	}
-	if got, want := c.layers[0].Source, StateDir+"/"+d.ID.Encoded()+"/docker/overlay2/ddd/diff"; got != want {
+	if got, want := c.layers[0].Source, StateDir+"/"+d.ID.Encoded()+"/docker/overlay2/d2/diff"; got != want {
 		t.Errorf("linked to %s, want %s", got, want)
 	}
 	if got := c.disks[0]; got.Registered != 2 || got.Present != 2 || got.Images[0].State != report.Registered {
@@ -317,5 +335,32 @@ func TestCheck(t *testing.T) {
 	s.root = "/srv"
 	if err := s.check(); err == nil || !strings.Contains(err.Error(), "--docker-root") {
 		t.Errorf("says %v", err)
+	}
+}
+
+// BenchmarkInject registers 600 layers, all but the mount and the daemon's restart.
+func BenchmarkInject(b *testing.B) {
+	m := newManifest()
+	for i := range 60 {
+		addImage(b, m, fmt.Sprintf("%d-", i), 10, fmt.Sprintf("docker.io/library/x:%d", i))
+	}
+	disks := []*cachedisk.Disk{{Dir: "/cache", ID: cacheID(b, m), Manifest: m}}
+	for b.Loop() {
+		b.StopTimer()
+		r := &Runtime{store: newStore(b), opt: Options{Link: LinkSymlink}}
+		b.StartTimer()
+		c, err := r.plan(disks)
+		if err == nil {
+			err = errors.Join(r.save(c.records[0]), r.stage(c, LinkSymlink))
+		}
+		if err == nil {
+			c, err = r.plan(disks)
+		}
+		if err == nil {
+			err = r.commit(c)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
 	}
 }
