@@ -3,24 +3,47 @@
 # line why it cannot. Does nothing, quickly, where everything is there.
 set -eu
 
+top=$(cd "$(dirname "$0")/.." && pwd)
 say() { echo "e2e/setup.sh: $*" >&2; exit 1; }
 
 [ "$(uname -s)" = Linux ] || say "this needs Linux, on a Debian 12 machine"
 [ "$(id -u)" = 0 ] || say "this boots machines and attaches disks: run it as root"
 [ -e /dev/loop-control ] || say "this needs a kernel with loop devices; a container has none"
 command -v apt-get >/dev/null || say "this needs Debian 12: no apt-get here"
-command -v go >/dev/null || say "no go in PATH: install the version that go.mod names, or any newer one"
 
 # libseccomp, a C compiler and pkg-config are for runc, the rest is run directly.
-packages="systemd-container debootstrap e2fsprogs util-linux openssh-client tar
-	ca-certificates gcc libc6-dev pkg-config libseccomp-dev"
+packages="systemd-container debootstrap util-linux openssh-client ca-certificates
+	gcc libc6-dev pkg-config libseccomp-dev"
 missing=
 for p in $packages; do
 	[ "$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing="$missing $p"
 done
-[ -n "$missing" ] || exit 0
-echo "installing$missing" >&2
-apt-get update -qq || say "apt-get update failed: check this machine's Debian mirror"
-# shellcheck disable=SC2086
-DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing >/dev/null ||
-	say "apt-get could not install$missing"
+command -v go >/dev/null || missing="$missing golang-go"
+if [ -n "$missing" ]; then
+	echo "installing$missing" >&2
+	apt-get update -qq || say "apt-get update failed: check this machine's Debian mirror"
+	# shellcheck disable=SC2086
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing >/dev/null ||
+		say "apt-get could not install$missing"
+fi
+
+# Since 1.21 the go command fetches by itself the version that go.mod names. Debian's
+# is older, but it can download that version as the module that it is, which checks it
+# against the checksum database. Modules do not keep the mode of programs.
+cd /
+case $(go env GOVERSION) in
+go1.1[0-9]* | go1.20*)
+	goroot=/usr/local/go
+	[ ! -e $goroot ] || say "$(command -v go) is too old and $goroot exists: put $goroot/bin first in PATH"
+	version=$(sed -n 's/^go //p' "$top/go.mod")
+	echo "installing Go $version in $goroot" >&2
+	dir=$(go mod download -json "golang.org/toolchain@v0.0.1-go$version.linux-$(go env GOARCH)" |
+		sed -n 's/^\t"Dir": "\(.*\)",*$/\1/p')
+	[ -n "$dir" ] || say "Go $version could not be downloaded: check GOPROXY"
+	cp -r "$dir" $goroot.tmp
+	chmod -R u+w $goroot.tmp
+	chmod 755 $goroot.tmp/bin/* "$goroot.tmp/pkg/tool/linux_$(go env GOARCH)"/*
+	mv $goroot.tmp $goroot
+	ln -sf $goroot/bin/go $goroot/bin/gofmt /usr/local/bin/
+	;;
+esac

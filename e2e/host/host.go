@@ -17,7 +17,7 @@ import (
 )
 
 // programs are what e2e/setup.sh installs, by the name that is looked up in PATH.
-var programs = []string{"systemd-nspawn", "nsenter", "debootstrap", "mkfs.ext4", "ssh-keygen", "tar"}
+var programs = []string{"systemd-nspawn", "nsenter", "unshare", "debootstrap", "ssh-keygen"}
 
 // Check says in one line why this host cannot run the tests, nil if it can.
 func Check() error {

@@ -15,9 +15,8 @@ import (
 const Suite = "bookworm"
 
 // Root is a minimal Debian root with the packages given, made once and kept in the
-// cache folder. Nobody may write to it: mount an overlay on it, or copy it. finish,
-// if not nil, completes a new root; its text form is version, which with the
-// packages is the key of the cache.
+// cache folder. Nobody may write to it: mount an overlay on it, or copy it. finish
+// completes a new root; version stands for it in the cache's key, so change both.
 func Root(ctx context.Context, packages []string, version string, finish func(dir string) error) (string, error) {
 	packages = slices.Sorted(slices.Values(packages))
 	cache, err := Cache("roots")
@@ -49,16 +48,11 @@ func Root(ctx context.Context, packages []string, version string, finish func(di
 		os.RemoveAll(tmp)
 		return "", fmt.Errorf("running debootstrap: %w: %s", err, tail(string(out), 5))
 	}
-	packagesDir, _ := filepath.Glob(filepath.Join(tmp, "var/cache/apt/archives/*.deb"))
-	for _, deb := range packagesDir {
-		if err := os.Remove(deb); err != nil {
-			return "", err
-		}
+	if _, err := Output(exec.CommandContext(ctx, "chroot", tmp, "apt-get", "clean")); err != nil {
+		return "", err
 	}
-	if finish != nil {
-		if err := finish(tmp); err != nil {
-			return "", fmt.Errorf("completing the root: %w", err)
-		}
+	if err := finish(tmp); err != nil {
+		return "", fmt.Errorf("completing the root: %w", err)
 	}
 	return dir, os.Rename(tmp, dir)
 }

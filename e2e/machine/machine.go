@@ -11,7 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -47,13 +47,14 @@ type Machine struct {
 	// SSHKey is the file of the private key that root may log in with.
 	SSHKey string
 
-	id      string // of the machine on this host, also of its cgroups
-	lock    *os.File
-	stores  map[string]string // path in the machine to the host's directory
-	nspawn  *exec.Cmd
-	exited  chan struct{}
-	leader  int // process ID of the machine's init on the host
-	console string
+	id      string            // on this host, also of its cgroups
+	lock    *os.File          // held while this process lives
+	binds   map[string]string // path in the machine to the host's directory
+	console string            // file of what the machine prints
+
+	nspawn *exec.Cmd // nil while the machine is off
+	exited chan struct{}
+	leader int // process ID of the machine's init on the host, 0 while it is off
 }
 
 // stores are the directories that must not be on an overlay.
@@ -94,15 +95,15 @@ func (m *Machine) prepare(ctx context.Context, base string, config Config) error
 	if err := unix.Mount("overlay", m.root(), "overlay", 0, overlay); err != nil {
 		return fmt.Errorf("mounting overlay on %s: %w", m.root(), err)
 	}
-	m.stores = map[string]string{}
+	m.binds = maps.Clone(config.Binds)
+	if m.binds == nil {
+		m.binds = map[string]string{}
+	}
 	for i, store := range stores {
-		m.stores[store] = filepath.Join(m.Dir, "stores", strconv.Itoa(i))
-		if err := os.MkdirAll(m.stores[store], 0o711); err != nil {
+		m.binds[store] = filepath.Join(m.Dir, "stores", strconv.Itoa(i))
+		if err := os.MkdirAll(m.binds[store], 0o711); err != nil {
 			return err
 		}
-	}
-	for path, dir := range config.Binds {
-		m.stores[path] = dir
 	}
 
 	name := config.Name
@@ -129,9 +130,7 @@ func (m *Machine) prepare(ctx context.Context, base string, config Config) error
 			return err
 		}
 	}
-	for path, contents := range config.Files {
-		files[path] = contents
-	}
+	maps.Copy(files, config.Files)
 	for path, contents := range files {
 		if err := m.WriteFile(path, []byte(contents), 0o644); err != nil {
 			return err
@@ -164,7 +163,7 @@ func (m *Machine) Start(ctx context.Context) error {
 	args = append(args, cgroups...)
 	args = append(args, "--", "systemd-nspawn", "-D", m.root(), "-b", "-M", m.id, "--register=no", "--keep-unit",
 		"--capability=all", "--system-call-filter=@keyring bpf", "--resolv-conf=off", "--timezone=off", "--link-journal=no")
-	for path, dir := range m.stores {
+	for path, dir := range m.binds {
 		args = append(args, "--bind="+dir+":"+path)
 	}
 	cmd := exec.Command("sh", args...)
@@ -270,14 +269,13 @@ func (e *runError) Error() string { return e.msg }
 func (e *runError) Unwrap() error { return e.err }
 
 // Path is the host's path of a file of the machine. While the machine runs it goes
-// through its mounts, /dev, /run and all; while it is off, through its root and the
-// stores. Absolute symbolic links on the way lead into the host: name their target.
+// through its mounts, /dev, /run and all; while it is off, to its root and its binds. Absolute symbolic links on the way lead into the host: name their target.
 func (m *Machine) Path(path string) string {
 	if m.leader != 0 {
 		return filepath.Join("/proc", strconv.Itoa(m.leader), "root", path)
 	}
-	for store, dir := range m.stores {
-		if rest, ok := strings.CutPrefix(path, store); ok && (rest == "" || rest[0] == '/') {
+	for bind, dir := range m.binds {
+		if rest, ok := strings.CutPrefix(path, bind); ok && (rest == "" || rest[0] == '/') {
 			return filepath.Join(dir, rest)
 		}
 	}
@@ -398,9 +396,4 @@ func FreePort() (int, error) {
 	}
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).Port, nil
-}
-
-// logRemoval is for failures while cleaning up after a run that died.
-func logRemoval(dir string, err error) {
-	slog.Warn("cannot remove what an earlier run left", "dir", dir, "err", err)
 }

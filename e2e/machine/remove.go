@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -62,24 +63,29 @@ func Reap() error {
 	return nil
 }
 
+// reap goes on after an error: what is left of another run is not this one's problem.
 func reap(parent string) {
 	dirs, _ := filepath.Glob(filepath.Join(parent, "selkies-*"))
 	for _, dir := range dirs {
-		lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
-		if err != nil {
-			logRemoval(dir, err)
-			continue
+		if err := reapOne(dir); err != nil {
+			slog.Warn("cannot remove what an earlier run left", "dir", dir, "err", err)
 		}
-		if syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) == nil {
-			if err := reapOne(dir); err != nil {
-				logRemoval(dir, err)
-			}
-		}
-		lock.Close()
 	}
 }
 
 func reapOne(dir string) error {
+	lock, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	err = syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return nil // its process lives
+	}
+	if err != nil {
+		return err
+	}
 	data, err := os.ReadFile(filepath.Join(dir, "pid"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
