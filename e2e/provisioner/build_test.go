@@ -4,6 +4,7 @@ package provisioner_test
 
 import (
 	"bytes"
+	"context"
 	"os"
 	"path/filepath"
 	"slices"
@@ -245,23 +246,30 @@ func TestOwnDaemon(t *testing.T) {
 	mine := pushed(t, reg, "mine:1", newImage(t, layer(t, map[string]int{"mine": 1000})))
 	first := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"first": 1000})))
 	second := pushed(t, reg, "app:2", newImage(t, layer(t, map[string]int{"second": 1000})))
+	// The machine's /var/lib/docker is a mount, so the store has to lie below it.
+	docker := machine.Docker{Release: machine.Debian, Config: map[string]any{"data-root": "/var/lib/docker/store"}}
+	if err := v.StartDocker(t.Context(), docker); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := v.StartDocker(context.Background(), machine.Docker{Release: machine.Debian}); err != nil {
+			t.Fatal(err)
+		}
+	})
 	v.Output(t, "docker", "pull", mine)
-	defer v.Run(t.Context(), "sh", "-c", "docker rmi -f $(docker images -q); rm -r /selkies-image-cache")
 
 	v.mustBuild(t, imagesOption(first))
 	v.mustBuild(t, imagesOption(second))
 
-	m, err := manifest.Read(v.Path("/"))
+	m, err := manifest.Read(v.Path("/var/lib/docker"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if m.Store.Root != "var/lib/docker" {
-		// The machine's /var/lib/docker is a mount of its own, as with a data disk
-		// mounted there.
+	if m.Store.Root != "store" {
 		t.Errorf("store.root is %q", m.Store.Root)
 	}
 	for _, l := range m.Layers {
-		if _, err := os.Stat(v.Path("/" + m.LayerPath(l))); err != nil {
+		if _, err := os.Stat(v.Path("/var/lib/docker/" + m.LayerPath(l))); err != nil {
 			t.Error(err)
 		}
 	}

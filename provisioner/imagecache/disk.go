@@ -3,7 +3,6 @@ package imagecache
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"path"
 	"strings"
@@ -258,14 +257,10 @@ func (d *cacheDisk) free(ctx context.Context) error {
 	return nil
 }
 
-// findStoreDisk finds the disk that holds a daemon's data root: the root of that
-// disk on the VM, and the data root relative to it.
-func findStoreDisk(ctx context.Context, r *vm, dataRoot string) (root, rel string, err error) {
-	mounts, err := mountTable(ctx, r)
-	if err != nil {
-		return "", "", err
-	}
-	// Later lines cover earlier ones with the same mount point.
+// storeDisk finds the disk that holds a daemon's data root among the VM's mounts:
+// where its root is on the VM, and the data root relative to that.
+func storeDisk(mounts []*mountinfo.Info, dataRoot string) (root, rel string, err error) {
+	// Later mounts cover earlier ones on the same mount point.
 	at := map[string]*mountinfo.Info{}
 	for _, m := range mounts {
 		at[m.Mountpoint] = m
@@ -288,7 +283,7 @@ func findStoreDisk(ctx context.Context, r *vm, dataRoot string) (root, rel strin
 	}
 	rel = strings.TrimPrefix(strings.TrimPrefix(dataRoot, holder.Mountpoint), "/")
 	if rel == "" {
-		return "", "", errors.New("docker's data root on the build VM is a disk of its own, with no room for a layer manifest beside it; use disk { ... } for that disk")
+		return "", "", fmt.Errorf("docker's data root %s on the build VM is a disk of its own, with no room for a layer manifest beside it; use disk { ... } for that disk", dataRoot)
 	}
 	return holder.Mountpoint, rel, nil
 }

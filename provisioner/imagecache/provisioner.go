@@ -142,8 +142,14 @@ func (b *build) connectDocker(ctx context.Context) (err error) {
 	b.store = manifest.Store{Driver: manifest.DriverOverlay2, EngineVersion: b.engine.info.ServerVersion, Blobs: b.config.KeepBlobs}
 	if b.disk != nil {
 		b.root, b.store.Root = b.config.Disk.MountPoint, b.config.Disk.DockerRoot
-	} else if b.root, b.store.Root, err = findStoreDisk(ctx, b.vm, b.engine.info.DockerRootDir); err != nil {
-		return err
+	} else {
+		mounts, err := mountTable(ctx, b.vm)
+		if err != nil {
+			return err
+		}
+		if b.root, b.store.Root, err = storeDisk(mounts, b.engine.info.DockerRootDir); err != nil {
+			return err
+		}
 	}
 	b.say("Docker %s on the build VM fills %s", b.store.EngineVersion, path.Join(b.root, b.store.Root))
 	return nil

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	dref "github.com/distribution/reference"
+	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -57,8 +58,8 @@ func parseList(images []string) (refs []reference, errs []error) {
 	return refs, errs
 }
 
-func parseListFile(name string) (refs []reference, errs []error) {
-	f, err := os.Open(name)
+func parseListFile(file string) (refs []reference, errs []error) {
+	f, err := os.Open(file)
 	if err != nil {
 		return nil, []error{fmt.Errorf("image_list_file: %w", err)}
 	}
@@ -69,7 +70,7 @@ func parseListFile(name string) (refs []reference, errs []error) {
 		if line == "" {
 			continue
 		}
-		ref, err := parseReference(fmt.Sprintf("image_list_file %s:%d", name, n), line)
+		ref, err := parseReference(fmt.Sprintf("image_list_file %s:%d", file, n), line)
 		if err != nil {
 			errs = append(errs, err)
 			continue
@@ -77,7 +78,7 @@ func parseListFile(name string) (refs []reference, errs []error) {
 		refs = append(refs, ref)
 	}
 	if err := lines.Err(); err != nil {
-		errs = append(errs, fmt.Errorf("image_list_file %s: %w", name, err))
+		errs = append(errs, fmt.Errorf("image_list_file %s: %w", file, err))
 	}
 	return refs, errs
 }
@@ -102,8 +103,9 @@ func parseReference(from, s string) (reference, error) {
 	if full, err := dref.ParseNormalizedNamed(s); err == nil {
 		named = dref.TagNameOnly(full)
 	}
-	if d, ok := named.(dref.Digested); ok && d.Digest().Validate() != nil {
-		return reference{}, fmt.Errorf("%s: %q: invalid digest", from, s)
+	// The library that talks to registries is the stricter one.
+	if _, err := name.NewRepository(named.Name()); err != nil {
+		return reference{}, fmt.Errorf("%s: %q: %w", from, s, err)
 	}
 	return reference{from: from, named: named}, nil
 }

@@ -1,0 +1,66 @@
+package imagecache
+
+import (
+	"testing"
+
+	"github.com/docker/docker/api/types/image"
+	"github.com/docker/docker/api/types/storage"
+	"github.com/google/go-cmp/cmp"
+)
+
+// What Docker 20.10.24 answers for an image of three layers, shortened.
+func inspected() image.InspectResponse {
+	const home = "/mnt/cache/docker/overlay2/"
+	return image.InspectResponse{
+		GraphDriver: storage.DriverData{Name: "overlay2", Data: map[string]string{
+			"LowerDir":  home + "b3f2/diff:" + home + "a17c/diff",
+			"MergedDir": home + "c90d/merged",
+			"UpperDir":  home + "c90d/diff",
+			"WorkDir":   home + "c90d/work",
+		}},
+		RootFS: image.RootFS{Type: "layers", Layers: []string{"sha256:1", "sha256:2", "sha256:3"}},
+	}
+}
+
+func TestLayerDirectories(t *testing.T) {
+	dirs, err := layerDirectories(inspected(), "/mnt/cache/docker/overlay2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"a17c", "b3f2", "c90d"}, dirs); diff != "" {
+		t.Error(diff)
+	}
+	if _, err := layerDirectories(inspected(), "/var/lib/docker/overlay2"); err == nil {
+		t.Error("took directories of another store")
+	}
+	if dirs, err := layerDirectories(image.InspectResponse{}, "/"); err != nil || len(dirs) != 0 {
+		t.Errorf("image without layers: %v, %v", dirs, err)
+	}
+}
+
+func TestLayerSizes(t *testing.T) {
+	history := func(sizes ...int64) (h []image.HistoryResponseItem) {
+		for _, s := range sizes {
+			h = append(h, image.HistoryResponseItem{Size: s})
+		}
+		return h
+	}
+	tests := []struct {
+		name    string
+		history []image.HistoryResponseItem
+		n       int
+		want    []int64
+	}{
+		{"newest first, with entries that made no layer", history(0, 30, 0, 20, 10), 3, []int64{10, 20, 30}},
+		{"an empty layer", history(30, 0, 10), 3, []int64{0, 0, 40}},
+		{"no history", nil, 2, []int64{0, 40}},
+		{"no layer", nil, 0, []int64{}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if diff := cmp.Diff(tt.want, layerSizes(tt.history, tt.n, 40)); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
