@@ -65,11 +65,10 @@ type demo struct {
 	blobs   string   // of the registry
 	sshPort int
 
-	registry     *registry.Registry
-	images       []workload
-	build        *machine.Machine
-	disk         *host.Loop
-	measurements []measurement
+	registry *registry.Registry
+	images   []workload
+	build    *machine.Machine
+	disk     *host.Loop
 }
 
 func demonstrate(ctx context.Context, refs []string) (err error) {
@@ -84,6 +83,7 @@ func demonstrate(ctx context.Context, refs []string) (err error) {
 	defer lock.Close()
 	defer func() { err = errors.Join(err, d.close()) }()
 
+	containerd, docker := newContainerd(), newDocker()
 	began := time.Now()
 	for _, step := range []struct {
 		name string
@@ -110,7 +110,7 @@ func demonstrate(ctx context.Context, refs []string) (err error) {
 		fmt.Printf("    done in %s\n", time.Since(start).Round(100*time.Millisecond))
 	}
 	fmt.Println()
-	d.print(os.Stdout)
+	d.print(os.Stdout, containerd, docker)
 	fmt.Printf("\nThe demo took %s. It can run again at once; `make demo-clean` removes what it keeps.\n",
 		time.Since(began).Round(time.Second))
 	return nil

@@ -20,11 +20,11 @@ import (
 // secondary boot disk.
 const mountPoint = "/mnt/disks/gke-secondary-disks/" + diskName
 
-// measurement is how long a runtime took to have the images running, by one way.
+// measurement is how long it took to make the images known and to start a container
+// of each, and what the registry served meanwhile.
 type measurement struct {
-	runtime, way string
-	get, start   time.Duration
-	served       registry.Count
+	get, start time.Duration
+	served     registry.Count
 }
 
 // runtime is a container runtime of a node: how it is started, how it pulls an image,
@@ -35,32 +35,38 @@ type runtime struct {
 	start  func(ctx context.Context, node *machine.Machine) error
 	pull   []string
 	run    func(n int, w workload) []string
+
+	result struct{ pull, inject measurement }
 }
 
-var containerd = runtime{
-	name:   "containerd 2.4",
-	inject: "containerd",
-	start: func(ctx context.Context, node *machine.Machine) error {
-		return node.StartContainerd(ctx, machine.Containerd{Release: machine.Upstream})
-	},
-	pull: []string{"ctr", "-n", "k8s.io", "images", "pull", "--plain-http"},
-	run: func(n int, w workload) []string {
-		args := []string{"ctr", "-n", "k8s.io", "run", w.mode(), "--net-host", w.ref, fmt.Sprintf("demo-%d", n)}
-		return append(args, w.command...)
-	},
+func newContainerd() *runtime {
+	return &runtime{
+		name:   "containerd 2.4",
+		inject: "containerd",
+		start: func(ctx context.Context, node *machine.Machine) error {
+			return node.StartContainerd(ctx, machine.Containerd{Release: machine.Upstream})
+		},
+		pull: []string{"ctr", "-n", "k8s.io", "images", "pull", "--plain-http"},
+		run: func(n int, w workload) []string {
+			args := []string{"ctr", "-n", "k8s.io", "run", w.mode(), "--net-host", w.ref, fmt.Sprintf("demo-%d", n)}
+			return append(args, w.command...)
+		},
+	}
 }
 
-var docker = runtime{
-	name:   "Docker 20.10",
-	inject: "docker",
-	start: func(ctx context.Context, node *machine.Machine) error {
-		return node.StartDocker(ctx, machine.Docker{Release: machine.Debian})
-	},
-	pull: []string{"docker", "pull", "-q"},
-	run: func(n int, w workload) []string {
-		args := []string{"docker", "run", w.mode(), "--network=host", fmt.Sprintf("--name=demo-%d", n), w.ref}
-		return append(args, w.command...)
-	},
+func newDocker() *runtime {
+	return &runtime{
+		name:   "Docker 20.10",
+		inject: "docker",
+		start: func(ctx context.Context, node *machine.Machine) error {
+			return node.StartDocker(ctx, machine.Docker{Release: machine.Debian})
+		},
+		pull: []string{"docker", "pull", "-q"},
+		run: func(n int, w workload) []string {
+			args := []string{"docker", "run", w.mode(), "--network=host", fmt.Sprintf("--name=demo-%d", n), w.ref}
+			return append(args, w.command...)
+		},
+	}
 }
 
 // mode is the option of ctr and docker for a container that ends, or that stays.
@@ -72,9 +78,9 @@ func (w workload) mode() string {
 }
 
 // pullOn times pulling and starting the images on a new node.
-func (d *demo) pullOn(r runtime) func(context.Context) error {
-	return func(ctx context.Context) error {
-		return d.measure(ctx, r, "pull", func(node *machine.Machine) error {
+func (d *demo) pullOn(r *runtime) func(context.Context) error {
+	return func(ctx context.Context) (err error) {
+		r.result.pull, err = d.measure(ctx, r, func(node *machine.Machine) error {
 			for _, i := range d.images {
 				if _, err := node.Run(ctx, append(r.pull, i.ref)...); err != nil {
 					return err
@@ -82,15 +88,17 @@ func (d *demo) pullOn(r runtime) func(context.Context) error {
 			}
 			return nil
 		})
+		return err
 	}
 }
 
 // injectOn times injecting and starting the images on a new node.
-func (d *demo) injectOn(r runtime) func(context.Context) error {
-	return func(ctx context.Context) error {
-		return d.measure(ctx, r, "inject", func(node *machine.Machine) error {
+func (d *demo) injectOn(r *runtime) func(context.Context) error {
+	return func(ctx context.Context) (err error) {
+		r.result.inject, err = d.measure(ctx, r, func(node *machine.Machine) error {
 			return show(node.Command(ctx, "selkies-image-injector", "inject", "--runtime="+r.inject))
 		})
+		return err
 	}
 }
 
@@ -118,39 +126,37 @@ func (d *demo) bootNode(ctx context.Context) (*machine.Machine, error) {
 // measure times, on a new node and from cold caches, how long get takes to make the
 // images known there and how long a container of each takes to start, and counts
 // what the registry serves.
-func (d *demo) measure(ctx context.Context, r runtime, way string, get func(*machine.Machine) error) (err error) {
+func (d *demo) measure(ctx context.Context, r *runtime, get func(*machine.Machine) error) (m measurement, err error) {
 	node, err := d.bootNode(ctx)
 	if err != nil {
-		return err
+		return m, err
 	}
 	defer func() { err = errors.Join(err, node.Close()) }()
 	if err := r.start(ctx, node); err != nil {
-		return err
+		return m, err
 	}
 	if err := d.coldCaches(); err != nil {
-		return err
+		return m, err
 	}
-	m := measurement{runtime: r.name, way: way}
 	d.registry.Reset()
 	began := time.Now()
 	if err := get(node); err != nil {
-		return fmt.Errorf("%s: %s: %w", r.name, way, err)
+		return m, fmt.Errorf("%s: %w", r.name, err)
 	}
 	m.get = time.Since(began)
 	for n, w := range d.images {
 		out, err := node.Run(ctx, r.run(n, w)...)
 		if err != nil {
-			return fmt.Errorf("%s: starting %s: %w", r.name, w.ref, err)
+			return m, fmt.Errorf("%s: starting %s: %w", r.name, w.ref, err)
 		}
 		if !strings.Contains(out, w.want) {
-			return fmt.Errorf("%s: %s said %q, not %q", r.name, w.ref, out, w.want)
+			return m, fmt.Errorf("%s: %s said %q, not %q", r.name, w.ref, out, w.want)
 		}
 		fmt.Printf("    %s runs\n", w.ref)
 	}
 	m.start = time.Since(began) - m.get
 	m.served = d.registry.Reset()
-	d.measurements = append(d.measurements, m)
-	return nil
+	return m, nil
 }
 
 // coldCaches empties the page cache, as a new node's is, except for the registry's

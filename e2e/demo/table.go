@@ -10,32 +10,29 @@ import (
 )
 
 // print writes what was measured, a pull and an injection of each runtime side by
-// side. The registry is on loopback: a network in between makes pulls slower still.
-func (d *demo) print(w io.Writer) {
+// side.
+func (d *demo) print(w io.Writer, runtimes ...*runtime) {
 	packed := int64(0)
 	for _, i := range d.images {
 		packed += i.packed
 	}
-	fmt.Fprintf(w, "%d images, %s compressed, from a registry on loopback; a new node each time, with cold caches.\n",
-		len(d.images), size(packed))
-	fmt.Fprintf(w, "Starting is slower after inject, since what a pull has just written is in memory.\n\n")
-	t := tabwriter.NewWriter(w, 0, 0, 3, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(t, "runtime\tway\tget\tstart\ttotal\tregistry served\trequests\t")
-	var pull measurement
-	for _, m := range d.measurements {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%d\t\n", m.runtime, m.way, seconds(m.get), seconds(m.start), seconds(m.total()),
-			size(m.served.BlobBytes+m.served.ManifestBytes),
-			m.served.ManifestHeads+m.served.ManifestGets+m.served.BlobHeads+m.served.BlobGets)
-		if m.way == "pull" {
-			pull = m
-			continue
-		}
-		fmt.Fprintf(t, "\tpull / inject\t\t\t%.1f\t\t\t\n", pull.total().Seconds()/m.total().Seconds())
+	fmt.Fprintf(w, "%d images, %s compressed, from a registry on loopback; each on a new node with cold caches.\n", len(d.images), size(packed))
+	fmt.Fprintf(w, "A start after a pull is quick because the pull has just written the files to memory.\n\n")
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprintln(t, "\tpull\tstart\ttotal\tserved\t  |\tinject\tstart\ttotal\tserved\t  |\tratio\t")
+	for _, r := range runtimes {
+		pull, inject := r.result.pull, r.result.inject
+		fmt.Fprintf(t, "%s\t%s%s%.1f\t\n", r.name, pull.cells(), inject.cells(), pull.total().Seconds()/inject.total().Seconds())
 	}
 	t.Flush()
 }
 
 func (m measurement) total() time.Duration { return m.get + m.start }
+
+func (m measurement) cells() string {
+	return fmt.Sprintf("%s\t%s\t%s\t%s\t  |\t", seconds(m.get), seconds(m.start), seconds(m.total()),
+		size(m.served.BlobBytes+m.served.ManifestBytes))
+}
 
 func seconds(d time.Duration) string { return fmt.Sprintf("%.2f s", d.Seconds()) }
 

@@ -41,8 +41,9 @@ func Root(ctx context.Context, packages []string, version string, finish func(di
 		return "", fmt.Errorf("removing a half-made root: %w", err)
 	}
 	fmt.Fprintf(os.Stderr, "making a Debian root with %d packages (once; kept in %s)\n", len(packages), dir)
-	cmd := exec.CommandContext(ctx, "debootstrap", "--variant=minbase",
-		"--include="+strings.Join(packages, ","), Suite, tmp)
+	// In namespaces of its own, whatever it starts and mounts ends with it.
+	cmd := exec.CommandContext(ctx, "unshare", "--mount", "--pid", "--fork", "--kill-child",
+		"debootstrap", "--variant=minbase", "--include="+strings.Join(packages, ","), Suite, tmp)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		os.RemoveAll(tmp)
