@@ -20,6 +20,7 @@ import (
 func TestRoot(t *testing.T) {
 	cache := t.TempDir()
 	t.Setenv("SELKIES_CACHE", cache)
+	packages := []string{"less"}
 	finished := 0
 	finish := func(dir string) error {
 		finished++
@@ -38,7 +39,7 @@ func TestRoot(t *testing.T) {
 			}
 		}
 	}()
-	_, err := host.Root(ctx, nil, "test", finish)
+	_, err := host.Root(ctx, packages, "test", finish)
 	cancel()
 	if err == nil || finished > 0 {
 		t.Fatalf("a root that was cut off: %v, finished %d times", err, finished)
@@ -49,7 +50,7 @@ func TestRoot(t *testing.T) {
 	}
 
 	for range 2 {
-		dir, err := host.Root(t.Context(), nil, "test", finish)
+		dir, err := host.Root(t.Context(), packages, "test", finish)
 		if err != nil {
 			t.Fatal(err)
 		}
