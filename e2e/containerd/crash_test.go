@@ -197,17 +197,7 @@ func TestReboot(t *testing.T) {
 
 		n.attach(t, world.first, cacheDir)
 		// The mount alone brings the images back, whoever makes it.
-		anchor := ""
-		for _, l := range strings.Split(n.ctr(t, "snapshots", "--snapshotter", "overlayfs", "ls"), "\n") {
-			if strings.HasPrefix(l, "selkies-image-cache-") {
-				anchor = strings.Fields(l)[0]
-			}
-		}
-		info, err := n.ctrd.SnapshotService("overlayfs").Stat(n.context(t), anchor)
-		if err != nil {
-			t.Fatal(err)
-		}
-		fs := snapshotsDir + "/" + info.Labels["selkies.io/image-cache.dir"] + "/fs"
+		fs := n.anchor(t)
 		n.Output(t, "mount", "--bind", cacheDir, fs)
 		p = n.mustRun(t, "by-hand", ref(app1))
 		p.remove(t)
@@ -272,7 +262,7 @@ func TestGenerations(t *testing.T) {
 		detach = n.attach(t, world.first, cacheDir)
 		n.inject(t, cacheDir)
 		n.settled(t, false)
-		n.Output(t, "sh", "-c", "umount "+cacheDir+" && umount "+snapshotsDir+"/*/fs")
+		n.Output(t, "umount", n.anchor(t), cacheDir)
 		detach()
 		n.inject(t, newer)
 		n.settled(t, false)

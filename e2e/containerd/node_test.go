@@ -5,7 +5,9 @@ package containerd_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -47,18 +49,22 @@ type node struct {
 
 func newNode(t *testing.T, release machine.Release) *node {
 	t.Helper()
-	return newNodeWith(t, release, machine.Config{Name: "node"})
+	return newNodeOn(t, release, "")
 }
 
-func newNodeWith(t *testing.T, release machine.Release, config machine.Config) *node {
+// newNodeOn makes a node whose containerd keeps everything on the disk image store.
+func newNodeOn(t *testing.T, release machine.Release, store string) *node {
 	t.Helper()
 	n := &node{
-		Machine: machine.New(t, config),
+		Machine: machine.New(t, machine.Config{Name: "node"}),
 		config:  machine.Containerd{Release: release, Sandbox: ref(sandbox)},
 		ns:      "k8s.io",
 	}
 	if err := n.Install(world.injector, "/usr/local/bin/selkies-image-injector"); err != nil {
 		t.Fatal(err)
+	}
+	if store != "" {
+		n.mount(t, store, stateDir, "rw")
 	}
 	n.start(t)
 	t.Cleanup(n.disconnect)
@@ -116,7 +122,12 @@ func (n *node) context(t *testing.T) context.Context {
 // returned function takes it away again.
 func (n *node) attach(t *testing.T, image, dir string) (detach func()) {
 	t.Helper()
-	loop, err := host.AttachLoop(image, true)
+	return n.mount(t, image, dir, "ro,noload")
+}
+
+func (n *node) mount(t *testing.T, image, dir, options string) (detach func()) {
+	t.Helper()
+	loop, err := host.AttachLoop(image, strings.HasPrefix(options, "ro"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,17 +135,20 @@ func (n *node) attach(t *testing.T, image, dir string) (detach func()) {
 		t.Fatal(err)
 	}
 	n.Output(t, "mkdir", "-p", dir)
-	n.Output(t, "mount", "-o", "ro,noload", loop.Path, dir)
+	n.Output(t, "mount", "-o", options, loop.Path, dir)
 	done := false
 	detach = func() {
 		if done {
 			return
 		}
 		done = true
-		if err := n.DetachDisk(loop.Path, filepath.Base(image)); err != nil && !os.IsNotExist(err) {
-			t.Log(err)
+		// A reboot has detached it.
+		if err := n.DetachDisk(loop.Path, filepath.Base(image)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Error(err)
 		}
-		loop.Close()
+		if err := loop.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 	t.Cleanup(detach)
 	return detach
@@ -174,6 +188,22 @@ func (n *node) eject(t *testing.T, ids ...string) report.Eject {
 		t.Fatal(err)
 	}
 	return r
+}
+
+// anchor is the path that the disk is mounted on, of the only generation.
+func (n *node) anchor(t *testing.T) string {
+	t.Helper()
+	dir := ""
+	err := n.ctrd.SnapshotService("overlayfs").Walk(n.context(t), func(_ context.Context, i snapshots.Info) error {
+		if i.Labels["selkies.io/image-cache.anchor"] != "" {
+			dir = i.Labels["selkies.io/image-cache.dir"]
+		}
+		return nil
+	})
+	if err != nil || dir == "" {
+		t.Fatalf("no anchor: %v", err)
+	}
+	return filepath.Join(snapshotsDir, dir, "fs")
 }
 
 var anchorDir = regexp.MustCompile(`^\.\./[0-9]+/`)

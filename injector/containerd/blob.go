@@ -81,20 +81,31 @@ func blobsOf(d *cachedisk.Disk, img manifest.Image, chain []digest.Digest) ([]bl
 		}
 		blobs = append(blobs, index)
 	}
-	origin, err := distributionSource(img.Names)
-	if err != nil {
-		return nil, err
-	}
-	for i := range blobs {
-		if blobs[i].info == nil {
-			blobs[i].info = map[string]string{}
-		}
-		maps.Copy(blobs[i].info, origin)
-	}
 	return blobs, nil
 }
 
-// distributionSource is the label by which a pull records where a blob came from:
+// addOrigins labels each blob with the repositories of all images that have it.
+func addOrigins(jobs []*job) error {
+	names := map[digest.Digest][]string{}
+	for _, j := range jobs {
+		for _, b := range j.blobs {
+			names[b.desc.Digest] = append(names[b.desc.Digest], j.image.Names...)
+		}
+	}
+	for _, j := range jobs {
+		for i, b := range j.blobs {
+			origin, err := distributionSource(names[b.desc.Digest])
+			if err != nil {
+				return err
+			}
+			maps.Copy(origin, b.info)
+			j.blobs[i].info = origin
+		}
+	}
+	return nil
+}
+
+// distributionSource are the labels by which a pull records where a blob came from:
 // a push to the same registry can then mount it instead of uploading it.
 func distributionSource(names []string) (map[string]string, error) {
 	repos := map[string][]string{}

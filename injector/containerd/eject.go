@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
@@ -119,41 +120,51 @@ func describe(c containers.Container) string {
 	return "container " + c.ID
 }
 
-// removeRecords removes the image records, and the one under the image's ID that
-// the CRI made for them, if no other image needs it.
+// removeRecords removes the image records, after those under the images' IDs that
+// the CRI made for them: in the other order a run that is killed in between would
+// leave records that nothing shows to be ours.
 func (r *Runtime) removeRecords(ctx context.Context, s *survey, wanted func(digest.Digest) bool) ([]string, error) {
-	names := []string{}
-	configs := map[string]bool{}
+	ids, names := map[string]bool{}, []string{}
 	for _, record := range s.records(wanted) {
-		if config, err := record.Config(ctx, r.content, platforms.Default()); err == nil {
-			configs[config.Digest.String()] = true
-		}
-		if err := r.removeRecord(ctx, record.Name); err != nil {
-			return nil, err
-		}
 		names = append(names, record.Name)
+		if config, err := record.Config(ctx, r.content, platforms.Default()); err == nil {
+			ids[config.Digest.String()] = true
+		}
 	}
-	for _, record := range s.images {
-		if slices.Contains(names, record.Name) || digest.Digest(record.Name).Validate() == nil {
+	for name, record := range s.images {
+		if isID(name) && r.runsOn(ctx, s, record, wanted) {
+			ids[name] = true
+		}
+	}
+	// What the node has under another name needs its ID too.
+	for name, record := range s.images {
+		if isID(name) || slices.Contains(names, name) {
 			continue
 		}
 		if config, err := record.Config(ctx, r.content, platforms.Default()); err == nil {
-			delete(configs, config.Digest.String())
+			delete(ids, config.Digest.String())
 		}
 	}
-	for id := range configs {
-		if err := r.removeRecord(ctx, id); err != nil {
-			return nil, err
+	for _, name := range slices.Concat(slices.Sorted(maps.Keys(ids)), names) {
+		if err := r.images.Delete(ctx, name); err != nil && !errdefs.IsNotFound(err) {
+			return nil, fmt.Errorf("removing image record %s: %w", name, r.explain(err))
 		}
 	}
 	return names, nil
 }
 
-func (r *Runtime) removeRecord(ctx context.Context, name string) error {
-	if err := r.images.Delete(ctx, name); err != nil && !errdefs.IsNotFound(err) {
-		return fmt.Errorf("removing image record %s: %w", name, r.explain(err))
+// isID says whether a record's name is an image ID, as the CRI makes it.
+func isID(name string) bool { return digest.Digest(name).Validate() == nil }
+
+// runsOn says whether the image's top layer was registered from one of the wanted
+// generations.
+func (r *Runtime) runsOn(ctx context.Context, s *survey, record images.Image, wanted func(digest.Digest) bool) bool {
+	chain, err := r.chain(ctx, record)
+	if err != nil || len(chain) == 0 {
+		return false
 	}
-	return nil
+	info := s.snapshots[chainName(chain[len(chain)-1])]
+	return isLayer(info) && wanted(cacheOf(info.Labels))
 }
 
 // handOver leads layers that stay because another generation's images have them
@@ -197,15 +208,14 @@ func (r *Runtime) whyKept(ctx context.Context, s *survey, left []snapshots.Info)
 	if len(left) == 0 {
 		return nil
 	}
-	images, children := map[string][]string{}, map[string][]string{}
+	users, children := map[string][]string{}, map[string][]string{}
 	for name, record := range s.images {
-		// The CRI's records by image ID say nothing to a person.
-		if digest.Digest(name).Validate() == nil {
-			continue
+		if isID(name) {
+			continue // says nothing to a person
 		}
 		if chain, err := r.chain(ctx, record); err == nil {
 			for _, id := range chain {
-				images[chainName(id)] = append(images[chainName(id)], "image "+name)
+				users[chainName(id)] = append(users[chainName(id)], "image "+name)
 			}
 		}
 	}
@@ -221,7 +231,7 @@ func (r *Runtime) whyKept(ctx context.Context, s *survey, left []snapshots.Info)
 		if below[info.Name] {
 			continue
 		}
-		by := images[info.Name]
+		by := users[info.Name]
 		if len(by) == 0 {
 			by = children[info.Name]
 		}

@@ -75,7 +75,7 @@ func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk) ([]*job, error) {
 			jobs = append(jobs, j)
 		}
 	}
-	return jobs, nil
+	return jobs, addOrigins(jobs)
 }
 
 // compareName decides about one of the image's names. What the node has wins,

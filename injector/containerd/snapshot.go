@@ -37,11 +37,8 @@ type commitFunc func(dir string) error
 // can collect it in between.
 func (r *Runtime) commit(ctx context.Context, run, name, parent string, labels map[string]string, fill commitFunc) (bool, error) {
 	key := run + "/" + name
-	own := map[string]string{snapshots.LabelSnapshotRef: name}
-	for k, v := range labels {
-		own[k] = v
-	}
-	mounts, err := r.snapshots.Prepare(ctx, key, parent, snapshots.WithLabels(own))
+	ref := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: name})
+	mounts, err := r.snapshots.Prepare(ctx, key, parent, ref)
 	if errdefs.IsAlreadyExists(err) {
 		return false, nil
 	}
@@ -55,8 +52,10 @@ func (r *Runtime) commit(ctx context.Context, run, name, parent string, labels m
 	if err := fill(r.layerDir(dir)); err != nil {
 		return false, fmt.Errorf("preparing snapshot %s: %w", name, r.explain(err))
 	}
-	own[labelDir] = dir
-	err = r.snapshots.Commit(ctx, name, key, snapshots.WithLabels(own))
+	// Not before: one of them may be that of a root of garbage collection, which
+	// would keep what a killed run has prepared.
+	own := snapshots.WithLabels(map[string]string{labelDir: dir})
+	err = r.snapshots.Commit(ctx, name, key, ref, snapshots.WithLabels(labels), own)
 	if errdefs.IsAlreadyExists(err) {
 		// A pull was faster. Its snapshot is as good as ours.
 		if err := r.snapshots.Remove(ctx, key); err != nil {
