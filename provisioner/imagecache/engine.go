@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/docker/docker/api/types/system"
@@ -52,7 +53,10 @@ func connectEngine(ctx context.Context, r *vm, host string, conns int) (*engine,
 	// answered.
 	if _, err := c.Ping(ctx); err != nil {
 		e.close()
-		return nil, explainPing(err)
+		if failed := d.failed.Load(); failed != nil {
+			return nil, explainCommand(failed)
+		}
+		return nil, fmt.Errorf("connecting to Docker on the build VM: %w; is the communicator ssh, with ssh_pty off?", err)
 	}
 	if e.info, err = c.Info(ctx); err != nil {
 		e.close()
@@ -61,14 +65,10 @@ func connectEngine(ctx context.Context, r *vm, host string, conns int) (*engine,
 	return e, nil
 }
 
-func explainPing(err error) error {
-	e, ok := errors.AsType[*commandError](err)
-	if !ok {
-		return fmt.Errorf("connecting to Docker on the build VM: %w; is the communicator ssh, with ssh_pty off?", err)
-	}
+func explainCommand(e *commandError) error {
 	remedy := "start Docker there, or set docker_host"
 	switch {
-	case e.status == 127 || strings.Contains(e.stderr, "not found") || strings.Contains(e.stderr, "No such file or directory") && strings.Contains(e.stderr, "env:"):
+	case e.status == 127: // as env says that it found no such command
 		remedy = "install Docker there before this provisioner runs"
 	case strings.Contains(strings.ToLower(e.stderr), "permission denied"):
 		remedy = "set execute_command to one that may use Docker's socket"
@@ -107,6 +107,9 @@ type dialer struct {
 	vm      *vm
 	command []string
 	running sync.WaitGroup
+	// failed is the last command that failed: the Docker client says no more than
+	// that it cannot connect.
+	failed atomic.Pointer[commandError]
 }
 
 // dial starts a command and returns its standard input and output as a connection.
@@ -125,7 +128,9 @@ func (d *dialer) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 			if status := cmd.Wait(); status == 0 {
 				err = io.EOF
 			} else {
-				err = &commandError{args: d.command, status: status, stderr: oneLine(stderr.String())}
+				failed := &commandError{args: d.command, status: status, stderr: oneLine(stderr.String())}
+				d.failed.Store(failed)
+				err = failed
 			}
 		}
 		stdoutW.CloseWithError(err)

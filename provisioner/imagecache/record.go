@@ -3,6 +3,7 @@ package imagecache
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path"
@@ -66,10 +67,11 @@ func (r *recorder) recordLayers(ctx context.Context, w *wanted) error {
 	if err != nil {
 		return err
 	}
-	diffIDs, err := w.image.DiffIDs()
-	if err != nil {
-		return err
+	var config ocispec.Image
+	if err := json.Unmarshal(w.image.Config.Data, &config); err != nil {
+		return fmt.Errorf("reading its config: %w", err)
 	}
+	diffIDs := config.RootFS.DiffIDs
 	if len(dirs) != len(diffIDs) {
 		return fmt.Errorf("docker has %d layer directories, the image %d layers", len(dirs), len(diffIDs))
 	}
@@ -82,7 +84,7 @@ func (r *recorder) recordLayers(ctx context.Context, w *wanted) error {
 	if err != nil {
 		return err
 	}
-	sizes := layerSizes(history, len(diffIDs), inspect.Size)
+	sizes := layerSizes(config.History, history, len(diffIDs), inspect.Size)
 	parent := digest.Digest("")
 	for i, chainID := range w.chain {
 		if _, known := r.index[chainID]; !known {
@@ -126,20 +128,22 @@ func layerDirectories(inspect image.InspectResponse, home string) ([]string, err
 }
 
 // layerSizes takes the sizes of n layers, base layer first, from the image's
-// history, which the daemon gives newest first, with a zero size for entries that
-// made no layer. It has nothing for an image that was built without one: then the
-// top layer stands for what the others lack of the image's size.
-func layerSizes(history []image.HistoryResponseItem, n int, total int64) []int64 {
+// history. The daemon gives it newest first and without saying which entries made
+// no layer, which the config says. An image that was built without a history has
+// none here either: then the top layer stands for what the others lack of the
+// image's total.
+func layerSizes(config []ocispec.History, history []image.HistoryResponseItem, n int, total int64) []int64 {
 	sizes := make([]int64, 0, n)
-	for _, h := range slices.Backward(history) {
-		if h.Size > 0 {
-			sizes = append(sizes, h.Size)
+	if len(history) == len(config) {
+		for i, h := range config {
+			if !h.EmptyLayer {
+				sizes = append(sizes, history[len(history)-1-i].Size)
+			}
 		}
 	}
 	if len(sizes) == n {
 		return sizes
 	}
-	// Some layer is empty, or the history is not complete.
 	sizes = make([]int64, n)
 	if n > 0 {
 		sizes[n-1] = total

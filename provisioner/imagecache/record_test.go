@@ -6,6 +6,7 @@ import (
 	"github.com/docker/docker/api/types/image"
 	"github.com/docker/docker/api/types/storage"
 	"github.com/google/go-cmp/cmp"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // What Docker 20.10.24 answers for an image of three layers, shortened.
@@ -45,20 +46,28 @@ func TestLayerSizes(t *testing.T) {
 		}
 		return h
 	}
+	config := func(empty ...bool) (h []ocispec.History) {
+		for _, e := range empty {
+			h = append(h, ocispec.History{EmptyLayer: e})
+		}
+		return h
+	}
 	tests := []struct {
 		name    string
+		config  []ocispec.History
 		history []image.HistoryResponseItem
 		n       int
 		want    []int64
 	}{
-		{"newest first, with entries that made no layer", history(0, 30, 0, 20, 10), 3, []int64{10, 20, 30}},
-		{"an empty layer", history(30, 0, 10), 3, []int64{0, 0, 40}},
-		{"no history", nil, 2, []int64{0, 40}},
-		{"no layer", nil, 0, []int64{}},
+		{"entries without a layer", config(false, false, true, false, true), history(0, 30, 0, 20, 10), 3, []int64{10, 20, 30}},
+		{"an empty layer", config(false, false, true, false), history(30, 0, 0, 10), 3, []int64{10, 0, 30}},
+		{"no history", nil, nil, 2, []int64{0, 40}},
+		{"history of another length", config(false), history(30, 10), 2, []int64{0, 40}},
+		{"no layer", nil, nil, 0, []int64{}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if diff := cmp.Diff(tt.want, layerSizes(tt.history, tt.n, 40)); diff != "" {
+			if diff := cmp.Diff(tt.want, layerSizes(tt.config, tt.history, tt.n, 40)); diff != "" {
 				t.Error(diff)
 			}
 		})
