@@ -47,13 +47,13 @@ type node struct {
 	ctrd   *client.Client
 }
 
-func newNode(t *testing.T, release machine.Release) *node {
+func newNode(t testing.TB, release machine.Release) *node {
 	t.Helper()
 	return newNodeOn(t, release, "")
 }
 
 // newNodeOn makes a node whose containerd keeps everything on the disk image store.
-func newNodeOn(t *testing.T, release machine.Release, store string) *node {
+func newNodeOn(t testing.TB, release machine.Release, store string) *node {
 	t.Helper()
 	n := &node{
 		Machine: machine.New(t, machine.Config{Name: "node"}),
@@ -72,13 +72,13 @@ func newNodeOn(t *testing.T, release machine.Release, store string) *node {
 }
 
 // ctr runs containerd's own client in the node's namespace.
-func (n *node) ctr(t *testing.T, args ...string) string {
+func (n *node) ctr(t testing.TB, args ...string) string {
 	t.Helper()
 	return n.Output(t, append([]string{"ctr", "-n", n.ns}, args...)...)
 }
 
 // start starts containerd and connects to it.
-func (n *node) start(t *testing.T) {
+func (n *node) start(t testing.TB) {
 	t.Helper()
 	n.disconnect()
 	if err := n.StartContainerd(t.Context(), n.config); err != nil {
@@ -87,7 +87,7 @@ func (n *node) start(t *testing.T) {
 	n.connect(t)
 }
 
-func (n *node) connect(t *testing.T) {
+func (n *node) connect(t testing.TB) {
 	t.Helper()
 	var err error
 	socket := n.Path(machine.Socket)
@@ -114,18 +114,18 @@ func (n *node) disconnect() {
 func (n *node) runtime() cri.RuntimeServiceClient { return cri.NewRuntimeServiceClient(n.conn) }
 func (n *node) images() cri.ImageServiceClient    { return cri.NewImageServiceClient(n.conn) }
 
-func (n *node) context(t *testing.T) context.Context {
+func (n *node) context(t testing.TB) context.Context {
 	return namespaces.WithNamespace(t.Context(), n.ns)
 }
 
 // attach attaches a disk image read-only and mounts it at dir, as GKE does. The
 // returned function takes it away again.
-func (n *node) attach(t *testing.T, image, dir string) (detach func()) {
+func (n *node) attach(t testing.TB, image, dir string) (detach func()) {
 	t.Helper()
 	return n.mount(t, image, dir, "ro,noload")
 }
 
-func (n *node) mount(t *testing.T, image, dir, options string) (detach func()) {
+func (n *node) mount(t testing.TB, image, dir, options string) (detach func()) {
 	t.Helper()
 	loop, err := host.AttachLoop(image, strings.HasPrefix(options, "ro"))
 	if err != nil {
@@ -155,7 +155,7 @@ func (n *node) mount(t *testing.T, image, dir, options string) (detach func()) {
 }
 
 // injector runs the injector and decodes its report.
-func (n *node) injector(t *testing.T, out any, args ...string) error {
+func (n *node) injector(t testing.TB, out any, args ...string) error {
 	t.Helper()
 	cmd := append([]string{"selkies-image-injector", "--containerd-namespace", n.ns, "--runtime", "containerd", "--output", "json"}, args...)
 	text, err := n.Run(t.Context(), cmd...)
@@ -168,7 +168,7 @@ func (n *node) injector(t *testing.T, out any, args ...string) error {
 	return nil
 }
 
-func (n *node) inject(t *testing.T, dirs ...string) report.Inject {
+func (n *node) inject(t testing.TB, dirs ...string) report.Inject {
 	t.Helper()
 	args := []string{"inject"}
 	for _, d := range dirs {
@@ -181,7 +181,7 @@ func (n *node) inject(t *testing.T, dirs ...string) report.Inject {
 	return r
 }
 
-func (n *node) eject(t *testing.T, ids ...string) report.Eject {
+func (n *node) eject(t testing.TB, ids ...string) report.Eject {
 	t.Helper()
 	var r report.Eject
 	if err := n.injector(t, &r, append([]string{"eject"}, ids...)...); err != nil {
@@ -191,7 +191,7 @@ func (n *node) eject(t *testing.T, ids ...string) report.Eject {
 }
 
 // anchor is the path that the disk is mounted on, of the only generation.
-func (n *node) anchor(t *testing.T) string {
+func (n *node) anchor(t testing.TB) string {
 	t.Helper()
 	dir := ""
 	err := n.ctrd.SnapshotService("overlayfs").Walk(n.context(t), func(_ context.Context, i snapshots.Info) error {
@@ -210,7 +210,7 @@ var anchorDir = regexp.MustCompile(`^\.\./[0-9]+/`)
 
 // state is all that containerd and its directories have, one line each. Numbers
 // that differ from run to run are left out, times too unless strict.
-func (n *node) state(t *testing.T, strict bool) []string {
+func (n *node) state(t testing.TB, strict bool) []string {
 	t.Helper()
 	ctx := n.context(t)
 	var lines []string
@@ -283,7 +283,7 @@ func (n *node) state(t *testing.T, strict bool) []string {
 
 // collect has containerd collect its garbage, such as the directories of
 // containers that were removed.
-func (n *node) collect(t *testing.T) {
+func (n *node) collect(t testing.TB) {
 	t.Helper()
 	ctx := n.context(t)
 	l, err := n.ctrd.LeasesService().Create(ctx, leases.WithRandomID())
@@ -306,7 +306,7 @@ func labels(m map[string]string) string {
 
 // settled waits until the CRI, which follows containerd's events, has stopped
 // changing records, and gives the state then, without garbage.
-func (n *node) settled(t *testing.T, strict bool) []string {
+func (n *node) settled(t testing.TB, strict bool) []string {
 	t.Helper()
 	n.collect(t)
 	last := n.state(t, strict)
@@ -328,7 +328,7 @@ func (n *node) settled(t *testing.T, strict bool) []string {
 }
 
 // listed waits until the CRI knows the image.
-func (n *node) listed(t *testing.T, reference string) *cri.Image {
+func (n *node) listed(t testing.TB, reference string) *cri.Image {
 	t.Helper()
 	var img *cri.Image
 	wait(t, "the CRI to list "+reference, func() error {
@@ -351,12 +351,12 @@ type pod struct {
 }
 
 // run starts a container of the image in a pod of its own, on the host's network.
-func (n *node) run(t *testing.T, name, reference string) (*pod, error) {
+func (n *node) run(t testing.TB, name, reference string) (*pod, error) {
 	t.Helper()
 	return n.runIn(t, name, reference, &cri.NamespaceOption{Network: cri.NamespaceMode_NODE})
 }
 
-func (n *node) runIn(t *testing.T, name, reference string, options *cri.NamespaceOption) (*pod, error) {
+func (n *node) runIn(t testing.TB, name, reference string, options *cri.NamespaceOption) (*pod, error) {
 	t.Helper()
 	config := &cri.PodSandboxConfig{
 		Metadata:     &cri.PodSandboxMetadata{Name: name, Namespace: "test", Uid: name, Attempt: 0},
@@ -397,7 +397,7 @@ func (n *node) runIn(t *testing.T, name, reference string, options *cri.Namespac
 	return p, nil
 }
 
-func (n *node) mustRun(t *testing.T, name, reference string) *pod {
+func (n *node) mustRun(t testing.TB, name, reference string) *pod {
 	t.Helper()
 	p, err := n.run(t, name, reference)
 	if err != nil {
@@ -407,7 +407,7 @@ func (n *node) mustRun(t *testing.T, name, reference string) *pod {
 }
 
 // sh runs a shell command in the container.
-func (p *pod) sh(t *testing.T, command string) string {
+func (p *pod) sh(t testing.TB, command string) string {
 	t.Helper()
 	resp, err := p.n.runtime().ExecSync(t.Context(), &cri.ExecSyncRequest{
 		ContainerId: p.container, Cmd: []string{"/bin/busybox", "sh", "-c", command}, Timeout: 20,
@@ -421,7 +421,7 @@ func (p *pod) sh(t *testing.T, command string) string {
 	return strings.TrimSpace(string(resp.Stdout))
 }
 
-func (p *pod) remove(t *testing.T) {
+func (p *pod) remove(t testing.TB) {
 	t.Helper()
 	if _, err := p.n.runtime().StopPodSandbox(t.Context(), &cri.StopPodSandboxRequest{PodSandboxId: p.sandbox}); err != nil {
 		t.Fatal(err)
@@ -431,14 +431,14 @@ func (p *pod) remove(t *testing.T) {
 	}
 }
 
-func (n *node) pull(t *testing.T, reference string) {
+func (n *node) pull(t testing.TB, reference string) {
 	t.Helper()
 	if _, err := n.images().PullImage(t.Context(), &cri.PullImageRequest{Image: &cri.ImageSpec{Image: reference}}); err != nil {
 		t.Fatal(err)
 	}
 }
 
-func (n *node) removeImage(t *testing.T, reference string) {
+func (n *node) removeImage(t testing.TB, reference string) {
 	t.Helper()
 	if _, err := n.images().RemoveImage(t.Context(), &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: reference}}); err != nil {
 		t.Fatal(err)
@@ -446,7 +446,7 @@ func (n *node) removeImage(t *testing.T, reference string) {
 }
 
 // wait asks f until it gives no error.
-func wait(t *testing.T, what string, f func() error) {
+func wait(t testing.TB, what string, f func() error) {
 	t.Helper()
 	deadline := time.After(30 * time.Second)
 	tick := time.NewTicker(100 * time.Millisecond)

@@ -1,0 +1,127 @@
+package cachedisk_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// newDisk makes a directory that looks like a cache disk.
+func newDisk(t *testing.T, dir string) *manifest.Manifest {
+	t.Helper()
+	data, err := os.ReadFile("../../manifest/testdata/manifest.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := manifest.Decode(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range m.Layers {
+		if err := os.MkdirAll(filepath.Join(dir, m.LayerPath(l)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Write(dir); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func TestOpen(t *testing.T) {
+	layer := func(dir string, m *manifest.Manifest) string { return filepath.Join(dir, m.LayerPath(m.Layers[1])) }
+	tests := map[string]struct {
+		spoil func(t *testing.T, dir string, m *manifest.Manifest) error
+		want  string // in the error, empty for none
+	}{
+		"good": {func(*testing.T, string, *manifest.Manifest) error { return nil }, ""},
+		"no manifest": {func(_ *testing.T, dir string, _ *manifest.Manifest) error {
+			return os.Remove(filepath.Join(dir, manifest.Path))
+		}, "no layer manifest at "},
+		"truncated": {func(_ *testing.T, dir string, _ *manifest.Manifest) error {
+			return os.Truncate(filepath.Join(dir, manifest.Path), 100)
+		}, "truncated"},
+		"newer schema": {func(_ *testing.T, dir string, _ *manifest.Manifest) error {
+			file := filepath.Join(dir, manifest.Path)
+			data, err := os.ReadFile(file)
+			if err != nil {
+				return err
+			}
+			return os.WriteFile(file, bytes.Replace(data, []byte(`"schemaVersion": 1`), []byte(`"schemaVersion": 9`), 1), 0o644)
+		}, "schemaVersion is 9"},
+		"layer missing": {func(_ *testing.T, dir string, m *manifest.Manifest) error {
+			return os.Remove(layer(dir, m))
+		}, "build the disk again"},
+		"layer is a file": {func(_ *testing.T, dir string, m *manifest.Manifest) error {
+			if err := os.Remove(layer(dir, m)); err != nil {
+				return err
+			}
+			return os.WriteFile(layer(dir, m), nil, 0o644)
+		}, "is not a directory"},
+		"layer leads out of the disk": {func(t *testing.T, dir string, m *manifest.Manifest) error {
+			// The directory that holds diff: diff itself is looked at without following.
+			above := filepath.Dir(layer(dir, m))
+			if err := os.RemoveAll(above); err != nil {
+				return err
+			}
+			outside := t.TempDir()
+			if err := os.Mkdir(filepath.Join(outside, "diff"), 0o755); err != nil {
+				return err
+			}
+			return os.Symlink(outside, above)
+		}, "escapes"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			m := newDisk(t, dir)
+			if err := tt.spoil(t, dir, m); err != nil {
+				t.Fatal(err)
+			}
+			d, err := cachedisk.Open(dir)
+			if tt.want != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.want) {
+					t.Errorf("error is %v, want %q", err, tt.want)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if id, err := m.ID(); err != nil || d.ID != id {
+				t.Errorf("ID is %s, want %s (%v)", d.ID, id, err)
+			}
+		})
+	}
+}
+
+func TestFind(t *testing.T) {
+	host := t.TempDir()
+	for _, dir := range []string{"cache", "mnt/disks/gke-secondary-disks/a", "mnt/disks/gke-secondary-disks/empty"} {
+		if err := os.MkdirAll(filepath.Join(host, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	gke := filepath.Join(host, "mnt/disks/gke-secondary-disks/a")
+	newDisk(t, gke)
+
+	disks, err := cachedisk.Find(nil, host)
+	if err != nil || len(disks) != 1 || disks[0].Dir != gke {
+		t.Errorf("found %v, %v", disks, err)
+	}
+	// The same disk by two paths is one.
+	newDisk(t, filepath.Join(host, "cache"))
+	if disks, err = cachedisk.Find(nil, host); err != nil || len(disks) != 1 {
+		t.Errorf("found %v, %v", disks, err)
+	}
+	// A broken one does not hide the other.
+	disks, err = cachedisk.Find([]string{t.TempDir(), gke}, host)
+	if err == nil || len(disks) != 1 {
+		t.Errorf("found %v, %v", disks, err)
+	}
+}
