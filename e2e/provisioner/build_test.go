@@ -15,7 +15,9 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/santhosh-tekuri/jsonschema/v6"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
@@ -93,6 +95,7 @@ func testBuild(t *testing.T, v *vm, zstd bool) {
 	if !bytes.Equal(local, data) {
 		t.Error("manifest_output is not what is on the disk")
 	}
+	checkSchema(t, data)
 	byName := map[string]manifest.Image{}
 	for _, img := range m.Images {
 		for _, n := range img.Names {
@@ -115,6 +118,26 @@ func testBuild(t *testing.T, v *vm, zstd bool) {
 		}
 		checkBlobs(t, dir, m)
 	})
+}
+
+// checkSchema asks a third party whether the manifest is what its schema promises.
+func checkSchema(t *testing.T, data []byte) {
+	t.Helper()
+	src, err := host.Source(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema, err := jsonschema.NewCompiler().Compile(filepath.Join(src, "docs/layer-manifest.schema.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := jsonschema.UnmarshalJSON(bytes.NewReader(data))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := schema.Validate(doc); err != nil {
+		t.Error(err)
+	}
 }
 
 // checkDescriptors compares an image's index, manifest and config with what the
@@ -236,6 +259,62 @@ func TestRebuild(t *testing.T) {
 			}
 		})
 	})
+}
+
+// TestLabel finds a disk by its label, and keeps what is no longer listed if asked.
+func TestLabel(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	first := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"first": 1000})))
+	second := pushed(t, reg, "app:2", newImage(t, layer(t, map[string]int{"second": 1000})))
+	d := newDisk(t, v, 64)
+	v.mustBuild(t, imagesOption(first), d.block(`mount_point = "/mnt/elsewhere"`, `docker_root = "var/lib/docker"`))
+	out := v.mustBuild(t, imagesOption(second), `disk {
+    label       = "selkies-cache"
+    docker_root = "var/lib/docker"
+  }`, "prune = false")
+	if strings.Contains(out, "removed ") {
+		t.Errorf("removed something:\n%s", out)
+	}
+	m, _ := d.manifest(t)
+	if m.Store.Root != "var/lib/docker" {
+		t.Errorf("store.root is %q", m.Store.Root)
+	}
+	if got := names(m); !slices.Contains(got, second) || slices.Contains(got, first) {
+		t.Errorf("names are %v", got)
+	}
+	d.mount(t, func(dir string) {
+		stored, err := filepath.Glob(filepath.Join(dir, m.Store.Root, "image/overlay2/imagedb/content/sha256/*"))
+		if err != nil || len(stored) != 2 {
+			t.Errorf("the store has %d images (%v)", len(stored), err)
+		}
+	})
+}
+
+// TestUser logs in as a user who is not root.
+func TestUser(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
+	d := newDisk(t, v, 64)
+	v.Output(t, "useradd", "--create-home", "builder")
+	v.Output(t, "cp", "--recursive", "/root/.ssh", "/home/builder/")
+	v.Output(t, "chown", "--recursive", "builder", "/home/builder/.ssh")
+	// The machine has no sudo; a setpriv that may is as good.
+	v.Output(t, "install", "--mode=4755", "/usr/bin/setpriv", "/usr/local/bin/asroot")
+
+	out, err := packerBuild(t, v.communicator("builder"), imagesOption(ref), d.block()).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "allow sudo without a password or set execute_command") {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+	execute := `execute_command = "asroot --reuid=0 --regid=0 --clear-groups {{ .Command }}"`
+	out, err = packerBuild(t, v.communicator("builder"), imagesOption(ref), d.block(), execute).CombinedOutput()
+	if err != nil {
+		t.Fatalf("packer build: %v\n%s", err, out)
+	}
+	if m, _ := d.manifest(t); len(m.Images) != 1 {
+		t.Errorf("recorded %d images", len(m.Images))
+	}
 }
 
 // TestOwnDaemon fills the store of the VM's own Docker, and leaves alone what it

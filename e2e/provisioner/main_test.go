@@ -182,13 +182,17 @@ func imagesOption(refs ...string) string {
 // provisioner block. It runs in a process group of its own, as in a shell.
 func (v *vm) packerBuild(t *testing.T, options ...string) *exec.Cmd {
 	t.Helper()
-	return packerBuild(t, fmt.Sprintf(`
+	return packerBuild(t, v.communicator("root"), options...)
+}
+
+func (v *vm) communicator(user string) string {
+	return fmt.Sprintf(`
   communicator         = "ssh"
   ssh_host             = "127.0.0.1"
   ssh_port             = %d
-  ssh_username         = "root"
+  ssh_username         = %q
   ssh_private_key_file = %q
-`, v.port, v.SSHKey), options...)
+`, v.port, user, v.SSHKey)
 }
 
 func packerBuild(t *testing.T, communicator string, options ...string) *exec.Cmd {

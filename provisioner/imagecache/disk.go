@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -20,9 +21,8 @@ type cacheDisk struct {
 	config Disk
 	say    func(format string, a ...any)
 
-	device    string
-	lifeline  *lifeline
-	formatted bool
+	device   string
+	lifeline *lifeline
 }
 
 // prepare checks the disk, formats it if it may, and mounts it. A disk that is
@@ -138,7 +138,6 @@ func (d *cacheDisk) format(ctx context.Context) error {
 	if _, err := d.vm.run(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-L", fileSystemLabel, d.device); err != nil {
 		return fmt.Errorf("formatting %s: %w", d.option(), err)
 	}
-	d.formatted = true
 	return nil
 }
 
@@ -192,11 +191,28 @@ func (d *cacheDisk) mount(ctx context.Context) error {
 	if _, err := d.vm.run(ctx, "mkdir", "--parents", d.config.MountPoint); err != nil {
 		return fmt.Errorf("making disk.mount_point: %w", err)
 	}
-	if _, err := d.vm.run(ctx, "mount", "-t", "ext4", "-o", "nodev,noatime", d.device, d.config.MountPoint); err != nil {
-		return fmt.Errorf("mounting %s: %w", d.option(), err)
+	// Read-only first: not even its journal is touched if the disk is refused.
+	if err := d.attach(ctx, "ro,noload"); err != nil {
+		return err
 	}
 	if err := d.checkOurs(ctx); err != nil {
 		return err
+	}
+	if _, err := d.vm.run(ctx, "umount", d.config.MountPoint); err != nil {
+		return fmt.Errorf("mounting %s for writing: %w", d.option(), err)
+	}
+	if err := d.attach(ctx, "nodev,noatime"); err != nil {
+		return err
+	}
+	if _, err := d.vm.run(ctx, "mkdir", "--parents", path.Join(d.config.MountPoint, manifest.Dir)); err != nil {
+		return fmt.Errorf("marking %s as an image cache: %w", d.option(), err)
+	}
+	return nil
+}
+
+func (d *cacheDisk) attach(ctx context.Context, options string) error {
+	if _, err := d.vm.run(ctx, "mount", "-t", "ext4", "-o", options, d.device, d.config.MountPoint); err != nil {
+		return fmt.Errorf("mounting %s: %w", d.option(), err)
 	}
 	return nil
 }
@@ -210,16 +226,8 @@ func (d *cacheDisk) checkOurs(ctx context.Context) error {
 		return fmt.Errorf("looking at what %s holds: %w", d.option(), err)
 	}
 	names := strings.FieldsFunc(string(out), func(r rune) bool { return r == 0 })
-	for _, n := range names {
-		if n == manifest.Dir {
-			return nil
-		}
-	}
-	if len(names) > 0 {
+	if len(names) > 0 && !slices.Contains(names, manifest.Dir) {
 		return fmt.Errorf(`%s holds an ext4 file system with files that are no image cache, such as %q; choose another disk, or erase this one with disk.format = "always"`, d.option(), names[0])
-	}
-	if _, err := d.vm.run(ctx, "mkdir", path.Join(d.config.MountPoint, manifest.Dir)); err != nil {
-		return fmt.Errorf("marking %s as an image cache: %w", d.option(), err)
 	}
 	return nil
 }

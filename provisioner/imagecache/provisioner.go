@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"path"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/docker/go-units"
@@ -173,9 +174,11 @@ func (b *build) pull(ctx context.Context) error {
 		b.say("%s to pull, %s is there", units.HumanSize(float64(total)), units.HumanSize(float64(kept)))
 	}
 	telling, stop := context.WithCancel(ctx)
-	go p.progress.tell(telling, b.say)
+	var teller sync.WaitGroup
+	teller.Go(func() { p.progress.tell(telling, b.say) })
 	pulled, failures, err := p.pullAll(ctx, b.images, b.config.Concurrency)
 	stop()
+	teller.Wait()
 	if err != nil {
 		return err
 	}

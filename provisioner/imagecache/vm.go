@@ -162,8 +162,9 @@ func (r *vm) commandLine(args []string) (string, error) {
 	for i, a := range args {
 		quoted[i] = quote(a)
 	}
-	// Messages in other languages would not say what the errors here are taken for.
-	command := "env LC_ALL=C " + strings.Join(quoted, " ")
+	// Messages in other languages would not say what the errors here are taken for,
+	// and the PATH of a user who is not root lacks the programs for disks.
+	command := `env LC_ALL=C PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" ` + strings.Join(quoted, " ")
 	ictx := r.ctx
 	data := map[string]any{"Command": command}
 	if m, ok := r.ctx.Data.(map[string]any); ok {
