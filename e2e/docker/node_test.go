@@ -4,8 +4,9 @@ package docker_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
-	"os"
+	"io/fs"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -90,7 +91,7 @@ func (n *node) attach(t *testing.T, image, dir string) (detach func()) {
 			return
 		}
 		done = true
-		if err := n.DetachDisk(loop.Path, name); err != nil && !os.IsNotExist(err) {
+		if err := n.DetachDisk(loop.Path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Log(err)
 		}
 		loop.Close()

@@ -40,11 +40,15 @@ type node struct {
 	hdr      *tar.Header // nil for the others
 	whiteout bool
 	opaque   bool
+	linked   *node // what a hard link was made to
 }
 
 // add unpacks one entry as Docker does: a later one replaces an earlier one, but a
 // directory keeps what is in it when another directory comes over it.
 func (t tree) add(hdr *tar.Header) {
+	if hdr.Typeflag == tar.TypeXGlobalHeader {
+		return
+	}
 	name := t.resolve(clean(hdr.Name))
 	dir, base := path.Split(name)
 	dir = path.Clean(dir)
@@ -63,8 +67,12 @@ func (t tree) add(hdr *tar.Header) {
 		old.hdr = hdr
 		return
 	}
+	n := &node{hdr: hdr}
+	if hdr.Typeflag == tar.TypeLink {
+		n.linked = t[t.resolve(clean(hdr.Linkname))]
+	}
 	t.remove(name)
-	t[name] = &node{hdr: hdr}
+	t[name] = n
 }
 
 func (n *node) dir() bool {
@@ -160,11 +168,8 @@ func (t tree) compare(dir string) ([]string, error) {
 		} else {
 			diffs = n.compare(f)
 		}
-		if n.hdr != nil && n.hdr.Typeflag == tar.TypeLink {
-			target := files[t.resolve(clean(n.hdr.Linkname))]
-			if target == nil || target.st.Ino != f.st.Ino {
-				diffs = append(diffs, fmt.Sprintf("is no hard link to %q", n.hdr.Linkname))
-			}
+		if target := t.linkTarget(n); target != "" && (files[target] == nil || files[target].st.Ino != f.st.Ino) {
+			diffs = append(diffs, fmt.Sprintf("is no hard link to %q", n.hdr.Linkname))
 		}
 		if len(diffs) > 0 {
 			problems = append(problems, fmt.Sprintf("%q %s", name, strings.Join(diffs, ", ")))
@@ -179,6 +184,18 @@ func (t tree) compare(dir string) ([]string, error) {
 	return problems, nil
 }
 
+// linkTarget is what a hard link leads to, "" if n is none or a later entry took the
+// target's place.
+func (t tree) linkTarget(n *node) string {
+	if n.linked == nil {
+		return ""
+	}
+	if target := t.resolve(clean(n.hdr.Linkname)); t[target] == n.linked {
+		return target
+	}
+	return ""
+}
+
 // compareLinked accepts the attributes of any of the names of one file.
 func (t tree) compareLinked(n *node, f *file, names []string, files map[string]*file) []string {
 	var first []string
@@ -187,7 +204,7 @@ func (t tree) compareLinked(n *node, f *file, names []string, files map[string]*
 		if other.hdr.Typeflag == tar.TypeLink {
 			// The type and the contents' size are those of the file linked to.
 			hdr := *other.hdr
-			if target := t[t.resolve(clean(hdr.Linkname))]; target != nil && target.hdr != nil {
+			if target := other.linked; target != nil && target.hdr != nil {
 				hdr.Typeflag, hdr.Size, hdr.Linkname = target.hdr.Typeflag, target.hdr.Size, target.hdr.Linkname
 				hdr.Devmajor, hdr.Devminor = target.hdr.Devmajor, target.hdr.Devminor
 				if len(xattrs(&hdr)) == 0 {
@@ -262,7 +279,7 @@ func (n *node) compare(f *file) []string {
 }
 
 var kinds = map[byte]uint32{
-	tar.TypeReg: unix.S_IFREG, tar.TypeRegA: unix.S_IFREG, tar.TypeGNUSparse: unix.S_IFREG, //nolint:staticcheck // old archives have it
+	tar.TypeReg: unix.S_IFREG, tar.TypeGNUSparse: unix.S_IFREG,
 	tar.TypeDir: unix.S_IFDIR, tar.TypeSymlink: unix.S_IFLNK, tar.TypeFifo: unix.S_IFIFO,
 	tar.TypeChar: unix.S_IFCHR, tar.TypeBlock: unix.S_IFBLK,
 }

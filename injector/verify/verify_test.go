@@ -41,6 +41,7 @@ func files() []entry {
 		{tar.Header{Name: "link", Typeflag: tar.TypeSymlink, Linkname: "dir", Mode: 0o777}, ""},
 		{tar.Header{Name: "link/through", Mode: 0o600}, "by a symbolic link"},
 		{tar.Header{Name: "implied/file", Mode: 0o644}, "in a directory that the stream does not have"},
+		{tar.Header{Name: "dir/hard too", Typeflag: tar.TypeLink, Linkname: "dir/hard", Mode: 0o640}, ""},
 	}
 }
 
@@ -258,6 +259,7 @@ func TestTree(t *testing.T) {
 		{"file over directory", []tar.Header{dir("a"), file("a/b"), file("a")}, map[string]string{".": "dir", "a": "file"}},
 		{"directory over directory", []tar.Header{file("a/b"), dir("a")}, map[string]string{".": "dir", "a": "dir", "a/b": "file"}},
 		{"twice", []tar.Header{file("a"), file("./a")}, map[string]string{".": "dir", "a": "file"}},
+		{"global header", []tar.Header{{Name: "pax_global_header", Typeflag: tar.TypeXGlobalHeader}, file("a")}, map[string]string{".": "dir", "a": "file"}},
 		{"upward", []tar.Header{file("../../a")}, map[string]string{".": "dir", "a": "file"}},
 		{"through links", []tar.Header{dir("usr/lib"), link("lib", "/usr/lib"), link("l", "lib"), file("l/a")},
 			map[string]string{".": "dir", "usr": "dir", "usr/lib": "dir", "lib": "file", "l": "file", "usr/lib/a": "file"}},
