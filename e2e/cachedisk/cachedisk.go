@@ -49,7 +49,7 @@ const (
 	mountPoint = "/mnt/cache"
 	storeRoot  = "docker"
 	// diskSize is sparse.
-	diskSize = 8 << 30
+	diskSize = 1 << 30
 )
 
 // Build makes a cache disk with the Docker of m, which it starts and stops.

@@ -49,7 +49,7 @@ func TestBadInput(t *testing.T) {
 		}
 		for name, tt := range broken {
 			t.Run(name, func(t *testing.T) {
-				disk := spoil(t, tt.spoil)
+				disk := changed(t, world.first, tt.spoil)
 				dir := "/mnt/disks/" + filepath.Base(filepath.Dir(disk))
 				detach := n.attach(t, disk, dir)
 				n.fails(t, tt.want, "selkies-image-injector", "inject", "--runtime", "containerd", "--cache", dir)
@@ -132,15 +132,15 @@ func (n *node) fails(t *testing.T, want string, args ...string) {
 	}
 }
 
-// spoil makes a copy of the first disk and changes it by a shell command.
-func spoil(t *testing.T, script string) string {
+// changed is a copy of a disk image, changed by a shell command.
+func changed(t *testing.T, image, script string) string {
 	t.Helper()
 	dir := t.TempDir()
 	disk, mnt := filepath.Join(dir, "disk"), filepath.Join(dir, "mnt")
 	if err := os.Mkdir(mnt, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	script = fmt.Sprintf("cp --sparse=always %s %s; mount -o loop %[2]s %[3]s; cd %[3]s; (%[4]s) || e=$?; cd /; umount %[3]s; exit $e", world.first, disk, mnt, script)
+	script = fmt.Sprintf("cp --sparse=always %s %s; mount -o loop %[2]s %[3]s; cd %[3]s; (%[4]s) || e=$?; cd /; umount %[3]s; exit $e", image, disk, mnt, script)
 	if _, err := host.Output(exec.CommandContext(t.Context(), "sh", "-c", script)); err != nil {
 		t.Fatal(err)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 // killPoints is how many runs of inject, and of eject, are killed.
@@ -277,4 +278,45 @@ func TestGenerations(t *testing.T) {
 			t.Errorf("eject left something: %s", cmp.Diff(empty, got))
 		}
 	})
+}
+
+// TestGenerationsWithBlobs hands the links of layer blobs from one generation to the
+// next, when the older is taken back and when its disk is lost.
+func TestGenerationsWithBlobs(t *testing.T) {
+	const newer = "/mnt/disks/newer"
+	third := changed(t, world.second, "sed -i 's/2026-02-01T/2026-03-01T/' "+manifest.Path)
+	n := newNode(t, machine.Upstream)
+	detach := n.attach(t, world.second, cacheDir)
+	n.attach(t, third, newer)
+	empty := n.settled(t, false)
+	readable := func(when string) {
+		t.Helper()
+		dir := stateDir + "/io.containerd.content.v1.content/blobs/sha256"
+		if out := n.Output(t, "sh", "-c", "cd "+dir+"; ls | wc -l; cat * | wc -c; for f in *; do [ -e $f ] || echo $f; done"); strings.Count(out, "\n") != 2 || strings.HasPrefix(out, "0") {
+			t.Errorf("blobs %s: %s", when, out)
+		}
+	}
+
+	older := n.inject(t, cacheDir).Disks[0].CacheID
+	readable("of the older")
+	n.inject(t, newer)
+	n.settled(t, false)
+	n.eject(t, older.String())
+	readable("after eject of the older")
+	n.eject(t)
+	if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+		t.Errorf("eject left something: %s", diff)
+	}
+
+	n.inject(t, cacheDir)
+	n.settled(t, false)
+	n.Output(t, "umount", n.anchor(t), cacheDir)
+	detach()
+	n.inject(t, newer)
+	readable("after the older disk is lost")
+	n.settled(t, false)
+	n.eject(t)
+	if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+		t.Errorf("eject left something: %s", diff)
+	}
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -171,22 +170,24 @@ func (r *Runtime) writeBlob(ctx context.Context, run string, b blob, a *anchor) 
 // looks for it, then registers it by a write without bytes: containerd takes over
 // content that its store has, if size and digest are those it expects.
 func (r *Runtime) linkBlob(ctx context.Context, run string, b blob, a *anchor, all map[string]string) error {
-	dir := filepath.Join(r.contentRoot, "blobs", b.desc.Digest.Algorithm().String())
-	target, err := filepath.Rel(dir, filepath.Join(r.mountPoint(a), b.file))
+	if _, err := os.Stat(filepath.Join(r.host(r.mountPoint(a)), b.file)); err != nil {
+		return fmt.Errorf("%w; the layer manifest says that the disk keeps its blobs: build the disk again", err)
+	}
+	name := r.blobFile(b.desc.Digest)
+	if err := os.MkdirAll(filepath.Dir(r.host(name)), 0o755); err != nil {
+		return err
+	}
+	target, err := filepath.Rel(filepath.Dir(name), filepath.Join(r.mountPoint(a), b.file))
 	if err != nil {
 		return err
 	}
-	name := filepath.Join(r.host(dir), b.desc.Digest.Encoded())
 	// Garbage collection may find the link before it is registered, and remove it.
 	for range 3 {
-		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-			return err
-		}
-		if err := os.Symlink(target, name); err != nil && !errors.Is(err, os.ErrExist) {
-			return err
-		}
-		if _, err := os.Stat(filepath.Join(r.host(r.mountPoint(a)), b.file)); err != nil {
-			return fmt.Errorf("%w; the layer manifest says that the disk keeps its blobs: build the disk again", err)
+		// A link that leads nowhere is of a disk that is gone.
+		if _, err := os.Stat(r.host(name)); err != nil {
+			if err := replaceLink(target, r.host(name)); err != nil {
+				return err
+			}
 		}
 		var w content.Writer
 		w, err = r.content.Writer(ctx, content.WithRef(run+"/"+b.desc.Digest.String()), content.WithDescriptor(b.desc))
@@ -203,6 +204,51 @@ func (r *Runtime) linkBlob(ctx context.Context, run string, b blob, a *anchor, a
 		}
 	}
 	return err
+}
+
+// blobFile is the host path of the blob in containerd's content store.
+func (r *Runtime) blobFile(d digest.Digest) string {
+	return filepath.Join(r.contentRoot, "blobs", d.Algorithm().String(), d.Encoded())
+}
+
+// handOverBlobs leads links of blobs that stay, for images of other generations,
+// from the anchor's disk to one of theirs. Blobs that none of them keeps go: those
+// images are registered without.
+func (r *Runtime) handOverBlobs(ctx context.Context, s *survey, from *anchor, to []*anchor) error {
+	for d := range s.blobs {
+		name := r.blobFile(d)
+		target, err := os.Readlink(r.host(name))
+		if err != nil {
+			continue // containerd's own file
+		}
+		file, ok := strings.CutPrefix(filepath.Join(filepath.Dir(name), target), r.mountPoint(from)+"/")
+		if !ok {
+			continue
+		}
+		moved := false
+		for _, a := range to {
+			other := filepath.Join(r.mountPoint(a), file)
+			if _, err := os.Stat(r.host(other)); err != nil {
+				continue
+			}
+			target, err := filepath.Rel(filepath.Dir(name), other)
+			if err != nil {
+				return err
+			}
+			if err := replaceLink(target, r.host(name)); err != nil {
+				return fmt.Errorf("linking blob %s: %w", d, r.explain(err))
+			}
+			moved = true
+			break
+		}
+		if moved {
+			continue
+		}
+		if err := r.content.Delete(ctx, d); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("removing blob %s: %w", d, r.explain(err))
+		}
+	}
+	return nil
 }
 
 // lacks is the part of want that labels do not have.

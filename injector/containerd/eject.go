@@ -167,6 +167,17 @@ func (r *Runtime) runsOn(ctx context.Context, s *survey, record images.Image, wa
 	return isLayer(info) && wanted(cacheOf(info.Labels))
 }
 
+// others are the anchors, with a disk that can be read, of all other generations.
+func (s *survey) others(wanted func(digest.Digest) bool) []*anchor {
+	var list []*anchor
+	for id, a := range s.anchors {
+		if !wanted(id) && a.alive() == nil {
+			list = append(list, a)
+		}
+	}
+	return list
+}
+
 // handOver leads layers that stay because another generation's images have them
 // too to that generation's disk, so that the ejected one's can go.
 func (r *Runtime) handOver(ctx context.Context, s *survey, wanted func(digest.Digest) bool) error {
@@ -175,10 +186,7 @@ func (r *Runtime) handOver(ctx context.Context, s *survey, wanted func(digest.Di
 		return nil
 	}
 	var disks []*cachedisk.Disk
-	for id, a := range s.anchors {
-		if wanted(id) || a.alive() != nil {
-			continue
-		}
+	for _, a := range s.others(wanted) {
 		d, err := cachedisk.Open(r.host(r.mountPoint(a)))
 		if err != nil {
 			return err
@@ -250,6 +258,9 @@ func (r *Runtime) removeAnchors(ctx context.Context, s *survey, wanted func(dige
 	for id, a := range s.anchors {
 		if !wanted(id) || s.uses(id) {
 			continue
+		}
+		if err := r.handOverBlobs(ctx, s, a, s.others(wanted)); err != nil {
+			return err
 		}
 		if err := cachedisk.UnmountOnHost(r.opt.HostRoot, r.mountPoint(a)); err != nil {
 			return err

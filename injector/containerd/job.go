@@ -3,6 +3,7 @@ package containerd
 import (
 	"cmp"
 	"fmt"
+	"os"
 	"slices"
 	"strings"
 
@@ -70,7 +71,7 @@ func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk) ([]*job, error) {
 			}
 			if !j.skipped() {
 				j.compareLayers(r, s, sources)
-				j.compareBlobs(s)
+				j.compareBlobs(r, s)
 			}
 			jobs = append(jobs, j)
 		}
@@ -154,9 +155,15 @@ func (r *Runtime) rightLink(s *survey, chain digest.Digest, from []source) strin
 	return ""
 }
 
-func (j *job) compareBlobs(s *survey) {
+func (j *job) compareBlobs(r *Runtime, s *survey) {
 	for _, b := range j.blobs {
-		if info, ok := s.blobs[b.desc.Digest]; !ok || len(lacks(info.Labels, b.refs)) > 0 {
+		info, ok := s.blobs[b.desc.Digest]
+		if ok && b.file != "" {
+			// Its link may lead to a disk that is gone.
+			_, err := os.Stat(r.host(r.blobFile(b.desc.Digest)))
+			ok = err == nil
+		}
+		if !ok || len(lacks(info.Labels, b.refs)) > 0 {
 			j.lacking++
 		}
 	}

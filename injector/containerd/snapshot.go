@@ -121,19 +121,8 @@ func placeLink(target string) commitFunc {
 // moveLink leads a committed snapshot's link elsewhere, in one step. Containers
 // that run keep what they have: overlayfs resolved the old link when it mounted.
 func (r *Runtime) moveLink(ctx context.Context, info snapshots.Info, target string, cache digest.Digest) error {
-	dir := r.layerDir(info.Labels[labelDir])
-	next := filepath.Join(dir, "fs.next")
-	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("linking snapshot %s: %w", info.Name, err)
-	}
-	if err := os.Symlink(target, next); err != nil {
+	if err := replaceLink(target, filepath.Join(r.layerDir(info.Labels[labelDir]), "fs")); err != nil {
 		return fmt.Errorf("linking snapshot %s: %w", info.Name, r.explain(err))
-	}
-	if err := os.Rename(next, filepath.Join(dir, "fs")); err != nil {
-		return fmt.Errorf("linking snapshot %s: %w", info.Name, err)
-	}
-	if err := syncDir(dir); err != nil {
-		return fmt.Errorf("linking snapshot %s: %w", info.Name, err)
 	}
 	if info.Labels[labelCache] == cache.String() {
 		return nil
@@ -158,6 +147,21 @@ func (r *Runtime) link(info snapshots.Info) string {
 func isLayer(info snapshots.Info) bool {
 	return info.Kind == snapshots.KindCommitted && info.Labels[labelCache] != "" &&
 		info.Labels[labelDir] != "" && info.Labels[labelAnchor] == ""
+}
+
+// replaceLink makes name a link to target in one step.
+func replaceLink(target, name string) error {
+	next := name + ".next"
+	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := os.Symlink(target, next); err != nil {
+		return err
+	}
+	if err := os.Rename(next, name); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(name))
 }
 
 func syncDir(dir string) error {
