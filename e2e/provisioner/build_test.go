@@ -5,10 +5,15 @@ package provisioner_test
 import (
 	"bytes"
 	"context"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -317,6 +322,57 @@ func TestUser(t *testing.T) {
 	}
 }
 
+// TestRetry has a registry that fails the first requests of Docker.
+func TestRetry(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
+	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr})
+	var requests atomic.Int32
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.UserAgent(), "docker/") && strings.Contains(r.URL.Path, "/manifests/") && requests.Add(1) <= 2 {
+			http.Error(w, "come back later", http.StatusServiceUnavailable)
+			return
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	defer front.Close()
+	ref := front.Listener.Addr().String() + "/app:1"
+
+	d := newDisk(t, v, 64)
+	out, err := v.build(t, imagesOption(ref), d.block(), "max_pull_attempts = 1")
+	if err == nil || !strings.Contains(strings.Join(strings.Fields(out), " "), "(1 attempts; see max_pull_attempts)") {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+	requests.Store(0)
+	out = v.mustBuild(t, imagesOption(ref), d.block())
+	if !strings.Contains(out, "trying again in ") {
+		t.Errorf("does not say that it tries again:\n%s", out)
+	}
+}
+
+// TestInsecureRegistry pulls in plain HTTP from an address that is not loopback.
+func TestInsecureRegistry(t *testing.T) {
+	v := world.debian
+	// A documentation address, given to the loopback device.
+	const ip = "192.0.2.77"
+	v.Output(t, "ip", "address", "add", ip+"/32", "dev", "lo")
+	t.Cleanup(func() { v.Run(context.Background(), "ip", "address", "delete", ip+"/32", "dev", "lo") })
+	reg := registry.New(t, registry.Config{Addr: ip + ":0"})
+	parsed, err := name.ParseReference(reg.Addr+"/app:1", name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(parsed, newImage(t, layer(t, map[string]int{"a": 1000}))); err != nil {
+		t.Fatal(err)
+	}
+	d := newDisk(t, v, 64)
+	if out, err := v.build(t, imagesOption(reg.Addr+"/app:1"), d.block()); err == nil || !strings.Contains(out, "insecure_registries") {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+	v.mustBuild(t, imagesOption(reg.Addr+"/app:1"), d.block(), `insecure_registries = ["`+reg.Addr+`"]`)
+}
+
 // TestOwnDaemon fills the store of the VM's own Docker, and leaves alone what it
 // did not put there.
 func TestOwnDaemon(t *testing.T) {
@@ -338,7 +394,7 @@ func TestOwnDaemon(t *testing.T) {
 	v.Output(t, "docker", "pull", mine)
 
 	v.mustBuild(t, imagesOption(first))
-	v.mustBuild(t, imagesOption(second))
+	v.mustBuild(t, imagesOption(second), `docker_host = "unix:///run/docker.sock"`)
 
 	m, err := manifest.Read(v.Path("/var/lib/docker"))
 	if err != nil {

@@ -49,16 +49,19 @@ func TestCredentials(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
 	samples := 0
-	for err := error(nil); ; samples++ {
+	for ; ; samples++ {
 		for _, file := range []string{"cmdline", "environ"} {
-			processes, _ := filepath.Glob(v.Path("/proc/[0-9]*/") + file)
+			processes, err := filepath.Glob(v.Path("/proc") + "/[0-9]*/" + file)
+			if err != nil || len(processes) == 0 {
+				t.Fatalf("no processes: %v", err)
+			}
 			for _, p := range processes {
 				data, _ := os.ReadFile(p)
 				find(t, needles, p, data)
 			}
 		}
 		select {
-		case err = <-ended:
+		case err := <-ended:
 			if err != nil {
 				t.Fatalf("packer build: %v\n%s", err, out.String())
 			}

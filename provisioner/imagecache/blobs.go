@@ -65,6 +65,23 @@ func (s *blobStore) keep(ctx context.Context, images []*wanted) error {
 	if _, err := s.vm.run(ctx, "sync", "--file-system", s.dir); err != nil {
 		return fmt.Errorf("flushing blobs: %w", err)
 	}
+	return s.check(ctx, images)
+}
+
+// check finds blobs that were cut off: the SSH communicator reports exit status 0
+// for a command whose connection broke.
+func (s *blobStore) check(ctx context.Context, images []*wanted) error {
+	have, err := s.list(ctx)
+	if err != nil {
+		return err
+	}
+	for _, w := range images {
+		for _, b := range w.blobs {
+			if have[b.Digest] != b.Size {
+				return fmt.Errorf("keeping blob %s of %s: %d of %d bytes arrived; build again", b.Digest, w, have[b.Digest], b.Size)
+			}
+		}
+	}
 	return nil
 }
 

@@ -18,6 +18,9 @@ const (
 	// runtimeDirectory is the dedicated daemon's directory in /run, which systemd
 	// removes with the unit.
 	runtimeDirectory = "selkies-image-cache"
+
+	// An unmount of a build that was cut off writes back what the VM's memory holds.
+	unmountTimeout = 10 * time.Minute
 )
 
 // lifeline undoes on the build VM what the build did there, however the build
@@ -35,7 +38,7 @@ func startLifeline(ctx context.Context, r *vm, mountPoint string, remove bool) (
 	command := []string{
 		"systemd-run", "--unit=" + lifelineUnit, "--description=Packer build that fills an image cache",
 		"--collect", "--quiet", "--pipe", "--wait",
-		"--property=TimeoutStopSec=60",
+		"--property=TimeoutStopSec=" + unmountTimeout.String(),
 		"--property=ExecStopPost=-/bin/systemctl stop " + dockerdUnit,
 		"--property=ExecStopPost=-/bin/umount --recursive " + mountPoint,
 	}
@@ -70,7 +73,7 @@ func startLifeline(ctx context.Context, r *vm, mountPoint string, remove bool) (
 // end stops the daemon and unmounts the disk, and returns when that is done.
 func (l *lifeline) end(ctx context.Context) error {
 	l.conn.Close()
-	if !l.dialer.wait(ctx, 90*time.Second) {
+	if !l.dialer.wait(ctx, unmountTimeout) {
 		return fmt.Errorf("stopping %s on the build VM: it did not end in time", lifelineUnit)
 	}
 	return nil

@@ -232,10 +232,13 @@ func (d *cacheDisk) checkOurs(ctx context.Context) error {
 	return nil
 }
 
-// release trims, flushes and unmounts the disk.
+// release flushes, trims and unmounts the disk.
 func (d *cacheDisk) release(ctx context.Context) error {
 	if d.lifeline == nil {
 		return nil
+	}
+	if _, err := d.vm.run(ctx, "sync", "--file-system", d.config.MountPoint); err != nil {
+		return fmt.Errorf("flushing %s: %w", d.option(), err)
 	}
 	if _, err := d.vm.run(ctx, "fstrim", d.config.MountPoint); err != nil && ctx.Err() == nil {
 		// A disk without discard only makes for a larger image of it.

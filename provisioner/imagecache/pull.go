@@ -192,7 +192,7 @@ func explainPull(err error) error {
 	switch msg := err.Error(); {
 	case strings.Contains(msg, "no space left on device"):
 		return errDiskFull
-	case strings.Contains(msg, "http: server gave HTTP response to HTTPS client"):
+	case strings.Contains(msg, plainHTTP):
 		return fmt.Errorf("%w; set insecure_registries, and for the VM's own Docker its insecure-registries", err)
 	}
 	return err

@@ -217,6 +217,9 @@ func unsupported(mediaType types.MediaType) error {
 	return fmt.Errorf("its manifest is of the unknown type %s", mediaType)
 }
 
+// plainHTTP is what net/http says of a registry without TLS, here and in Docker.
+const plainHTTP = "http: server gave HTTP response to HTTPS client"
+
 // explainRegistry turns a registry's answer into one line with a remedy.
 func explainRegistry(err error) error {
 	if e, ok := errors.AsType[*transport.Error](err); ok {
@@ -227,6 +230,9 @@ func explainRegistry(err error) error {
 			return fmt.Errorf("the registry refused access (%d %s); set registry_auth", e.StatusCode, http.StatusText(e.StatusCode))
 		}
 		return err
+	}
+	if strings.Contains(err.Error(), plainHTTP) {
+		return fmt.Errorf("%w; set insecure_registries", err)
 	}
 	if _, ok := errors.AsType[*net.OpError](err); ok {
 		return fmt.Errorf("%w; the Packer host reads manifests itself, so it needs a way to the registry too: set HTTPS_PROXY there, or insecure_registries if it speaks plain HTTP", err)
