@@ -4,6 +4,8 @@ package containerd_test
 
 import (
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -40,7 +42,17 @@ func lifecycle(t *testing.T, n *node) {
 			t.Error(err)
 		}
 	})
+	var plan report.Inject
+	if err := n.injector(t, &plan, "plan", "--cache", cacheDir); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+		t.Errorf("plan changed something: %s", diff)
+	}
 	r := n.inject(t, cacheDir)
+	if planned := plan.Disks[0]; planned.Registered != r.Disks[0].Registered || len(planned.Images) != len(r.Disks[0].Images) {
+		t.Errorf("planned %+v, done %+v", plan, r)
+	}
 	if d := r.Disks[0]; d.Registered != 5 || d.Present != 0 || len(d.Images) != 3 {
 		t.Errorf("report: %+v", r)
 	}
@@ -90,13 +102,13 @@ func lifecycle(t *testing.T, n *node) {
 		}
 		p.sh(t, "echo more >> /data/owned && rm /version && mkdir /opaque/dir")
 
-		var plan []report.Reference
-		if err := n.injector(t, &plan, "plan", "--cache", cacheDir, ref(app1), ref(app2), ref("other/thing:1")); err != nil {
+		var answers []report.Reference
+		if err := n.injector(t, &answers, "plan", "--cache", cacheDir, ref(app1), ref(app2), ref("other/thing:1")); err != nil {
 			t.Fatal(err)
 		}
 		for i, want := range []report.Cover{report.Hit, report.Partial, report.Miss} {
-			if plan[i].Cover != want {
-				t.Errorf("plan: %+v, want %s", plan[i], want)
+			if answers[i].Cover != want {
+				t.Errorf("plan: %+v, want %s", answers[i], want)
 			}
 		}
 
@@ -174,4 +186,40 @@ func lifecycle(t *testing.T, n *node) {
 	if after := checksum(t, world.first); after != before {
 		t.Error("the cache disk has changed")
 	}
+}
+
+// TestPrivateMount injects as a pod would: with a mount namespace of its own, in
+// which alone the disk is mounted, and the host's root elsewhere. The pod goes,
+// the disk stays readable, and eject lets go of it.
+func TestPrivateMount(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		detach := n.attach(t, world.first, cacheDir)
+		device := strings.TrimSpace(n.Output(t, "findmnt", "-n", "-o", "SOURCE", cacheDir))
+		n.Output(t, "umount", cacheDir)
+		empty := n.settled(t, false)
+		asPod := func(command string) {
+			t.Helper()
+			n.Output(t, "unshare", "--mount", "--propagation", "private", "sh", "-ec",
+				"mkdir -p /host /cache; mount -o ro,noload "+device+" /cache; mount --rbind / /host; mount -t tmpfs none /var/lib/containerd; "+
+					"selkies-image-injector "+command+" --runtime containerd --host-root /host --containerd-address /host/run/containerd/containerd.sock")
+		}
+		asPod("inject --cache /cache")
+		n.listed(t, ref(sandbox))
+		n.listed(t, ref(app1))
+		p := n.mustRun(t, "private", ref(app1))
+		if got := p.sh(t, "cat /version /data/owned"); got != "1owned" {
+			t.Errorf("in the container: %q", got)
+		}
+		p.remove(t)
+		n.settled(t, false)
+		asPod("status")
+		asPod("eject")
+		if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+			t.Errorf("eject left something: %s", diff)
+		}
+		detach()
+		if out, err := os.ReadFile("/sys/block/" + filepath.Base(device) + "/loop/backing_file"); err == nil && strings.TrimSpace(string(out)) == world.first {
+			t.Error("something still holds the disk")
+		}
+	})
 }
