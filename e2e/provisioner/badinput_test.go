@@ -189,6 +189,10 @@ func TestUnusableDocker(t *testing.T) {
 		t.Fatal(err)
 	}
 	fails(`uses the storage driver "vfs", a cache needs "overlay2"`)
+	if err := m.StartDocker(t.Context(), machine.Docker{Release: machine.Debian, Config: map[string]any{"userns-remap": "default"}}); err != nil {
+		t.Fatal(err)
+	}
+	fails("docker on the build VM runs with userns")
 	m.Output(t, "mv", "/usr/bin/docker", "/usr/bin/docker-away")
 	fails("install Docker there before this provisioner runs")
 	m.Output(t, "mv", "/usr/sbin/dockerd", "/usr/sbin/dockerd-away")
