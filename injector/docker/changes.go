@@ -59,10 +59,9 @@ func (c *changes) restart() bool {
 	return len(c.layers)+len(c.images)+len(c.names) > 0
 }
 
-// equal says if the same has to be written.
+// equal says if the same has to be committed.
 func (c *changes) equal(o *changes) bool {
-	return reflect.DeepEqual(c.layers, o.layers) && reflect.DeepEqual(c.images, o.images) &&
-		reflect.DeepEqual(c.names, o.names) && reflect.DeepEqual(c.metadata, o.metadata)
+	return reflect.DeepEqual(c.layers, o.layers) && reflect.DeepEqual(c.images, o.images) && reflect.DeepEqual(c.names, o.names)
 }
 
 // planner collects changes over all disks.

@@ -2,6 +2,7 @@ package docker
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -110,20 +111,29 @@ func (s store) readSources(diffID digest.Digest) []blobSource {
 	return sources
 }
 
-// files are the metadata files after adding m, by path.
-func (s store) files(m metadata) (map[string][]byte, error) {
-	files := map[string][]byte{}
+// addMetadata writes m to the node's.
+func (s store) addMetadata(m metadata) error {
 	for blob, diffID := range m.DiffIDs {
-		files[s.diffIDFile(blob)] = []byte(diffID)
+		if err := writeFile(s.diffIDFile(blob), []byte(diffID), 0o644); err != nil {
+			return fmt.Errorf("writing distribution metadata: %w", err)
+		}
 	}
 	for diffID, sources := range m.Sources {
-		b, err := json.Marshal(append(s.readSources(diffID), sources...))
-		if err != nil {
-			return nil, err
+		all := s.readSources(diffID)
+		for _, src := range sources {
+			if !slices.Contains(all, src) {
+				all = append(all, src)
+			}
 		}
-		files[s.sourcesFile(diffID)] = b
+		b, err := json.Marshal(all)
+		if err == nil {
+			err = writeFile(s.sourcesFile(diffID), b, 0o644)
+		}
+		if err != nil {
+			return fmt.Errorf("writing distribution metadata: %w", err)
+		}
 	}
-	return files, nil
+	return nil
 }
 
 // merge adds what other has.

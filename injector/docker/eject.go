@@ -131,7 +131,7 @@ func (e *ejection) supplier(chain digest.Digest, dir string) *record {
 func (e *ejection) removeImages(ctx context.Context) error {
 	for _, rec := range e.going {
 		for _, img := range rec.Images {
-			err := error(nil)
+			var err error
 			if keeper := e.alsoIn(img.ID); keeper != nil {
 				err = e.handOver(ctx, img, keeper.image(img.ID))
 			} else {

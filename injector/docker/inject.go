@@ -72,6 +72,9 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 		return nil, err
 	}
 	if !c.restart() {
+		if err := r.addMetadata(c.metadata); err != nil {
+			return nil, err
+		}
 		if stopped != nil {
 			return c, r.whileStopped(ctx, func() error { return nil })
 		}
@@ -81,25 +84,8 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 		return nil, errors.Join(err, r.abandon(c))
 	}
 	err = r.whileStopped(ctx, func() error {
-		// Pulls may have ended meanwhile; now the store stands still.
-		now, err := r.plan(disks)
-		if err != nil {
+		if c, err = r.restage(c, disks); err != nil {
 			return err
-		}
-		if !now.equal(c) {
-			r.opt.Log.Info("the store changed while layers were prepared; preparing them again")
-			if err := r.abandon(c); err != nil {
-				return err
-			}
-			c = now
-			if err := r.stage(c, r.opt.Link); err != nil {
-				return err
-			}
-			for _, rec := range c.records {
-				if err := r.save(rec); err != nil {
-					return err
-				}
-			}
 		}
 		if err := r.commit(c); err != nil {
 			return err
@@ -110,6 +96,25 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 		return nil, errors.Join(err, r.abandon(c))
 	}
 	return c, nil
+}
+
+// restage looks again, now that the store stands still: a pull may have brought
+// layers or names since c was staged.
+func (r *Runtime) restage(c *changes, disks []*cachedisk.Disk) (*changes, error) {
+	now, err := r.plan(disks)
+	if err != nil || now.equal(c) {
+		return c, err
+	}
+	r.opt.Log.Info("docker's store changed while layers were prepared; preparing them again")
+	if err := r.abandon(c); err != nil {
+		return c, err
+	}
+	for _, rec := range now.records {
+		if err := r.save(rec); err != nil {
+			return now, err
+		}
+	}
+	return now, r.stage(now, r.opt.Link)
 }
 
 // bindLayers binds every layer of ours that is not linked: those that were just

@@ -57,7 +57,7 @@ func (s store) dialSystemd(ctx context.Context) (*dbus.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if err := errors.Join(c.Auth([]godbus.Auth{godbus.AuthExternal("0")})); err != nil {
+		if err := c.Auth([]godbus.Auth{godbus.AuthExternal("0")}); err != nil {
 			c.Close()
 			return nil, err
 		}
@@ -131,6 +131,9 @@ func (r *Runtime) peer(ctx context.Context) (int32, error) {
 // whileStopped calls f while dockerd does not run, and brings Docker's units back to
 // their state before, whatever happens.
 func (r *Runtime) whileStopped(ctx context.Context, f func() error) (err error) {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	stopped, err := r.stoppedUnits()
 	if err != nil {
 		return err

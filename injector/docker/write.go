@@ -50,7 +50,9 @@ func (s store) staging(elem ...string) string {
 
 // stage writes all files of the changes where dockerd does not look, and makes them
 // durable: the layers' directories, which dockerd finds by layerdb only, and below
-// staging what commit renames into place. It may run while dockerd does.
+// staging what commit renames into place. The distribution metadata goes where it
+// belongs: dockerd does not use it for layers that it does not have. It may run
+// while dockerd does.
 func (s store) stage(c *changes, link string) error {
 	if err := os.RemoveAll(s.staging()); err != nil {
 		return fmt.Errorf("preparing layers: %w", err)
@@ -77,6 +79,9 @@ func (s store) stage(c *changes, link string) error {
 		if err := os.WriteFile(s.staging("imagedb", img.ID.Encoded()), img.Config, 0o600); err != nil {
 			return fmt.Errorf("preparing image %s: %w", img.ID, err)
 		}
+	}
+	if err := s.addMetadata(c.metadata); err != nil {
+		return err
 	}
 	// One sync for all: two or three per file would cost seconds on a network disk.
 	return s.sync()
@@ -135,7 +140,9 @@ func (s store) stageLayer(l newLayer, link string) error {
 }
 
 // commit makes the staged changes visible to a dockerd that starts after it: layers
-// before the images that have them, images before their names.
+// before the images that have them, images before their names. After a power loss
+// it is the same: file systems with a journal keep the order of renames, and all but
+// the markers, whose contents nobody reads, is durable already.
 func (s store) commit(c *changes) error {
 	for _, l := range c.layers {
 		// What is there is ours and incomplete, else the layer would not be missing.
@@ -147,15 +154,6 @@ func (s store) commit(c *changes) error {
 		}
 		if err := os.Rename(s.staging("layerdb", l.Chain.Encoded()), s.layerdb(l.Chain)); err != nil {
 			return fmt.Errorf("registering layer %s: %w", l.Chain, err)
-		}
-	}
-	files, err := s.files(c.metadata)
-	if err != nil {
-		return err
-	}
-	for name, content := range files {
-		if err := writeFile(name, content, 0o644); err != nil {
-			return fmt.Errorf("writing distribution metadata: %w", err)
 		}
 	}
 	for _, img := range c.images {
@@ -170,10 +168,6 @@ func (s store) commit(c *changes) error {
 		if err := os.Rename(s.staging("imagedb", img.ID.Encoded()), s.imageContent(img.ID)); err != nil {
 			return fmt.Errorf("registering image %s: %w", img.ID, err)
 		}
-	}
-	// Names come last also after a power loss.
-	if err := s.sync(); err != nil {
-		return err
 	}
 	if len(c.names) > 0 {
 		repos, err := s.readRepositories()
