@@ -136,23 +136,33 @@ func distributionSource(names []string) (map[string]string, error) {
 func (r *Runtime) writeBlob(ctx context.Context, run string, b blob, a *anchor) error {
 	all := maps.Clone(b.info)
 	maps.Copy(all, b.refs)
-	var err error
-	if b.file == "" {
-		desc := b.desc
-		desc.Data = nil
-		// containerd's helper adds a blob that is there already to the lease.
-		err = content.WriteBlob(ctx, r.content, run+"/"+desc.Digest.String(), bytes.NewReader(b.desc.Data), desc, content.WithLabels(all))
-	} else {
-		err = r.linkBlob(ctx, run, b, a, all)
+	desc := b.desc
+	desc.Data = nil
+	for {
+		var err error
+		if b.file == "" {
+			err = content.WriteBlob(ctx, r.content, run+"/"+desc.Digest.String(), bytes.NewReader(b.desc.Data), desc, content.WithLabels(all))
+		} else {
+			err = r.linkBlob(ctx, run, b, a, all)
+		}
+		if err != nil {
+			return fmt.Errorf("writing blob %s: %w", desc.Digest, r.explain(err))
+		}
+		if err := r.hold(ctx, "content", desc.Digest.String()); err != nil {
+			return err
+		}
+		info, err := r.content.Info(ctx, desc.Digest)
+		if errdefs.IsNotFound(err) {
+			continue // it was there, unreferenced, and was collected
+		}
+		if err != nil {
+			return fmt.Errorf("looking up blob %s: %w", desc.Digest, r.explain(err))
+		}
+		return r.labelBlob(ctx, info, lacks(info.Labels, b.refs))
 	}
-	if err != nil {
-		return fmt.Errorf("writing blob %s: %w", b.desc.Digest, r.explain(err))
-	}
-	info, err := r.content.Info(ctx, b.desc.Digest)
-	if err != nil {
-		return fmt.Errorf("looking up blob %s: %w", b.desc.Digest, r.explain(err))
-	}
-	missing := lacks(info.Labels, b.refs)
+}
+
+func (r *Runtime) labelBlob(ctx context.Context, info content.Info, missing map[string]string) error {
 	if len(missing) == 0 {
 		return nil
 	}
@@ -160,8 +170,8 @@ func (r *Runtime) writeBlob(ctx context.Context, run string, b blob, a *anchor) 
 	for key := range missing {
 		paths = append(paths, "labels."+key)
 	}
-	if _, err := r.content.Update(ctx, content.Info{Digest: b.desc.Digest, Labels: missing}, paths...); err != nil {
-		return fmt.Errorf("labelling blob %s: %w", b.desc.Digest, r.explain(err))
+	if _, err := r.content.Update(ctx, content.Info{Digest: info.Digest, Labels: missing}, paths...); err != nil {
+		return fmt.Errorf("labelling blob %s: %w", info.Digest, r.explain(err))
 	}
 	return nil
 }

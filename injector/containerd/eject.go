@@ -199,7 +199,7 @@ func (r *Runtime) handOver(ctx context.Context, s *survey, wanted func(digest.Di
 		if len(from) == 0 {
 			continue
 		}
-		link := layerLink(s.anchors[from[0].disk.ID].dir, from[0].disk.Manifest, from[0].layer)
+		link := from[0].link(s.anchors[from[0].disk.ID])
 		if err := r.moveLink(ctx, info, link, from[0].disk.ID); err != nil {
 			return err
 		}

@@ -223,8 +223,6 @@ func (n *run) layer(ctx context.Context, id digest.Digest) (bool, error) {
 
 func (n *run) registerLayer(ctx context.Context, id digest.Digest) (bool, error) {
 	src := n.sources[id][0]
-	a := n.survey.anchors[src.disk.ID]
-	link := layerLink(a.dir, src.disk.Manifest, src.layer)
 	parent := chainName(src.layer.Parent)
 	if parent == "" {
 		if err := n.bottom(); err != nil {
@@ -233,13 +231,13 @@ func (n *run) registerLayer(ctx context.Context, id digest.Digest) (bool, error)
 		parent = bottomName
 	}
 	added, err := n.r.commit(ctx, n.id, chainName(id), parent,
-		map[string]string{labelCache: src.disk.ID.String()}, placeLink(link))
+		map[string]string{labelCache: src.disk.ID.String()}, placeLink(src.link(n.survey.anchors[src.disk.ID])))
 	if err != nil || added {
 		return added, err
 	}
-	if link := n.r.rightLink(n.survey, id, n.sources[id]); link != "" {
+	if src, wrong := n.r.wrongLink(n.survey, id, n.sources[id]); wrong {
 		info := n.survey.snapshots[chainName(id)]
-		return false, n.r.moveLink(ctx, info, link, sourceFor(n.sources[id], cacheOf(info.Labels)).disk.ID)
+		return false, n.r.moveLink(ctx, info, src.link(n.survey.anchors[src.disk.ID]), src.disk.ID)
 	}
 	return false, nil
 }

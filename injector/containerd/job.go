@@ -125,34 +125,29 @@ func (j *job) compareLayers(r *Runtime, s *survey, sources map[digest.Digest][]s
 		switch {
 		case !s.committed(id):
 			j.absent[id] = true
-		case r.rightLink(s, id, sources[id]) != "":
-			j.broken++
+		default:
+			if _, wrong := r.wrongLink(s, id, sources[id]); wrong {
+				j.broken++
+			}
 		}
 	}
 }
 
-// rightLink is where the link of a chain that is there should lead instead of
-// where it does; empty if it is right, or not ours.
-func (r *Runtime) rightLink(s *survey, chain digest.Digest, from []source) string {
+// wrongLink says whether the link of a chain that is there is to be moved, and to
+// which of the sources. What is not ours has no link to move.
+func (r *Runtime) wrongLink(s *survey, chain digest.Digest, from []source) (source, bool) {
 	info := s.snapshots[chainName(chain)]
 	if !isLayer(info) || len(from) == 0 {
-		return ""
+		return source{}, false
 	}
 	src := sourceFor(from, cacheOf(info.Labels))
 	if src.disk.ID != cacheOf(info.Labels) {
 		// It leads to a disk that is not in this run, or not any more.
-		if a := s.anchors[cacheOf(info.Labels)]; a != nil && a.alive() == nil && r.link(info) != "" {
-			return ""
-		}
+		a := s.anchors[cacheOf(info.Labels)]
+		return src, a == nil || a.alive() != nil || r.link(info) == ""
 	}
 	a := s.anchors[src.disk.ID]
-	if a == nil {
-		return "unknown until the anchor is there"
-	}
-	if want := layerLink(a.dir, src.disk.Manifest, src.layer); r.link(info) != want {
-		return want
-	}
-	return ""
+	return src, a == nil || r.link(info) != src.link(a)
 }
 
 func (j *job) compareBlobs(r *Runtime, s *survey) {
@@ -210,6 +205,9 @@ func (j *job) record(name string) images.Image {
 		},
 	}
 }
+
+// link is where the layer's snapshot links to; a is the anchor of its disk.
+func (s source) link(a *anchor) string { return layerLink(a.dir, s.disk.Manifest, s.layer) }
 
 // newestFirst sorts the disks so that the newest generation comes first.
 func newestFirst(disks []*cachedisk.Disk) []*cachedisk.Disk {

@@ -84,6 +84,19 @@ func (r *Runtime) lease(ctx context.Context) (_ context.Context, release func(ok
 	return leases.WithLease(ctx, l.ID), release, nil
 }
 
+// hold adds to the context's lease what may be there already.
+func (r *Runtime) hold(ctx context.Context, typ, id string) error {
+	lease, ok := leases.FromContext(ctx)
+	if !ok {
+		return fmt.Errorf("holding %s: no lease in the context", id)
+	}
+	err := r.leases.AddResource(ctx, leases.Lease{ID: lease}, leases.Resource{ID: id, Type: typ})
+	if err != nil {
+		return fmt.Errorf("adding %s to lease %s: %w", id, lease, r.explain(err))
+	}
+	return nil
+}
+
 func (r *Runtime) staleLeases(ctx context.Context) ([]leases.Lease, error) {
 	all, err := r.leases.List(ctx)
 	if err != nil {

@@ -116,7 +116,7 @@ func New(ctx context.Context, opt Options) (*Runtime, error) {
 // Close ends the connection.
 func (r *Runtime) Close() error { return r.client.Close() }
 
-// Name is how reports call this runtime.
+// name is how reports call this runtime.
 func (r *Runtime) name() string { return "containerd/" + r.opt.Namespace }
 
 func (r *Runtime) context(ctx context.Context) context.Context {

@@ -29,14 +29,30 @@ const bottomName = "selkies-image-cache-bottom"
 type commitFunc func(dir string) error
 
 // commit makes the committed snapshot name, with its directory's content put in
-// place by fill first. It reports false if the snapshot is there already; the
-// context's lease then holds it.
-//
-// Prepare looks the name up and adds it to the lease in one transaction of
-// containerd's, as labels have the name under snapshots.LabelSnapshotRef: nothing
-// can collect it in between.
+// place by fill first. It reports false if the snapshot is there already. Either
+// way the context's lease holds it.
 func (r *Runtime) commit(ctx context.Context, run, name, parent string, labels map[string]string, fill commitFunc) (bool, error) {
+	for {
+		added, err := r.prepareAndCommit(ctx, run, name, parent, labels, fill)
+		if added || err != nil {
+			return added, err
+		}
+		// containerd 2 adds what it finds to the lease in the same transaction, older
+		// ones do not: it may be gone again.
+		if err := r.hold(ctx, "snapshots/"+snapshotter, name); err != nil {
+			return false, err
+		}
+		if _, err := r.snapshots.Stat(ctx, name); err == nil {
+			return false, nil
+		} else if !errdefs.IsNotFound(err) {
+			return false, fmt.Errorf("looking up snapshot %s: %w", name, r.explain(err))
+		}
+	}
+}
+
+func (r *Runtime) prepareAndCommit(ctx context.Context, run, name, parent string, labels map[string]string, fill commitFunc) (bool, error) {
 	key := run + "/" + name
+	// With this label Prepare looks for name as well.
 	ref := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: name})
 	mounts, err := r.snapshots.Prepare(ctx, key, parent, ref)
 	if errdefs.IsAlreadyExists(err) {
@@ -52,14 +68,14 @@ func (r *Runtime) commit(ctx context.Context, run, name, parent string, labels m
 	if err := fill(r.layerDir(dir)); err != nil {
 		return false, fmt.Errorf("preparing snapshot %s: %w", name, r.explain(err))
 	}
-	// Not before: one of them may be that of a root of garbage collection, which
-	// would keep what a killed run has prepared.
+	// The labels not before now: one of them may be that of a root of garbage
+	// collection, which would keep what a killed run has prepared.
 	own := snapshots.WithLabels(map[string]string{labelDir: dir})
 	err = r.snapshots.Commit(ctx, name, key, ref, snapshots.WithLabels(labels), own)
 	if errdefs.IsAlreadyExists(err) {
 		// A pull was faster. Its snapshot is as good as ours.
 		if err := r.snapshots.Remove(ctx, key); err != nil {
-			return false, fmt.Errorf("removing snapshot %s: %w", key, err)
+			return false, fmt.Errorf("removing snapshot %s: %w", key, r.explain(err))
 		}
 		return false, nil
 	}
