@@ -211,12 +211,17 @@ func (m *Machine) waitReady(ctx context.Context) error {
 		select {
 		case <-tick.C:
 		case <-m.exited:
-			log, _ := os.ReadFile(m.console)
-			return fmt.Errorf("booting the machine: it ended: %s", string(log[max(0, len(log)-1000):]))
+			return fmt.Errorf("booting the machine: it ended: %s", m.printed())
 		case <-ctx.Done():
-			return fmt.Errorf("booting the machine: %w: %s", ctx.Err(), said)
+			return fmt.Errorf("booting the machine: %w: %s: %s", ctx.Err(), said, m.printed())
 		}
 	}
+}
+
+// printed is the end of what the machine printed.
+func (m *Machine) printed() []byte {
+	log, _ := os.ReadFile(m.console)
+	return log[max(0, len(log)-1000):]
 }
 
 // child is the process with ID 1 in a PID namespace that pid made, 0 without one.
@@ -238,7 +243,9 @@ func child(pid int) int {
 // Command is a command in the machine, to be run as root with a plain environment.
 // Cancelling ctx kills the command itself, with SIGKILL, not only the way to it.
 func (m *Machine) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
-	args = append([]string{"-t", strconv.Itoa(m.leader), "-m", "-p", "-i", "-u", "-C", "--", name}, args...)
+	// -r and -w: where nspawn cannot pivot, as in a chroot, the root of the mount
+	// namespace is not the root of the machine.
+	args = append([]string{"-t", strconv.Itoa(m.leader), "-m", "-p", "-i", "-u", "-C", "-r", "-w", "--", name}, args...)
 	cmd := exec.CommandContext(ctx, "nsenter", args...)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "HOME=/root", "LANG=C.UTF-8"}
 	// nsenter forks to enter the PID namespace; the process group has both.
