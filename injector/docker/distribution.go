@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 
 	"github.com/distribution/reference"
@@ -188,13 +187,3 @@ func (s store) removeMetadata(m metadata) error {
 	}
 	return nil
 }
-
-func removeIfThere(name string) error {
-	if err := os.Remove(name); err != nil && !os.IsNotExist(err) {
-		return err
-	}
-	return nil
-}
-
-// mkdirOf makes the directory of a file as dockerd does.
-func mkdirOf(name string) error { return os.MkdirAll(filepath.Dir(name), 0o755) }

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/renameio/v2"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -110,7 +109,7 @@ func (s store) replace(r *record) error {
 	if err := os.MkdirAll(s.stateDir(), 0o700); err != nil {
 		return fmt.Errorf("writing record: %w", err)
 	}
-	if err := renameio.WriteFile(s.recordFile(r.CacheID), append(b, '\n'), 0o600); err != nil {
+	if err := writeDurable(s.recordFile(r.CacheID), append(b, '\n'), 0o600); err != nil {
 		return fmt.Errorf("writing record: %w", err)
 	}
 	return nil

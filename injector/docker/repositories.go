@@ -8,7 +8,6 @@ import (
 	"os"
 
 	"github.com/distribution/reference"
-	"github.com/google/renameio/v2"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -45,7 +44,7 @@ func (s store) writeRepositories(r *repositories) error {
 	if err != nil {
 		return fmt.Errorf("writing docker's image names: %w", err)
 	}
-	if err := renameio.WriteFile(s.image("repositories.json"), b, 0o600); err != nil {
+	if err := writeDurable(s.image("repositories.json"), b, 0o600); err != nil {
 		return fmt.Errorf("writing docker's image names: %w", err)
 	}
 	return nil

@@ -15,7 +15,6 @@ import (
 
 	"github.com/coreos/go-systemd/v22/dbus"
 	godbus "github.com/godbus/dbus/v5"
-	"github.com/google/renameio/v2"
 	"golang.org/x/sys/unix"
 )
 
@@ -177,7 +176,7 @@ func (r *Runtime) stop(ctx context.Context, conn *dbus.Conn, stopped []string) e
 	if err := os.MkdirAll(r.runDir(), 0o700); err != nil {
 		return fmt.Errorf("noting stopped units: %w", err)
 	}
-	if err := renameio.WriteFile(r.stoppedFile(), b, 0o600); err != nil {
+	if err := writeDurable(r.stoppedFile(), b, 0o600); err != nil {
 		return fmt.Errorf("noting stopped units: %w", err)
 	}
 	for _, u := range active {

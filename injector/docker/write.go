@@ -3,13 +3,11 @@ package docker
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"syscall"
 
-	"github.com/google/renameio/v2"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
@@ -214,11 +212,11 @@ func (s store) relinkLayers(relinks []relink) error {
 			binds = append(binds, s.bind(r.Layer))
 			continue
 		}
-		if err := renameio.Symlink(r.Layer.Source, s.overlay(r.Layer.ID, "diff")); err != nil {
+		if err := replaceLink(r.Layer.Source, s.overlay(r.Layer.ID, "diff")); err != nil {
 			return fmt.Errorf("linking layer %s: %w", r.Chain, err)
 		}
 		tarSplit := filepath.Join(s.layerdb(r.Chain), "tar-split.json.gz")
-		if err := renameio.Symlink(r.Layer.TarSplit, tarSplit); err != nil {
+		if err := replaceLink(r.Layer.TarSplit, tarSplit); err != nil {
 			return fmt.Errorf("linking layer %s: %w", r.Chain, err)
 		}
 	}
@@ -244,22 +242,6 @@ func (s store) sync() error {
 		if err != nil {
 			return fmt.Errorf("flushing docker's data root: %w", err)
 		}
-	}
-	return nil
-}
-
-// writeFile replaces a file whole, without a sync of its own: sync follows.
-func writeFile(name string, content []byte, mode fs.FileMode) error {
-	if err := mkdirOf(name); err != nil {
-		return err
-	}
-	tmp := filepath.Join(filepath.Dir(name), "."+stateName)
-	if err := os.WriteFile(tmp, content, mode); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, name); err != nil {
-		os.Remove(tmp)
-		return err
 	}
 	return nil
 }
