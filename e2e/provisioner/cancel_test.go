@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -19,6 +20,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 // stalling is a registry in front of another that serves half of a blob and then
@@ -129,9 +131,21 @@ func TestCancel(t *testing.T) {
 			t.Logf("the VM was clean after %s", time.Since(started).Round(time.Millisecond))
 
 			v.mustBuild(t, imagesOption(reg.Addr+"/app:1"), d.block())
-			if m, _ := d.manifest(t); len(m.Images) != 1 || len(m.Layers) != 2 {
+			m, _ := d.manifest(t)
+			if len(m.Images) != 1 || len(m.Layers) != 2 {
 				t.Errorf("the next build recorded %d images with %d layers", len(m.Images), len(m.Layers))
 			}
+			// What was half pulled takes no room for ever.
+			d.mount(t, func(dir string) {
+				store := filepath.Join(dir, m.Store.Root)
+				layers, err := filepath.Glob(filepath.Join(store, manifest.DriverOverlay2, "*/diff"))
+				if err != nil || len(layers) != 2 {
+					t.Errorf("the store has %d layer directories (%v)", len(layers), err)
+				}
+				if parts, err := filepath.Glob(filepath.Join(store, "tmp/*")); err != nil || len(parts) > 0 {
+					t.Errorf("the store has left-over downloads %v (%v)", parts, err)
+				}
+			})
 		})
 	}
 }

@@ -49,6 +49,7 @@ func (p *Provisioner) Provision(ctx context.Context, ui packersdk.Ui, comm packe
 		{"preparing the disk", b.prepareDisk},
 		{"connecting to Docker", b.connectDocker},
 		{"reading the earlier layer manifest", b.readEarlier},
+		{"removing half-unpacked layers", b.removeOrphans},
 		{"pulling", b.pull},
 		{"keeping layer blobs", b.keepBlobs},
 		{"recording the layer manifest", b.record},
@@ -159,6 +160,14 @@ func (b *build) connectDocker(ctx context.Context) (err error) {
 func (b *build) readEarlier(ctx context.Context) (err error) {
 	b.earlier, b.earlierData, err = readManifest(ctx, b.vm, b.root, b.say)
 	return err
+}
+
+// removeOrphans makes room before the pulls need it.
+func (b *build) removeOrphans(ctx context.Context) error {
+	if b.disk == nil {
+		return nil
+	}
+	return removeOrphans(ctx, b.engine, b.vm, b.say)
 }
 
 func (b *build) pull(ctx context.Context) error {
