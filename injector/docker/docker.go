@@ -14,6 +14,11 @@
 // selkies-image-cache among its metadata. Names and distribution metadata, which
 // cannot be told apart, are listed in a record per generation, in the directory
 // image/overlay2/selkies-image-cache of Docker's data root.
+//
+// Mounts do not survive a reboot. Until the disk is mounted again, by the system or
+// by an inject before docker.service, containers fail to start; then they start
+// without a restart of dockerd. With bind mounts they would start with files missing,
+// and dockerd takes those mounts down whenever it stops: links are the better choice.
 package docker
 
 import (
