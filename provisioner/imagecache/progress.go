@@ -30,6 +30,8 @@ type blobProgress struct {
 	// wanted blobs were missing when the pulls began.
 	wanted bool
 	done   int64
+	// extracted is how many of the compressed bytes have been unpacked.
+	extracted int64
 }
 
 type imageProgress struct {
@@ -99,10 +101,12 @@ func (p *progress) event(w *wanted, e event) {
 		b.wanted = true
 	case "Verifying Checksum", "Download complete":
 		b.done, b.wanted = b.size, true
+	case "Extracting":
+		b.extracted = max(b.extracted, min(e.Progress.Current, b.size))
 	case "Pull complete":
 		// A layer that another pull is downloading shows nothing but this.
 		if b.wanted {
-			b.done = b.size
+			b.done, b.extracted = b.size, b.size
 		}
 	case "Already exists":
 		// Kept from before, or pulled a moment ago by another image.
@@ -137,18 +141,19 @@ func (p *progress) countsLocked() (done, total, kept int64) {
 func (p *progress) downloaded(w *wanted) int64 {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	done, _ := p.imageLocked(p.find(w))
+	done, _, _ := p.imageLocked(p.find(w))
 	return done
 }
 
-func (p *progress) imageLocked(ip *imageProgress) (done, total int64) {
+func (p *progress) imageLocked(ip *imageProgress) (done, extracted, total int64) {
 	for _, d := range ip.byID {
 		if b := p.blobs[d]; b.wanted {
 			done += b.done
+			extracted += b.extracted
 			total += b.size
 		}
 	}
-	return done, total
+	return done, extracted, total
 }
 
 // lines says where the pulls stand: the total first, then the images in progress
@@ -166,10 +171,10 @@ func (p *progress) lines(now time.Time) []string {
 		if !ip.running {
 			continue
 		}
-		d, t := p.imageLocked(ip)
+		d, x, t := p.imageLocked(ip)
 		line := fmt.Sprintf("  %s: %s of %s", ip.image, units.HumanSize(float64(d)), units.HumanSize(float64(t)))
 		if d == t {
-			line = fmt.Sprintf("  %s: %s downloaded, extracting", ip.image, units.HumanSize(float64(t)))
+			line = fmt.Sprintf("  %s: %s downloaded, %s of it extracted", ip.image, units.HumanSize(float64(t)), units.HumanSize(float64(x)))
 		}
 		if line != ip.shown {
 			ip.shown = line

@@ -52,7 +52,9 @@ func TestProgress(t *testing.T) {
 	want(5*time.Second, "0 of 2 images, 60MB of 120MB, 12MB/s, about 5s left", "  a:1: 60MB of 100MB", "  b:1: 60MB of 120MB")
 	send(a, shared, "Download complete", 0)
 	send(b, top, "Downloading", 5e6)
-	want(10*time.Second, "0 of 2 images, 105MB of 120MB, 9MB/s, about 1s left", "  a:1: 100MB downloaded, extracting", "  b:1: 105MB of 120MB")
+	want(10*time.Second, "0 of 2 images, 105MB of 120MB, 9MB/s, about 1s left", "  a:1: 100MB downloaded, 0B of it extracted", "  b:1: 105MB of 120MB")
+	send(a, shared, "Extracting", 80e6)
+	want(11*time.Second, "0 of 2 images, 105MB of 120MB", "  a:1: 100MB downloaded, 80MB of it extracted")
 	send(a, shared, "Pull complete", 0)
 	p.finish(a, true)
 	// Nothing has moved, so nothing of b is told again.
