@@ -17,8 +17,12 @@
 //
 // Mounts do not survive a reboot. Until the disk is mounted again, by the system or
 // by an inject before docker.service, containers fail to start; then they start
-// without a restart of dockerd. With bind mounts they would start with files missing,
-// and dockerd takes those mounts down whenever it stops: links are the better choice.
+// without a restart of dockerd.
+//
+// Bind mounts ([LinkBind]) are for set-ups that rely on them, and not safe: dockerd
+// takes them down whenever it stops, and a container whose layer's mount is gone starts
+// all the same, with that layer silently empty. With them inject must be run after each
+// boot and each stop of dockerd, before dockerd starts.
 package docker
 
 import (
@@ -29,7 +33,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"strconv"
 	"strings"
 	"time"
 
@@ -158,28 +161,12 @@ func (r *Runtime) open(ctx context.Context) error {
 		root = DefaultRoot
 	}
 	r.store = store{hostRoot: r.opt.HostRoot, root: filepath.Clean(root)}
-	if pid := r.daemonPID(); r.info == nil && pid != 0 {
-		return fmt.Errorf("dockerd runs as process %d but does not answer at %s; name its address with --docker-host", pid, r.cli.DaemonHost())
+	if r.info == nil {
+		if err := r.checkUnused(r.cli.DaemonHost()); err != nil {
+			return err
+		}
 	}
 	return r.store.check()
-}
-
-// daemonPID is the process that dockerd's PID file names, 0 if it is no dockerd: one
-// that listens elsewhere must not have its store written.
-func (s store) daemonPID() int {
-	text, err := readTrimmed(s.host("/run/docker.pid"))
-	if err != nil {
-		return 0
-	}
-	pid, err := strconv.Atoi(text)
-	if err != nil {
-		return 0
-	}
-	comm, err := readTrimmed(filepath.Join(s.hostRoot, "proc", text, "comm"))
-	if err != nil || comm != "dockerd" {
-		return 0
-	}
-	return pid
 }
 
 // Close closes the connection to the daemon.

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -335,6 +336,73 @@ func TestCheck(t *testing.T) {
 	s.root = "/srv"
 	if err := s.check(); err == nil || !strings.Contains(err.Error(), "--docker-root") {
 		t.Errorf("says %v", err)
+	}
+	// What is wrong with a data root that is there is another matter.
+	s.root = "/file"
+	write(t, s.host(s.root), "")
+	if err := s.check(); err == nil || strings.Contains(err.Error(), "start docker once") || !errors.Is(err, syscall.ENOTDIR) {
+		t.Errorf("says %v", err)
+	}
+}
+
+func TestCheckUnused(t *testing.T) {
+	other := func(t *testing.T, s store) {
+		t.Helper()
+		if err := os.MkdirAll(s.host("/mnt/docker"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tt := range []struct {
+		name    string
+		comm    string
+		cmdline string // with blanks for zero bytes
+		prepare func(t *testing.T, s store)
+		refused string // a word of the error, "" if the store may be used
+	}{
+		{"none", "", "", nil, ""},
+		{"not a dockerd", "containerd", "dockerd", nil, ""},
+		{"default", "dockerd", "dockerd -H fd:// --containerd=/run/x.sock", nil, "process 77"},
+		{"ours by option", "dockerd", "dockerd --data-root /var/lib/docker", nil, "process 77"},
+		{"ours by another path", "dockerd", "dockerd --data-root=/var/../var/lib/docker/", nil, "process 77"},
+		{"another", "dockerd", "dockerd --data-root /mnt/docker", other, ""},
+		{"another with =", "dockerd", "dockerd -D --data-root=/mnt/docker", other, ""},
+		{"another, old name", "dockerd", "dockerd -g /mnt/docker", other, ""},
+		{"another, glued", "dockerd", "dockerd -g/mnt/docker", other, ""},
+		{"another by file", "dockerd", "dockerd", func(t *testing.T, s store) {
+			other(t, s)
+			write(t, s.host(configFile), `{"data-root": "/mnt/docker"}`)
+		}, ""},
+		{"another by another file", "dockerd", "dockerd --config-file=/etc/d.json", func(t *testing.T, s store) {
+			other(t, s)
+			write(t, s.host("/etc/d.json"), `{"graph": "/mnt/docker"}`)
+		}, ""},
+		{"ours by file", "dockerd", "dockerd --config-file /etc/d.json", func(t *testing.T, s store) {
+			write(t, s.host("/etc/d.json"), `{"debug": true}`)
+		}, "process 77"},
+		{"file gone", "dockerd", "dockerd --config-file /etc/d.json", nil, "d.json: no such file"},
+		{"file broken", "dockerd", "dockerd", func(t *testing.T, s store) {
+			write(t, s.host(configFile), `{`)
+		}, "reading /etc/docker/daemon.json"},
+		{"root not to be seen", "dockerd", "dockerd --data-root /nowhere", nil, "/nowhere"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newStore(t)
+			if tt.comm != "" {
+				proc := filepath.Join(s.hostRoot, "proc/77")
+				write(t, filepath.Join(proc, "comm"), tt.comm+"\n")
+				write(t, filepath.Join(proc, "cmdline"), strings.ReplaceAll(tt.cmdline, " ", "\x00")+"\x00")
+				if err := os.Symlink(s.hostRoot, filepath.Join(proc, "root")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if tt.prepare != nil {
+				tt.prepare(t, s)
+			}
+			err := s.checkUnused("unix:///x.sock")
+			if (err == nil) != (tt.refused == "") || err != nil && !strings.Contains(err.Error(), tt.refused) {
+				t.Errorf("says %v, want %q", err, tt.refused)
+			}
+		})
 	}
 }
 

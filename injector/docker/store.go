@@ -72,8 +72,11 @@ func (s store) check() error {
 		return fmt.Errorf("docker data root %s is one of userns-remap, whose layers have shifted owners; remove userns-remap from daemon.json to use a cache disk", s.root)
 	}
 	for _, dir := range []string{s.overlay("l"), s.image("layerdb"), s.image("imagedb", "content", "sha256")} {
-		if _, err := os.Stat(dir); err != nil {
-			return fmt.Errorf("docker data root %s holds no overlay2 store: %w; start docker once with the overlay2 storage driver, or name its data root with --docker-root", s.root, err)
+		switch _, err := os.Stat(dir); {
+		case errors.Is(err, fs.ErrNotExist):
+			return fmt.Errorf("docker data root %s holds no overlay2 store; start docker once with the overlay2 storage driver, or name its data root with --docker-root", s.root)
+		case err != nil:
+			return fmt.Errorf("looking at docker data root %s: %w", s.root, err)
 		}
 	}
 	return nil
