@@ -44,9 +44,9 @@ func (f *flags) register(fs *pflag.FlagSet) {
 	fs.StringArrayVar(&f.caches, "cache", nil,
 		"`directory` of a cache disk; repeatable (default "+cachedisk.DefaultDir+" and all of "+cachedisk.DefaultParents[0]+")")
 	fs.StringVar(&f.runtime, "runtime", runtimeAuto,
-		"auto, containerd or docker; auto takes containerd if its CRI plugin answers, else Docker")
+		"auto, containerd or docker; auto takes containerd if its CRI plugin answers, else a Docker that answers")
 	fs.StringVar(&f.link, "link", linkSymlink,
-		"how a layer is reached: symlink, or, for Docker only, bind (one bind mount a layer)")
+		"how a layer is reached: symlink; or, for Docker only, bind, one bind mount a layer: where that is gone a container silently finds an empty layer, so run inject after each boot before Docker starts")
 	fs.StringVar(&f.containerdAddress, "containerd-address", "/run/containerd/containerd.sock", "containerd's `socket`")
 	fs.StringVar(&f.containerdNamespace, "containerd-namespace", "k8s.io",
 		"containerd `namespace`; moby is Docker 29's containerd image store")
