@@ -1,8 +1,8 @@
 #!/bin/sh
-# Builds the real programs that the tests and the demo run, each from the module
+# Builds the real programs that the tests, the demo and make generate run, each from the module
 # pinned in the folder of that name, and prints the folder that holds the binaries.
 #
-#   tools/build.sh NAME      NAME is packer, containerd, moby or runc
+#   tools/build.sh NAME      NAME is a folder beside this file
 #
 # Binaries are kept outside the tree, keyed by the pinned modules and the Go
 # version, so that a second call costs nothing. SELKIES_CACHE moves that folder.

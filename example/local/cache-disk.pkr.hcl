@@ -1,6 +1,5 @@
 # Fills a cache disk on a machine that is already there and has Docker: the smallest
-# use of the plugin, and what `make demo` runs. example/gcp has the one that boots a
-# machine on Google Cloud and ends with a disk image.
+# use of the plugin, and what `make demo` runs.
 
 packer {
   required_plugins {
