@@ -31,26 +31,15 @@ A second run changes nothing. A run that was killed is completed by the next.`,
 	}
 }
 
-// inject registers the disks that can be read, also when another one is broken.
+// inject registers the disks, or with dryRun says what that would do.
 func inject(cmd *cobra.Command, f *flags, dryRun bool) error {
-	ctx := cmd.Context()
-	if err := checkRoot(); err != nil {
-		return err
-	}
-	disks, diskErr := cachedisk.Find(f.caches, f.hostRoot)
-	if len(disks) == 0 {
-		return diskErr
-	}
-	rt, err := openRuntime(ctx, f)
-	if err != nil {
-		return errors.Join(err, diskErr)
-	}
-	defer rt.Close()
-	r, err := rt.Inject(ctx, disks, dryRun)
-	if r != nil {
-		err = errors.Join(err, f.print(cmd.OutOrStdout(), r, func(w io.Writer) { printInject(w, r, dryRun) }))
-	}
-	return errors.Join(err, diskErr)
+	return withDisks(cmd.Context(), f, func(rt runtime, disks []*cachedisk.Disk) error {
+		r, err := rt.Inject(cmd.Context(), disks, dryRun)
+		if r == nil {
+			return err
+		}
+		return errors.Join(err, f.print(cmd.OutOrStdout(), r, func(w io.Writer) { printInject(w, r, dryRun) }))
+	})
 }
 
 func printInject(w io.Writer, r *report.Inject, dryRun bool) {

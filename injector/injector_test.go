@@ -27,6 +27,7 @@ func TestWrongUsage(t *testing.T) {
 		"bind with containerd": {[]string{"inject", "--link", "bind", "--runtime", "containerd"}, "for Docker only"},
 		"log level":            {[]string{"inject", "--log-level", "loud"}, `--log-level is "loud"`},
 		"cache ID":             {[]string{"eject", "latest"}, `cache ID "latest"`},
+		"reference":            {[]string{"plan", "debian:12", "Bad:::ref"}, `reference "Bad:::ref": invalid reference format`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cmd := newCommand()

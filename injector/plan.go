@@ -1,10 +1,10 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"io"
 
+	"github.com/distribution/reference"
 	"github.com/spf13/cobra"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
@@ -22,6 +22,7 @@ and the node have it:
   hit      a container starts without a pull
   partial  a pull would find some layers
   miss     a pull would fetch every layer`,
+		Args: usage(checkReferences),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			if len(refs) == 0 {
 				return inject(cmd, f, true)
@@ -31,25 +32,24 @@ and the node have it:
 	}
 }
 
+// checkReferences is the argument check of references as a pod names images.
+func checkReferences(_ *cobra.Command, refs []string) error {
+	for _, ref := range refs {
+		if _, err := reference.ParseNormalizedNamed(ref); err != nil {
+			return fmt.Errorf("reference %q: %w", ref, err)
+		}
+	}
+	return nil
+}
+
 func plan(cmd *cobra.Command, f *flags, refs []string) error {
-	ctx := cmd.Context()
-	if err := checkRoot(); err != nil {
-		return err
-	}
-	disks, diskErr := cachedisk.Find(f.caches, f.hostRoot)
-	if len(disks) == 0 {
-		return diskErr
-	}
-	rt, err := openRuntime(ctx, f)
-	if err != nil {
-		return errors.Join(err, diskErr)
-	}
-	defer rt.Close()
-	rs, err := rt.Plan(ctx, disks, refs)
-	if err != nil {
-		return errors.Join(err, diskErr)
-	}
-	return errors.Join(f.print(cmd.OutOrStdout(), rs, func(w io.Writer) { printReferences(w, rs) }), diskErr)
+	return withDisks(cmd.Context(), f, func(rt runtime, disks []*cachedisk.Disk) error {
+		rs, err := rt.Plan(cmd.Context(), disks, refs)
+		if err != nil {
+			return err
+		}
+		return f.print(cmd.OutOrStdout(), rs, func(w io.Writer) { printReferences(w, rs) })
+	})
 }
 
 func printReferences(w io.Writer, rs []report.Reference) {

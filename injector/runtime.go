@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/opencontainers/go-digest"
 
@@ -24,6 +23,24 @@ type runtime interface {
 	Close() error
 }
 
+// withDisks calls do with the cache disks and the runtime. One broken disk does not
+// hide another: do gets those that can be read, and the error names the others.
+func withDisks(ctx context.Context, f *flags, do func(runtime, []*cachedisk.Disk) error) error {
+	if err := checkRoot(); err != nil {
+		return err
+	}
+	disks, diskErr := cachedisk.Find(f.caches, f.hostRoot)
+	if len(disks) == 0 {
+		return diskErr
+	}
+	rt, err := openRuntime(ctx, f)
+	if err != nil {
+		return errors.Join(err, diskErr)
+	}
+	defer rt.Close()
+	return errors.Join(do(rt, disks), diskErr)
+}
+
 // openRuntime connects to the runtime that the flags ask for.
 func openRuntime(ctx context.Context, f *flags) (runtime, error) {
 	if err := checkRoot(); err != nil {
@@ -35,23 +52,31 @@ func openRuntime(ctx context.Context, f *flags) (runtime, error) {
 	case runtimeDocker:
 		return openDocker(ctx, f)
 	}
-	if f.link == linkBind {
-		return openDocker(ctx, f)
+	return openAuto(ctx, f)
+}
+
+// openAuto takes a runtime only if it answers. Docker brings a containerd of its
+// own, so only one with a CRI plugin serves pods; but if that one is in trouble,
+// registering with a Docker beside it would not help them.
+func openAuto(ctx context.Context, f *flags) (runtime, error) {
+	noContainerd := errors.New("--link=bind rules out containerd")
+	if f.link != linkBind {
+		cri, err := containerd.ServesCRI(ctx, f.containerdAddress)
+		switch {
+		case cri:
+			return openContainerd(ctx, f, f.containerdNamespace)
+		case err == nil:
+			err = fmt.Errorf("containerd at %s has no CRI plugin: enable it", f.containerdAddress)
+		case !errors.Is(err, containerd.ErrNotRunning):
+			return nil, err
+		}
+		noContainerd = err
 	}
-	// Docker brings a containerd of its own, so a socket alone says nothing: only a
-	// containerd whose CRI plugin answers is one that serves pods.
-	cri, err := containerd.ServesCRI(ctx, f.containerdAddress)
-	if cri {
-		return openContainerd(ctx, f, f.containerdNamespace)
+	if _, err := docker.Kind(ctx, f.dockerHost); err != nil {
+		return nil, fmt.Errorf("no container runtime: %v; %v; start one of them, or use --runtime docker for a stopped Docker",
+			noContainerd, err)
 	}
-	if kind, dockerErr := docker.Kind(ctx, f.dockerHost); dockerErr == nil && kind != "" {
-		return openDocker(ctx, f)
-	}
-	if root := f.dockerRoot; root != "" || exists(filepath.Join(f.hostRoot, "/var/lib/docker/image")) {
-		return openDocker(ctx, f)
-	}
-	return nil, fmt.Errorf("no runtime: containerd at %s does not serve the CRI (%v) and no Docker answers at %s; start one, or name it with --containerd-address or --docker-host",
-		f.containerdAddress, err, f.dockerHost)
+	return openDocker(ctx, f)
 }
 
 func checkRoot() error {
@@ -88,9 +113,4 @@ func openDocker(ctx context.Context, f *flags) (runtime, error) {
 		RestartRunning: f.dockerRestart,
 		Log:            f.log,
 	})
-}
-
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
 }

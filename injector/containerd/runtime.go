@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/content"
@@ -197,9 +198,19 @@ func (r *Runtime) host(path string) string {
 	return cachedisk.HostPath(r.opt.HostRoot, path)
 }
 
+// ErrNotRunning is that of a containerd without a socket or behind none.
+var ErrNotRunning = errors.New("containerd is not running")
+
+// criTimeout bounds the wait for a containerd that hangs: what it is asked takes
+// milliseconds.
+const criTimeout = 10 * time.Second
+
 // ServesCRI says whether a containerd at address has a CRI plugin that answers. A
-// containerd without one gives false and no error.
+// containerd without one gives false and no error, one that is stopped
+// ErrNotRunning.
 func ServesCRI(ctx context.Context, address string) (bool, error) {
+	ctx, cancel := context.WithTimeout(ctx, criTimeout)
+	defer cancel()
 	if err := dial(ctx, address); err != nil {
 		return false, err
 	}
@@ -213,7 +224,7 @@ func ServesCRI(ctx context.Context, address string) (bool, error) {
 		return false, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("asking containerd at %s for the CRI: %w", address, err)
+		return false, fmt.Errorf("asking containerd at %s for the CRI: %w: restart it, or choose another runtime with --runtime", address, err)
 	}
 	return true, nil
 }
@@ -229,7 +240,7 @@ func dial(ctx context.Context, address string) error {
 	case err == nil:
 		return conn.Close()
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("containerd is not running at %s: start it, or name its socket with --containerd-address", address)
+		return fmt.Errorf("%w at %s: start it, or name its socket with --containerd-address", ErrNotRunning, address)
 	case errors.Is(err, os.ErrPermission):
 		return fmt.Errorf("containerd's socket %s is not ours to use: run as root", address)
 	}
