@@ -39,6 +39,9 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bo
 	if dryRun || s.complete(disks, jobs) {
 		return r.reportInject(disks, jobs, nil, start), nil
 	}
+	if err := r.checkRoom(jobs); err != nil {
+		return nil, err
+	}
 	unlock, err := r.lock(ctx)
 	if err != nil {
 		return nil, err
@@ -94,9 +97,6 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, start tim
 	}
 	jobs, err := r.jobs(s, disks)
 	if err != nil {
-		return nil, err
-	}
-	if err := r.checkRoom(jobs); err != nil {
 		return nil, err
 	}
 	done, err := run.all(ctx, jobs)
