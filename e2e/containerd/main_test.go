@@ -51,43 +51,23 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	status, err := setUp(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "containerd tests:", err)
-		status = 1
-	}
-	os.Exit(status)
-}
-
-func setUp(m *testing.M) (status int, err error) {
-	if err := host.Check(); err != nil {
-		return 1, err
-	}
-	ctx := context.Background()
-	dir, err := os.MkdirTemp("", "containerd-e2e-")
-	if err != nil {
-		return 1, err
-	}
-	defer os.RemoveAll(dir)
-	world.injector = filepath.Join(dir, "selkies-image-injector")
-	if err := host.Build(ctx, "./injector", world.injector); err != nil {
-		return 1, err
-	}
-	blobs := filepath.Join(dir, "blobs")
-	if err := os.Mkdir(blobs, 0o755); err != nil {
-		return 1, err
-	}
-	if world.reg, err = registry.Start(registry.Config{Dir: blobs}); err != nil {
-		return 1, err
-	}
-	defer world.reg.Stop()
-	if err := push(ctx, dir); err != nil {
-		return 1, fmt.Errorf("pushing images: %w", err)
-	}
-	if err := buildDisks(ctx, dir); err != nil {
-		return 1, fmt.Errorf("building cache disks: %w", err)
-	}
-	return m.Run(), nil
+	host.Main(func(ctx context.Context, dir string) (status int, err error) {
+		world.injector = filepath.Join(dir, "selkies-image-injector")
+		if err := host.Build(ctx, "./injector", world.injector); err != nil {
+			return 1, err
+		}
+		if world.reg, err = registry.Start(registry.Config{Dir: filepath.Join(dir, "blobs")}); err != nil {
+			return 1, err
+		}
+		defer world.reg.Stop()
+		if err := push(ctx, dir); err != nil {
+			return 1, fmt.Errorf("pushing images: %w", err)
+		}
+		if err := buildDisks(ctx, dir); err != nil {
+			return 1, fmt.Errorf("building cache disks: %w", err)
+		}
+		return m.Run(), nil
+	})
 }
 
 func buildDisks(ctx context.Context, dir string) error {

@@ -41,46 +41,35 @@ type vm struct {
 }
 
 func TestMain(m *testing.M) {
-	status, err := setUp(m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "provisioner tests:", err)
-		status = 1
-	}
-	os.Exit(status)
+	host.Main(func(ctx context.Context, dir string) (status int, err error) {
+		if err := setUp(ctx, dir); err != nil {
+			return 1, err
+		}
+		defer world.debian.Close()
+		return m.Run(), nil
+	})
 }
 
-func setUp(m *testing.M) (status int, err error) {
-	if err := host.Check(); err != nil {
-		return 1, err
-	}
-	ctx := context.Background()
-	dir, err := os.MkdirTemp("", "provisioner-e2e-")
-	if err != nil {
-		return 1, err
-	}
-	defer os.RemoveAll(dir)
+func setUp(ctx context.Context, dir string) error {
 	tools, err := host.Tool(ctx, "packer")
 	if err != nil {
-		return 1, err
+		return err
 	}
 	world.packer, world.plugins = filepath.Join(tools, "packer"), filepath.Join(dir, "plugins")
 	plugin := filepath.Join(dir, "packer-plugin-selkies")
 	if err := host.Build(ctx, ".", plugin); err != nil {
-		return 1, err
+		return err
 	}
 	install := exec.CommandContext(ctx, world.packer, "plugins", "install", "--path", plugin, "github.com/selkies-project/selkies")
 	install.Env = packerEnv()
 	if _, err := host.Output(install); err != nil {
-		return 1, err
+		return err
 	}
 	if world.busybox, err = machine.Busybox(ctx); err != nil {
-		return 1, err
+		return err
 	}
-	if world.debian, err = bootVM(ctx, machine.Debian); err != nil {
-		return 1, err
-	}
-	defer world.debian.Close()
-	return m.Run(), nil
+	world.debian, err = bootVM(ctx, machine.Debian)
+	return err
 }
 
 func packerEnv() []string {

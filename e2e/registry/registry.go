@@ -29,7 +29,7 @@ import (
 type Config struct {
 	// Addr is where to listen, "127.0.0.1:0" by default.
 	Addr string
-	// Dir keeps the blobs. It may have some of an earlier run.
+	// Dir keeps the blobs. It is made if missing, and may have some of an earlier run.
 	Dir string
 	// Username and Password, if set, are asked of every request.
 	Username, Password string
@@ -67,6 +67,9 @@ type Count struct {
 func Start(config Config) (*Registry, error) {
 	if config.Addr == "" {
 		config.Addr = "127.0.0.1:0"
+	}
+	if err := os.MkdirAll(config.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("starting registry: %w", err)
 	}
 	r := &Registry{Addr: config.Addr, config: config}
 	r.handler = ggcr.New(
