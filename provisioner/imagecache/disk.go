@@ -269,32 +269,32 @@ func (d *cacheDisk) free(ctx context.Context) error {
 }
 
 // storeDisk finds the disk that holds a daemon's data root among the VM's mounts:
-// where its root is on the VM, and the data root relative to that.
+// where its root is on the VM, and the data root relative to that. Nodes mount the
+// whole disk, so that a mount of a part of it, such as a bind mount, is not enough.
 func storeDisk(mounts []*mountinfo.Info, dataRoot string) (root, rel string, err error) {
+	dataRoot = path.Clean(dataRoot)
 	// Later mounts cover earlier ones on the same mount point.
 	at := map[string]*mountinfo.Info{}
 	for _, m := range mounts {
 		at[m.Mountpoint] = m
 	}
-	var holder *mountinfo.Info
-	for dir := path.Clean(dataRoot); ; dir = path.Dir(dir) {
-		if m, ok := at[dir]; ok {
-			if holder != nil && (m.Major != holder.Major || m.Minor != holder.Minor) {
-				break
-			}
-			// dockerd may bind its data root to itself; the disk is further up.
-			holder = m
-		}
-		if dir == "/" {
-			break
-		}
+	dir := dataRoot
+	for at[dir] == nil && dir != "/" {
+		dir = path.Dir(dir)
 	}
+	holder := at[dir]
 	if holder == nil {
 		return "", "", fmt.Errorf("finding the disk of Docker's data root %s: no mount holds it", dataRoot)
 	}
-	rel = strings.TrimPrefix(strings.TrimPrefix(dataRoot, holder.Mountpoint), "/")
+	// dockerd may bind its data root to itself, and systems their /var.
+	rel = strings.TrimPrefix(path.Join(holder.Root, strings.TrimPrefix(dataRoot, holder.Mountpoint)), "/")
 	if rel == "" {
 		return "", "", fmt.Errorf("docker's data root %s on the build VM is a disk of its own, with no room for a layer manifest beside it; use disk { ... } for that disk", dataRoot)
 	}
-	return holder.Mountpoint, rel, nil
+	for _, m := range mounts {
+		if m.Root == "/" && m.Major == holder.Major && m.Minor == holder.Minor && at[m.Mountpoint] == m {
+			return m.Mountpoint, rel, nil
+		}
+	}
+	return "", "", fmt.Errorf("docker's data root %s on the build VM lies on the mount %s, which shows only %s of its file system; mount all of %s somewhere there, or use disk { ... }", dataRoot, holder.Mountpoint, holder.Root, holder.Source)
 }
