@@ -50,12 +50,26 @@ func (r *recorder) record(ctx context.Context, images []*wanted, created time.Ti
 		if err := r.recordLayers(ctx, w); err != nil {
 			return nil, fmt.Errorf("recording %s: %w", w, err)
 		}
-		img := w.image
-		img.Names = w.names()
-		m.Images = append(m.Images, img)
 	}
+	m.Images = merge(images)
 	m.Layers = r.layers
 	return m, nil
+}
+
+// merge makes one image with all its names of those that several repositories have.
+func merge(images []*wanted) (merged []manifest.Image) {
+	index := map[digest.Digest]int{}
+	for _, w := range images {
+		target := w.image.Target().Digest
+		i, known := index[target]
+		if !known {
+			i = len(merged)
+			index[target] = i
+			merged = append(merged, w.image)
+		}
+		merged[i].Names = append(merged[i].Names, w.names()...)
+	}
+	return merged
 }
 
 func (r *recorder) recordLayers(ctx context.Context, w *wanted) error {

@@ -65,7 +65,8 @@ type failure struct {
 func (f failure) Error() string { return fmt.Sprintf("%s (%s): %v", f.ref, f.ref.from, f.err) }
 
 // resolveAll resolves references in the order given, several at once. References
-// to one image in one registry become one wanted.
+// to one image in one repository become one wanted; one that several registries have
+// is pulled from each.
 func (r *registries) resolveAll(ctx context.Context, refs []reference, platform ocispec.Platform, concurrency int) ([]*wanted, []failure, error) {
 	resolved := make([]*wanted, len(refs))
 	errs := make([]error, len(refs))
@@ -83,17 +84,17 @@ func (r *registries) resolveAll(ctx context.Context, refs []reference, platform 
 	}
 	var images []*wanted
 	var failures []failure
-	known := map[digest.Digest]*wanted{}
+	known := map[string]*wanted{}
 	for i, w := range resolved {
 		if errs[i] != nil {
 			failures = append(failures, failure{refs[i], errs[i]})
 			continue
 		}
-		if same, ok := known[w.image.Target().Digest]; ok {
+		if same, ok := known[w.pullRef()]; ok {
 			same.refs = append(same.refs, w.refs...)
 			continue
 		}
-		known[w.image.Target().Digest] = w
+		known[w.pullRef()] = w
 		images = append(images, w)
 	}
 	return images, failures, nil

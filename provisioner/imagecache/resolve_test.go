@@ -2,10 +2,20 @@ package imagecache
 
 import (
 	"encoding/json"
+	"io"
+	"log"
+	"net/http/httptest"
 	"strings"
 	"testing"
 
 	"github.com/containerd/platforms"
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -52,5 +62,70 @@ func TestChoose(t *testing.T) {
 				t.Errorf("got %s, %v, want %s", got, err, tt.want)
 			}
 		})
+	}
+}
+
+// TestTwoRegistries has one image in two registries, and under two tags of one.
+func TestTwoRegistries(t *testing.T) {
+	image, err := random.Image(100, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := image.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config = config.DeepCopy()
+	config.OS, config.Architecture = "linux", "amd64"
+	if image, err = mutate.ConfigFile(image, config); err != nil {
+		t.Fatal(err)
+	}
+	digest, err := image.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var refs []reference
+	var hosts []string
+	for range 2 {
+		server := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+		defer server.Close()
+		hosts = append(hosts, server.Listener.Addr().String())
+		for _, tag := range []string{"1", "latest"} {
+			s := server.Listener.Addr().String() + "/app:" + tag
+			parsed, err := name.ParseReference(s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := remote.Write(parsed, image); err != nil {
+				t.Fatal(err)
+			}
+			ref, err := parseReference(s, s)
+			if err != nil {
+				t.Fatal(err)
+			}
+			refs = append(refs, ref)
+		}
+	}
+	r := &registries{keychain: authn.NewMultiKeychain()}
+	images, failures, err := r.resolveAll(t.Context(), refs, platforms.MustParse("linux/amd64"), 2)
+	if err != nil || len(failures) > 0 {
+		t.Fatal(failures, err)
+	}
+	var pulls, names []string
+	for _, w := range images {
+		pulls = append(pulls, w.pullRef())
+	}
+	for _, h := range hosts {
+		names = append(names, h+"/app:1", h+"/app:latest", h+"/app@"+digest.String())
+	}
+	if diff := cmp.Diff([]string{names[2], names[5]}, pulls); diff != "" {
+		t.Errorf("pulls: %s", diff)
+	}
+	merged := merge(images)
+	if len(merged) != 1 {
+		t.Fatalf("recorded %d images", len(merged))
+	}
+	if diff := cmp.Diff(names, merged[0].Names); diff != "" {
+		t.Errorf("names: %s", diff)
 	}
 }
