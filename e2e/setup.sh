@@ -7,9 +7,12 @@ top=$(cd "$(dirname "$0")/.." && pwd)
 say() { echo "e2e/setup.sh: $*" >&2; exit 1; }
 
 [ "$(uname -s)" = Linux ] || say "this needs Linux, on a Debian 12 machine"
+[ "$(uname -m)" = x86_64 ] || say "this needs an x86-64 machine, not $(uname -m): the images are for linux/amd64"
+# shellcheck disable=SC1091
+system=$(. /etc/os-release && echo "$ID $PRETTY_NAME") 2>/dev/null || system="? a system without /etc/os-release"
+[ "${system%% *}" = debian ] || say "this needs Debian 12, not ${system#* }"
 [ "$(id -u)" = 0 ] || say "this boots machines and attaches disks: run it as root"
 [ -e /dev/loop-control ] || say "this needs a kernel with loop devices; a container has none"
-command -v apt-get >/dev/null || say "this needs Debian 12: no apt-get here"
 
 # libseccomp, a C compiler and pkg-config are for runc, the rest is run directly.
 packages="systemd-container debootstrap util-linux openssh-client ca-certificates
