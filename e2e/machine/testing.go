@@ -1,7 +1,11 @@
 package machine
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"os/exec"
+	"strings"
 	"testing"
 )
 
@@ -36,4 +40,28 @@ func (m *Machine) Output(t testing.TB, args ...string) string {
 		t.Fatal(err)
 	}
 	return out
+}
+
+// Refused runs a command in the machine that must end with the exit status given and
+// one line on standard error, which has every one of words.
+func (m *Machine) Refused(t testing.TB, status int, args []string, words ...string) {
+	t.Helper()
+	cmd := m.Command(t.Context(), args[0], args[1:]...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+		t.Fatal(err)
+	}
+	if got := cmd.ProcessState.ExitCode(); got != status {
+		t.Errorf("%q: exit status %d, want %d; it says %s", args, got, status, stdout.String())
+	}
+	line, more, _ := strings.Cut(stderr.String(), "\n")
+	if more != "" {
+		t.Errorf("%q: more than one line: %q", args, stderr.String())
+	}
+	for _, w := range words {
+		if !strings.Contains(line, w) {
+			t.Errorf("%q: error %q does not have %q", args, line, w)
+		}
+	}
 }
