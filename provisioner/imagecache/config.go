@@ -49,10 +49,11 @@ type Config struct {
 	// daemon only what an earlier run of this provisioner recorded, and never an
 	// image that a container uses. Defaults to `true`.
 	Prune config.Trilean `mapstructure:"prune"`
-	// Read every layer back through the Docker API when done and check that it
+	// Read every layer back through the Docker API after the pulls and check that it
 	// hashes to its diff ID. This moves all layers, uncompressed, to the Packer
-	// host. Without it, the layer manifest is read back and every layer's directory
-	// is looked for. Defaults to `false`.
+	// host, and needs room for the largest image once more on the disk. Nothing is
+	// recorded or removed before. In any case the layer manifest is read back in the
+	// end and every layer's directory is looked for. Defaults to `false`.
 	Verify bool `mapstructure:"verify"`
 	// Where to write a copy of the layer manifest on the Packer host.
 	ManifestOutput string `mapstructure:"manifest_output"`
@@ -288,12 +289,4 @@ func (c *Config) prepareRegistries() error {
 		return errs
 	}
 	return nil
-}
-
-func or[T comparable](v, fallback T) T {
-	var zero T
-	if v == zero {
-		return fallback
-	}
-	return v
 }

@@ -49,12 +49,12 @@ func (p *Provisioner) Provision(ctx context.Context, ui packersdk.Ui, comm packe
 		{"preparing the disk", b.prepareDisk},
 		{"connecting to Docker", b.connectDocker},
 		{"reading the earlier layer manifest", b.readEarlier},
-		{"removing half-unpacked layers", b.removeOrphans},
 		{"pulling", b.pull},
+		{"verifying layers", b.verifyLayers},
 		{"keeping layer blobs", b.keepBlobs},
 		{"recording the layer manifest", b.record},
 		{"pruning", b.prune},
-		{"verifying", b.verify},
+		{"verifying the disk", b.verifyDisk},
 		{"releasing the disk", b.release},
 	} {
 		err := step.run(ctx)
@@ -124,7 +124,10 @@ func (b *build) prepareDisk(ctx context.Context) error {
 		return nil
 	}
 	b.disk = &cacheDisk{vm: b.vm, config: *b.config.Disk, say: b.say}
-	return b.disk.prepare(ctx)
+	if err := b.disk.prepare(ctx); err != nil {
+		return err
+	}
+	return b.disk.removeOrphans(ctx)
 }
 
 func (b *build) connectDocker(ctx context.Context) (err error) {
@@ -160,14 +163,6 @@ func (b *build) connectDocker(ctx context.Context) (err error) {
 func (b *build) readEarlier(ctx context.Context) (err error) {
 	b.earlier, b.earlierData, err = readManifest(ctx, b.vm, b.root, b.say)
 	return err
-}
-
-// removeOrphans makes room before the pulls need it.
-func (b *build) removeOrphans(ctx context.Context) error {
-	if b.disk == nil {
-		return nil
-	}
-	return removeOrphans(ctx, b.engine, b.vm, b.say)
 }
 
 func (b *build) pull(ctx context.Context) error {
@@ -209,6 +204,21 @@ func (b *build) failed() error {
 		lines[i] = oneLine(f.Error())
 	}
 	return fmt.Errorf("%d of %d references failed: %s", len(lines), len(b.config.references), strings.Join(lines, "; "))
+}
+
+// verifyLayers runs before anything is recorded or dropped on the word of the store.
+func (b *build) verifyLayers(ctx context.Context) error {
+	if !b.config.Verify {
+		return nil
+	}
+	v := &verifier{
+		engine: b.engine, say: b.say,
+		remedy: "remove the image from the build VM's Docker and build again",
+	}
+	if b.disk != nil {
+		v.remedy = `build once with disk.format = "always" to fill the disk anew`
+	}
+	return v.verify(ctx, b.images)
 }
 
 func (b *build) keepBlobs(ctx context.Context) error {
@@ -265,13 +275,7 @@ func (b *build) prune(ctx context.Context) error {
 	return blobs.prune(ctx, b.images)
 }
 
-func (b *build) verify(ctx context.Context) error {
-	if b.config.Verify {
-		b.say("reading all layers back")
-		if err := verifyContent(ctx, b.engine, b.images); err != nil {
-			return err
-		}
-	}
+func (b *build) verifyDisk(ctx context.Context) error {
 	return verifyDisk(ctx, b.vm, b.root, b.manifest)
 }
 

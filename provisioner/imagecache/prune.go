@@ -3,9 +3,7 @@ package imagecache
 import (
 	"context"
 	"fmt"
-	"path"
 	"slices"
-	"strings"
 
 	cerrdefs "github.com/containerd/errdefs"
 	dref "github.com/distribution/reference"
@@ -97,50 +95,4 @@ func storedNames(s image.Summary) []string {
 		}
 	}
 	return names
-}
-
-// removeOrphans removes layer directories that no image in the store has. Docker
-// leaves one behind when it is stopped while it unpacks a layer, and never looks at
-// it again. Only for a daemon that nobody else uses.
-func removeOrphans(ctx context.Context, e *engine, r *vm, say func(string, ...any)) error {
-	if e.info.Containers > 0 {
-		return nil // whose own directories no image has either
-	}
-	home := path.Join(e.info.DockerRootDir, manifest.DriverOverlay2)
-	used := map[string]bool{"l": true}
-	stored, err := e.ImageList(ctx, image.ListOptions{All: true})
-	if err != nil {
-		return fmt.Errorf("listing the images in the store: %w", err)
-	}
-	for _, s := range stored {
-		inspect, err := e.ImageInspect(ctx, s.ID)
-		if err != nil {
-			return fmt.Errorf("inspecting image %s: %w", s.ID, err)
-		}
-		dirs, err := layerDirectories(inspect, home)
-		if err != nil {
-			return fmt.Errorf("inspecting image %s: %w", s.ID, err)
-		}
-		for _, d := range dirs {
-			used[d] = true
-		}
-	}
-	out, err := r.run(ctx, "find", home, "-mindepth", "1", "-maxdepth", "1", "-type", "d", "-printf", `%f\0`)
-	if err != nil {
-		return fmt.Errorf("listing the layers on the disk: %w", err)
-	}
-	for dir := range strings.SplitSeq(strings.TrimSuffix(string(out), "\x00"), "\x00") {
-		if used[dir] || dir == "" {
-			continue
-		}
-		say("removing the half-unpacked layer %s of an earlier build", dir)
-		if _, err := r.run(ctx, "rm", "--recursive", "--one-file-system", path.Join(home, dir)); err != nil {
-			return fmt.Errorf("removing a half-unpacked layer: %w", err)
-		}
-	}
-	// The driver's short names of what has gone.
-	if _, err := r.run(ctx, "find", path.Join(home, "l"), "-xtype", "l", "-delete"); err != nil {
-		return fmt.Errorf("removing a half-unpacked layer: %w", err)
-	}
-	return nil
 }

@@ -20,6 +20,9 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
+// noSpace is ENOSPC in Docker's words.
+const noSpace = "no space left on device"
+
 var errDiskFull = errors.New("the disk is full; use a larger one, or list fewer images")
 
 // puller brings images into the daemon's store.
@@ -190,7 +193,7 @@ func (p *puller) pullOnce(ctx context.Context, w *wanted) error {
 
 func explainPull(err error) error {
 	switch msg := err.Error(); {
-	case strings.Contains(msg, "no space left on device"):
+	case strings.Contains(msg, noSpace):
 		return errDiskFull
 	case strings.Contains(msg, plainHTTP):
 		return fmt.Errorf("%w; set insecure_registries, and for the VM's own Docker its insecure-registries", err)

@@ -9,8 +9,10 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"slices"
 	"strings"
 
+	cerrdefs "github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
@@ -48,48 +50,69 @@ func verifyDisk(ctx context.Context, r *vm, root string, data []byte) error {
 	return nil
 }
 
-// verifyContent reads the images back through the Engine API and checks that every
-// layer hashes to its diff ID. Docker names the layers in such an archive
-// differently from version to version, so that all files are hashed and the diff
-// IDs looked for among them.
-func verifyContent(ctx context.Context, e *engine, images []*wanted) error {
-	missing := map[digest.Digest]*wanted{}
-	var ids []string
+// verifier reads layers back through the Engine API.
+type verifier struct {
+	engine *engine
+	say    func(format string, a ...any)
+	// remedy is what to do about a damaged layer.
+	remedy string
+}
+
+// verify checks that every layer hashes to its diff ID. It goes image by image, since
+// Docker writes what it is about to send to its disk first.
+func (v *verifier) verify(ctx context.Context, images []*wanted) error {
+	proven := map[digest.Digest]bool{}
 	for _, w := range images {
 		diffIDs, err := w.image.DiffIDs()
 		if err != nil {
 			return err
 		}
-		for _, d := range diffIDs {
-			missing[d] = w
+		unproven := func(d digest.Digest) bool { return !proven[d] }
+		if !slices.ContainsFunc(diffIDs, unproven) {
+			continue
 		}
-		ids = append(ids, w.id())
+		v.say("reading the layers of %s back", w)
+		if err := v.read(ctx, w, proven); err != nil {
+			return fmt.Errorf("reading the layers of %s back: %w", w, err)
+		}
+		if i := slices.IndexFunc(diffIDs, unproven); i >= 0 {
+			return fmt.Errorf("layer %s of %s does not hash to its diff ID; %s", diffIDs[i], w, v.remedy)
+		}
 	}
-	stream, err := e.ImageSave(ctx, ids)
+	return nil
+}
+
+// read adds the digest of every file in Docker's archive of an image to seen. Docker
+// names layers in there differently from version to version.
+func (v *verifier) read(ctx context.Context, w *wanted, seen map[digest.Digest]bool) error {
+	stream, err := v.engine.ImageSave(ctx, []string{w.id()})
+	if cerrdefs.IsInternal(err) {
+		// Docker checks files against the checksums that it has of them.
+		if strings.Contains(err.Error(), noSpace) {
+			return errDiskFull
+		}
+		return fmt.Errorf("%w; %s", err, v.remedy)
+	}
 	if err != nil {
-		return fmt.Errorf("reading the images back: %w", err)
+		return err
 	}
 	defer stream.Close()
 	archive := tar.NewReader(stream)
 	for {
 		h, err := archive.Next()
 		if errors.Is(err, io.EOF) {
-			break
+			return nil
 		}
 		if err != nil {
-			return fmt.Errorf("reading the images back: %w", err)
+			return err
 		}
 		if h.Typeflag != tar.TypeReg {
 			continue
 		}
 		hash := sha256.New()
 		if _, err := io.Copy(hash, archive); err != nil {
-			return fmt.Errorf("reading the images back: %w", err)
+			return err
 		}
-		delete(missing, digest.NewDigest(digest.SHA256, hash))
+		seen[digest.NewDigest(digest.SHA256, hash)] = true
 	}
-	for d, w := range missing {
-		return fmt.Errorf("layer %s of %s does not hash to its diff ID; is the disk sound?", d, w)
-	}
-	return nil
 }
