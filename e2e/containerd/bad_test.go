@@ -3,90 +3,120 @@
 package containerd_test
 
 import (
-	"fmt"
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
-	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// TestBadInput gives inject what it cannot work with: one line that names the
-// thing and the remedy, and nothing changed.
-func TestBadInput(t *testing.T) {
+var injectCache = []string{"selkies-image-injector", "inject", "--runtime", "containerd", "--cache", cacheDir}
+
+// TestBadDisk injects disks that are not what the provisioner made.
+func TestBadDisk(t *testing.T) {
+	other := digest.FromString("another layer")
+	tests := []struct {
+		name  string
+		spoil func(t *testing.T, dir string)
+		want  []string
+	}{
+		{"no manifest", func(t *testing.T, dir string) {
+			check(t, os.Remove(filepath.Join(dir, manifest.Path)))
+		}, []string{"no layer manifest at ", "mount the cache disk there"}},
+		{"truncated manifest", func(t *testing.T, dir string) {
+			check(t, os.Truncate(filepath.Join(dir, manifest.Path), 1000))
+		}, []string{"truncated", "build the disk again"}},
+		{"newer schema", edited(func(m *manifest.Manifest) {
+			m.SchemaVersion++
+		}), []string{"schemaVersion is 2", "use an injector as new as the provisioner"}},
+		{"flipped byte in an index", edited(func(m *manifest.Manifest) {
+			image(m, ref(app1)).Index.Data[10] ^= 1
+		}), []string{ref(app1), "index: digest is", "build the disk again"}},
+		{"flipped byte in a manifest", edited(func(m *manifest.Manifest) {
+			image(m, ref(single)).Manifest.Data[10] ^= 1
+		}), []string{ref(single), "manifest: digest is", "build the disk again"}},
+		{"flipped byte in a config", edited(func(m *manifest.Manifest) {
+			image(m, ref(single)).Config.Data[10] ^= 1
+		}), []string{ref(single), "config: digest is", "build the disk again"}},
+		{"changed chain ID", edited(func(m *manifest.Manifest) {
+			m.Layers[1].ChainID = other
+		}), []string{"layers[1]: chainID " + other.String() + " does not follow", "build the disk again"}},
+		{"changed diff ID", edited(func(m *manifest.Manifest) {
+			m.Layers[1].DiffID = other
+		}), []string{"layers[1]: chainID ", "does not follow", "build the disk again"}},
+		{"missing layer directory", func(t *testing.T, dir string) {
+			m := readManifest(t, dir)
+			check(t, os.RemoveAll(filepath.Join(dir, filepath.Dir(m.LayerPath(m.Layers[1])))))
+		}, []string{"layer sha256:", "no such file or directory", "build the disk again"}},
+	}
+	disks := make([]string, len(tests))
+	for i, tt := range tests {
+		disks[i] = changed(t, world.first, tt.spoil)
+	}
 	onEach(t, func(t *testing.T, n *node) {
-		n.attach(t, world.first, cacheDir)
-		inject := []string{"selkies-image-injector", "inject", "--runtime", "containerd", "--cache", cacheDir}
-		before := n.settled(t, false)
-
-		t.Run("not root", func(t *testing.T) {
-			n.fails(t, "not root", append([]string{"setpriv", "--reuid=1000", "--clear-groups"}, inject...)...)
-		})
-		t.Run("no disk", func(t *testing.T) {
-			n.fails(t, "no layer manifest at /mnt", append(inject, "--cache", "/mnt")...)
-		})
-		if diff := cmp.Diff(before, n.settled(t, false)); !strings.Contains(diff, "image") && diff != "" {
-			t.Error(diff)
-		}
-		n.eject(t)
-		if diff := cmp.Diff(before, n.settled(t, false)); diff != "" {
-			t.Errorf("after eject: %s", diff)
-		}
-
-		broken := map[string]struct{ spoil, want string }{
-			"layer missing":      {"rm -r $(ls -d docker/overlay2/*/diff/opaque | head -n 1 | sed s,/diff/opaque,,)", "no such file or directory; build the disk again"},
-			"truncated manifest": {"truncate -s 1000 " + manifest.Path, "truncated"},
-			"newer schema":       {"sed -i 's/\"schemaVersion\": 1/\"schemaVersion\": 2/' " + manifest.Path, "schemaVersion is 2"},
-			"wrong digest":       {"sed -i 's/\"size\": 1,/\"size\": 2,/; s/\"os\": \"linux\"/\"os\": \"plan9\"/' " + manifest.Path, "plan9"},
-		}
-		for name, tt := range broken {
-			t.Run(name, func(t *testing.T) {
-				disk := changed(t, world.first, tt.spoil)
-				dir := "/mnt/disks/" + filepath.Base(filepath.Dir(disk))
-				detach := n.attach(t, disk, dir)
-				n.fails(t, tt.want, "selkies-image-injector", "inject", "--runtime", "containerd", "--cache", dir)
-				n.Output(t, "umount", dir)
-				detach()
+		before := n.settled(t, true)
+		for i, tt := range tests {
+			t.Run(tt.name, func(t *testing.T) {
+				n.attach(t, disks[i], cacheDir)
+				n.Refused(t, 1, injectCache, append(tt.want, cacheDir)...)
+				if diff := cmp.Diff(before, n.settled(t, true)); diff != "" {
+					t.Errorf("changed: %s", diff)
+				}
+				n.Output(t, "umount", cacheDir)
 			})
 		}
-		if diff := cmp.Diff(before, n.settled(t, false)); diff != "" {
-			t.Errorf("a broken disk changed something: %s", diff)
+		t.Run("beside a good one", func(t *testing.T) {
+			n.attach(t, world.first, cacheDir)
+			n.Refused(t, 1, append(injectCache, "--cache", "/mnt"), "no layer manifest at /mnt/")
+			n.listed(t, ref(app1))
+		})
+	})
+}
+
+// TestBadNode injects where that cannot be done.
+func TestBadNode(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		n.attach(t, world.first, cacheDir)
+		before := n.settled(t, true)
+		unchanged := func(t *testing.T) {
+			t.Helper()
+			if diff := cmp.Diff(before, n.settled(t, true)); diff != "" {
+				t.Errorf("changed: %s", diff)
+			}
 		}
 
-		t.Run("what the node has wins", func(t *testing.T) {
-			n.pull(t, ref(app2))
-			n.ctr(t, "images", "tag", ref(app2), ref(app1))
-			r := n.inject(t, cacheDir)
-			i := slices.IndexFunc(r.Disks[0].Images, func(i report.Image) bool { return slices.Contains(i.Names, ref(app1)) })
-			if img := r.Disks[0].Images[i]; !strings.Contains(img.Reason, ref(app1)+" is ") {
-				t.Errorf("report: %+v", img)
-			}
-			if got := n.listed(t, ref(app1)); got.Id != n.listed(t, ref(app2)).Id {
-				t.Error("inject replaced the node's image")
-			}
-			n.eject(t)
-			n.removeImage(t, ref(app2))
-			if diff := cmp.Diff(before, n.settled(t, false)); diff != "" {
-				t.Errorf("left over: %s", diff)
-			}
+		t.Run("not root", func(t *testing.T) {
+			n.Refused(t, 1, append([]string{"setpriv", "--reuid=1000", "--clear-groups"}, injectCache...), "not root", "run with sudo")
+			unchanged(t)
 		})
-
+		t.Run("not a reference", func(t *testing.T) {
+			n.Refused(t, 2, []string{"selkies-image-injector", "plan", ref(app1), "Bad:::ref"}, `"Bad:::ref"`, "plan --help")
+			unchanged(t)
+		})
 		t.Run("another snapshotter", func(t *testing.T) {
 			n.config.Snapshotter = "native"
 			n.start(t)
-			n.fails(t, "snapshotter is native, not overlayfs", inject...)
+			before = n.settled(t, true)
+			n.Refused(t, 1, injectCache, "snapshotter is native, not overlayfs", "choose a node pool with overlayfs")
+			unchanged(t)
 		})
-		t.Run("not running", func(t *testing.T) {
+		t.Run("containerd is not running", func(t *testing.T) {
 			n.Output(t, "systemctl", "stop", "containerd")
-			n.fails(t, "containerd is not running at /run/containerd/containerd.sock", inject...)
+			before := n.files(t)
+			n.Refused(t, 1, injectCache, "containerd is not running at "+machine.Socket, "start it")
+			for _, diff := range treediff.Compare(before, n.files(t)) {
+				t.Error(diff)
+			}
 		})
 	})
 }
@@ -94,55 +124,84 @@ func TestBadInput(t *testing.T) {
 // TestNoRoom registers on nodes whose file system is too small.
 func TestNoRoom(t *testing.T) {
 	// containerd itself takes some of both before it is there.
-	tests := map[string]struct{ size, fill, want string }{
-		"bytes":  {"20M", "true", "B free, registering needs"},
-		"inodes": {"200M", "cd " + stateDir + " && while [ $(stat -f -c %d .) -gt 60 ]; do mktemp -p . fill-XXXXXX; done", "inodes free, registering needs"},
+	tests := map[string]struct {
+		size, fill string
+		want       []string
+	}{
+		"bytes":  {"20M", "true", []string{"B free, registering needs", "free some space"}},
+		"inodes": {"200M", "cd " + stateDir + " && while [ $(stat -f -c %d .) -gt 60 ]; do mktemp -p . fill-XXXXXX; done", []string{"inodes free, registering needs", "remove some files"}},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
-			image := filepath.Join(t.TempDir(), "store")
-			if _, err := host.Output(exec.CommandContext(t.Context(), "mkfs.ext4", "-q", "-N", "1000", image, tt.size)); err != nil {
+			store := filepath.Join(t.TempDir(), "store")
+			if _, err := host.Output(exec.CommandContext(t.Context(), "mkfs.ext4", "-q", "-N", "1000", store, tt.size)); err != nil {
 				t.Fatal(err)
 			}
-			n := newNodeOn(t, machine.Upstream, image)
+			n := newNodeOn(t, machine.Upstream, store)
 			n.Output(t, "sh", "-c", tt.fill)
 			n.attach(t, world.first, cacheDir)
-			before := n.settled(t, false)
-			n.fails(t, tt.want, "selkies-image-injector", "inject", "--runtime", "containerd", "--cache", cacheDir)
-			n.eject(t)
-			if diff := cmp.Diff(before, n.settled(t, false)); diff != "" {
+			before := n.settled(t, true)
+			n.Refused(t, 1, injectCache, append(tt.want, stateDir)...)
+			if diff := cmp.Diff(before, n.settled(t, true)); diff != "" {
 				t.Errorf("changed: %s", diff)
 			}
 		})
 	}
 }
 
-// fails runs a command that has to fail with one line that has the text want.
-func (n *node) fails(t *testing.T, want string, args ...string) {
+// files is everything in containerd's directory.
+func (n *node) files(t *testing.T) treediff.Tree {
 	t.Helper()
-	out, err := n.Run(t.Context(), args...)
-	if err == nil {
-		t.Errorf("no error; it says %s", out)
-		return
+	tree, err := treediff.Dir(n.Path(stateDir))
+	check(t, err)
+	return tree
+}
+
+// changed is a copy of a disk image, changed by edit where it is mounted.
+func changed(t *testing.T, image string, edit func(t *testing.T, dir string)) string {
+	t.Helper()
+	disk := filepath.Join(t.TempDir(), "disk")
+	if _, err := host.Output(exec.CommandContext(t.Context(), "cp", "--sparse=always", image, disk)); err != nil {
+		t.Fatal(err)
 	}
-	text := err.Error()
-	_, said, _ := strings.Cut(text, "selkies-image-injector: ")
-	if !strings.Contains(said, want) || strings.Contains(strings.TrimSpace(said), "\n") {
-		t.Errorf("error %q, want one line with %q", text, want)
+	loop, err := host.AttachLoop(disk, false)
+	check(t, err)
+	defer loop.Close()
+	dir := t.TempDir()
+	check(t, unix.Mount(loop.Path, dir, "ext4", 0, ""))
+	defer func() { check(t, unix.Unmount(dir, 0)) }()
+	edit(t, dir)
+	return disk
+}
+
+// edited changes a disk's layer manifest, which need not be valid then.
+func edited(edit func(m *manifest.Manifest)) func(t *testing.T, dir string) {
+	return func(t *testing.T, dir string) {
+		t.Helper()
+		m := readManifest(t, dir)
+		edit(m)
+		data, err := json.Marshal(m)
+		check(t, err)
+		check(t, os.WriteFile(filepath.Join(dir, manifest.Path), data, 0o644))
 	}
 }
 
-// changed is a copy of a disk image, changed by a shell command.
-func changed(t *testing.T, image, script string) string {
+func readManifest(t *testing.T, dir string) *manifest.Manifest {
 	t.Helper()
-	dir := t.TempDir()
-	disk, mnt := filepath.Join(dir, "disk"), filepath.Join(dir, "mnt")
-	if err := os.Mkdir(mnt, 0o755); err != nil {
+	m, err := manifest.Read(dir)
+	check(t, err)
+	return m
+}
+
+// image is the manifest's image of that name.
+func image(m *manifest.Manifest, name string) *manifest.Image {
+	i := slices.IndexFunc(m.Images, func(i manifest.Image) bool { return slices.Contains(i.Names, name) })
+	return &m.Images[i]
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
 		t.Fatal(err)
 	}
-	script = fmt.Sprintf("cp --sparse=always %s %s; mount -o loop %[2]s %[3]s; cd %[3]s; (%[4]s) || e=$?; cd /; umount %[3]s; exit $e", image, disk, mnt, script)
-	if _, err := host.Output(exec.CommandContext(t.Context(), "sh", "-c", script)); err != nil {
-		t.Fatal(err)
-	}
-	return disk
 }

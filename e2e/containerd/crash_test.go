@@ -6,6 +6,7 @@ import (
 	"context"
 	"math/rand/v2"
 	"os/exec"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -18,6 +19,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -28,7 +30,10 @@ const killPoints = 50
 // the next run ends in the state of one that was left alone. Then the same with
 // eject.
 func TestKill(t *testing.T) {
-	n := newNode(t, machine.Upstream)
+	onEach(t, kill)
+}
+
+func kill(t *testing.T, n *node) {
 	n.attach(t, world.second, cacheDir)
 	empty := n.settled(t, false)
 	start := time.Now()
@@ -232,8 +237,16 @@ func TestGenerations(t *testing.T) {
 		if both.Disks[0].Dir != newer || both.Disks[0].Registered != 1 || both.Disks[0].Present != 5 {
 			t.Errorf("both: %+v", both)
 		}
+		for _, img := range both.Disks[1].Images {
+			if img.State != report.Skipped || !strings.Contains(img.Reason, "comes from the newer cache "+both.Disks[0].CacheID.Encoded()[:12]) {
+				t.Errorf("of the older disk: %+v", img)
+			}
+		}
 		settled := n.settled(t, true)
-		n.inject(t, cacheDir, newer)
+		table := n.Output(t, "selkies-image-injector", "inject", "--runtime", "containerd", "--cache", cacheDir, "--cache", newer)
+		if !regexp.MustCompile(regexp.QuoteMeta(ref(single)) + ` .* skipped .* comes from the newer cache`).MatchString(table) {
+			t.Errorf("the table does not say what was skipped and why:\n%s", table)
+		}
 		if diff := cmp.Diff(settled, n.settled(t, true)); diff != "" {
 			t.Errorf("both again: %s", diff)
 		}
@@ -284,7 +297,7 @@ func TestGenerations(t *testing.T) {
 // next, when the older is taken back and when its disk is lost.
 func TestGenerationsWithBlobs(t *testing.T) {
 	const newer = "/mnt/disks/newer"
-	third := changed(t, world.second, "sed -i 's/2026-02-01T/2026-03-01T/' "+manifest.Path)
+	third := changed(t, world.second, edited(func(m *manifest.Manifest) { m.Created = m.Created.AddDate(0, 1, 0) }))
 	n := newNode(t, machine.Upstream)
 	detach := n.attach(t, world.second, cacheDir)
 	n.attach(t, third, newer)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 func onEach(t *testing.T, f func(t *testing.T, n *node)) {
@@ -74,9 +75,13 @@ func lifecycle(t *testing.T, n *node) {
 		if n.config.Release == machine.Upstream && !img.Pinned {
 			t.Error("not pinned")
 		}
-		byDigest := n.listed(t, img.RepoDigests[0])
-		if byDigest.Id != img.Id {
-			t.Errorf("by digest it is %s, by tag %s", byDigest.Id, img.Id)
+		_, digest, _ := strings.Cut(img.RepoDigests[0], "@")
+		for _, name := range []string{img.RepoDigests[0], ref(app1) + "@" + digest} {
+			if got := n.listed(t, name); got.Id != img.Id {
+				t.Errorf("as %s it is %s, by tag %s", name, got.Id, img.Id)
+			}
+			n.listed(t, ref(sandbox))
+			n.mustRun(t, "by-name", name).remove(t)
 		}
 	})
 
@@ -112,9 +117,12 @@ func lifecycle(t *testing.T, n *node) {
 			}
 		}
 
-		_, err := n.Run(t.Context(), "selkies-image-injector", "eject")
-		if err == nil || !strings.Contains(err.Error(), "container main of pod test/offline") {
+		running := n.settled(t, true)
+		if _, err := n.Run(t.Context(), "selkies-image-injector", "eject", "--runtime", "containerd"); err == nil || !strings.Contains(err.Error(), "container main of pod test/offline") {
 			t.Errorf("eject while a container runs: %v", err)
+		}
+		if diff := cmp.Diff(running, n.settled(t, true)); diff != "" {
+			t.Errorf("eject refused, and changed something: %s", diff)
 		}
 		var status []report.Registration
 		if err := n.injector(t, &status, "status"); err != nil {
@@ -144,8 +152,10 @@ func lifecycle(t *testing.T, n *node) {
 	t.Run("a newer tag fetches what it adds", func(t *testing.T) {
 		world.reg.Reset()
 		n.pull(t, ref(app2))
-		if c := world.reg.Reset(); len(c.Blobs) != 2 {
-			t.Errorf("blobs fetched: %v, want the config and one layer", c.Blobs)
+		slices.Sort(world.added)
+		got := world.reg.Reset().Blobs
+		if slices.Sort(got); !slices.Equal(got, world.added) {
+			t.Errorf("blobs fetched: %v, want the config and the one layer %v", got, world.added)
 		}
 		p := n.mustRun(t, "newer", ref(app2))
 		if got := p.sh(t, "cat /version /data/owned"); got != "2owned" {
@@ -176,6 +186,25 @@ func lifecycle(t *testing.T, n *node) {
 			t.Errorf("removed and injected again: %s", diff)
 		}
 	})
+	t.Run("the CRI removes all images", func(t *testing.T) {
+		for _, img := range []string{app1, stable, single, sandbox} {
+			n.removeImage(t, ref(img))
+		}
+		// Only eject removes the anchor and the mount on it.
+		isAnchor := func(line string) bool {
+			return strings.HasPrefix(line, "snapshot selkies-image-cache-sha256:") || strings.HasSuffix(line, " mounts below snapshots")
+		}
+		want, got := slices.DeleteFunc(slices.Clone(empty), isAnchor), slices.DeleteFunc(n.settled(t, false), isAnchor)
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("left over: %s", diff)
+		}
+		if r := n.inject(t, cacheDir); r.Disks[0].Registered != 5 {
+			t.Errorf("inject again: %+v", r)
+		}
+		if diff := cmp.Diff(clean, n.settled(t, false)); diff != "" {
+			t.Errorf("injected again: %s", diff)
+		}
+	})
 
 	if r := n.eject(t); r.Layers != 5 || len(r.Kept) != 0 {
 		t.Errorf("eject: %+v", r)
@@ -186,6 +215,56 @@ func lifecycle(t *testing.T, n *node) {
 	if after := checksum(t, world.first); after != before {
 		t.Error("the cache disk has changed")
 	}
+}
+
+// TestNodeWins injects where the node has another image under one of the names.
+func TestNodeWins(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		n.attach(t, world.first, cacheDir)
+		n.pull(t, ref(app2))
+		n.ctr(t, "images", "tag", ref(app2), ref(app1))
+		before := n.settled(t, false)
+		r := n.inject(t, cacheDir)
+		i := slices.IndexFunc(r.Disks[0].Images, func(i report.Image) bool { return slices.Contains(i.Names, ref(app1)) })
+		if img := r.Disks[0].Images[i]; img.State != report.Registered || !strings.Contains(img.Reason, ref(app1)+" is ") {
+			t.Errorf("report: %+v", img)
+		}
+		if got := n.listed(t, ref(app1)); got.Id != n.listed(t, ref(app2)).Id {
+			t.Error("inject replaced the node's image")
+		}
+		n.listed(t, ref(stable))
+		n.eject(t)
+		if diff := cmp.Diff(before, n.settled(t, false)); diff != "" {
+			t.Errorf("left over: %s", diff)
+		}
+	})
+}
+
+// TestShortNames runs an image of Docker Hub by the names that pods give it.
+func TestShortNames(t *testing.T) {
+	disk := changed(t, world.first, edited(func(m *manifest.Manifest) {
+		img := image(m, ref(single))
+		img.Names = []string{"docker.io/library/single:1", "docker.io/library/single@" + img.Target().Digest.String()}
+	}))
+	onEach(t, func(t *testing.T, n *node) {
+		n.attach(t, disk, cacheDir)
+		n.inject(t, cacheDir)
+		n.listed(t, ref(sandbox))
+		id := n.listed(t, "docker.io/library/single:1").Id
+		for _, name := range []string{"single:1", "library/single:1", "docker.io/single:1"} {
+			if got := n.listed(t, name); got.Id != id {
+				t.Errorf("%s is %s, want %s", name, got.Id, id)
+			}
+			n.mustRun(t, "short", name).remove(t)
+			var answers []report.Reference
+			if err := n.injector(t, &answers, "plan", "--cache", cacheDir, name); err != nil {
+				t.Fatal(err)
+			}
+			if answers[0].Cover != report.Hit {
+				t.Errorf("plan: %+v", answers)
+			}
+		}
+	})
 }
 
 // TestPrivateMount injects as a pod would: with a mount namespace of its own, in

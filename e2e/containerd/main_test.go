@@ -39,6 +39,10 @@ var world struct {
 	// first and second are disk images. The second has the first's images, the
 	// newer application image, and the layers' blobs.
 	first, second string
+	// added are the digests of the blobs that app2 has and app1 has not.
+	added []string
+	// dir is removed after the tests.
+	dir string
 }
 
 // The images, in the registry's repositories of these names.
@@ -52,7 +56,7 @@ const (
 
 func TestMain(m *testing.M) {
 	host.Main(func(ctx context.Context, dir string) (status int, err error) {
-		world.injector = filepath.Join(dir, "selkies-image-injector")
+		world.dir, world.injector = dir, filepath.Join(dir, "selkies-image-injector")
 		if err := host.Build(ctx, "./injector", world.injector); err != nil {
 			return 1, err
 		}
@@ -188,6 +192,9 @@ func push(ctx context.Context, tmp string) error {
 	if err != nil {
 		return err
 	}
+	if world.added, err = blobs(six, layers[5].Layer); err != nil {
+		return err
+	}
 	bare, err := image(1, "/bin/busybox", "true")
 	if err != nil {
 		return err
@@ -220,6 +227,16 @@ func push(ctx context.Context, tmp string) error {
 		}
 	}
 	return nil
+}
+
+// blobs are the digests of the image's config and of the layer.
+func blobs(img v1.Image, l v1.Layer) ([]string, error) {
+	config, err := img.ConfigName()
+	if err != nil {
+		return nil, err
+	}
+	digest, err := l.Digest()
+	return []string{config.String(), digest.String()}, err
 }
 
 func configFile(img v1.Image, cmd []string) *v1.ConfigFile {

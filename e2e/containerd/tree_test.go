@@ -4,14 +4,18 @@ package containerd_test
 
 import (
 	"archive/tar"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
+	"github.com/google/go-cmp/cmp"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
@@ -24,10 +28,11 @@ import (
 // TestTrees compares what a container sees after inject with what it sees after a
 // pull, for every shape of image.
 func TestTrees(t *testing.T) {
-	catalogue, shapes := buildCatalogue(t)
+	all, err := catalogue()
+	check(t, err)
 	onEach(t, func(t *testing.T, n *node) {
-		n.attach(t, catalogue, cacheDir)
-		before := checksum(t, catalogue)
+		n.attach(t, all.disk, cacheDir)
+		before := checksum(t, all.disk)
 		r := n.inject(t, cacheDir)
 		for _, img := range r.Disks[0].Images {
 			if img.State != report.Registered || img.Reason != "" {
@@ -35,7 +40,7 @@ func TestTrees(t *testing.T) {
 			}
 		}
 		n.settled(t, false)
-		for i, shape := range shapes {
+		for i, shape := range all.refs {
 			t.Run(strings.TrimPrefix(shape, world.reg.Addr+"/"), func(t *testing.T) {
 				injected := n.tree(t, n.ns, shape, fmt.Sprintf("/mnt/injected-%d", i))
 				n.Output(t, "ctr", "-n", "pulled", "images", "pull", "--plain-http", shape)
@@ -54,37 +59,42 @@ func TestTrees(t *testing.T) {
 			})
 		}
 		n.eject(t)
-		if checksum(t, catalogue) != before {
+		if checksum(t, all.disk) != before {
 			t.Error("the cache disk has changed")
 		}
 	})
 }
 
-// buildCatalogue makes a cache disk with every shape of image, those with zstd
-// layers too, which Docker 20.10 does not know.
-func buildCatalogue(t *testing.T) (disk string, refs []string) {
-	t.Helper()
-	busybox, err := machine.Busybox(t.Context())
+// allShapes is a cache disk with every shape of image.
+type allShapes struct {
+	disk string
+	refs []string
+}
+
+// catalogue makes that disk when it is first asked for. The upstream Docker fills
+// it: Debian's does not know zstd layers.
+var catalogue = sync.OnceValues(func() (all allShapes, err error) {
+	ctx := context.Background()
+	busybox, err := machine.Busybox(ctx)
 	if err != nil {
-		t.Fatal(err)
+		return all, err
 	}
 	shapes, err := images.Catalogue(busybox)
 	if err != nil {
-		t.Fatal(err)
+		return all, err
 	}
-	if refs, err = images.Push(t.Context(), world.reg.Addr, shapes); err != nil {
-		t.Fatal(err)
+	if all.refs, err = images.Push(ctx, world.reg.Addr, shapes); err != nil {
+		return all, err
 	}
-	m := machine.New(t, machine.Config{Name: "builder"})
-	disk = filepath.Join(t.TempDir(), "catalogue")
-	if _, err := cachedisk.Build(t.Context(), m, cachedisk.Config{Image: disk, References: refs, Release: machine.Upstream}); err != nil {
-		t.Fatal(err)
+	m, err := machine.Boot(ctx, machine.Config{Name: "builder"})
+	if err != nil {
+		return all, err
 	}
-	if err := m.Close(); err != nil {
-		t.Fatal(err)
-	}
-	return disk, refs
-}
+	defer m.Close()
+	all.disk = filepath.Join(world.dir, "catalogue")
+	_, err = cachedisk.Build(ctx, m, cachedisk.Config{Image: all.disk, References: all.refs, Release: machine.Upstream})
+	return all, err
+})
 
 // tree is an image's tree, mounted at dir as for a read-only container.
 func (n *node) tree(t *testing.T, ns, ref, dir string) treediff.Tree {
@@ -118,52 +128,100 @@ func TestMountFlags(t *testing.T) {
 	})
 }
 
-// TestUserNamespace runs containers whose users are mapped: owners are as after a
-// pull, and the container's root may write.
+// TestUserNamespace runs containers whose users are mapped: the tree is the one after
+// a pull, and the container's root may write.
 func TestUserNamespace(t *testing.T) {
+	all, err := catalogue()
+	check(t, err)
 	n := newNode(t, machine.Upstream)
+	n.emptyNetwork(t)
+	shapes := []string{ref(app1), ref(single), ref("odd-files:latest"), ref("same-layer-twice:latest"), ref("deep:latest")}
+	const remapped = "find /bin /data /opaque -exec stat -c '%n %u:%g %a' {} + && echo x >> /data/owned && chown 1000 /bin/busybox && rm -r /opaque"
+	ctr := func(t *testing.T) string {
+		t.Helper()
+		return n.ctr(t, "run", "--rm", "--remap-labels", "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536",
+			"--snapshotter", "overlayfs", ref(app1), "mapped", "/bin/busybox", "sh", "-ec", remapped)
+	}
+
+	empty := n.settled(t, false)
+	pulled := map[string]treediff.Tree{}
+	for _, shape := range shapes {
+		n.pull(t, shape)
+		pulled[shape] = n.mappedTree(t, shape)
+	}
+	pulledCtr := ctr(t)
+	for _, shape := range append(shapes, ref(sandbox)) {
+		n.removeImage(t, shape)
+	}
+	if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
+		t.Fatalf("left over of what was pulled: %s", diff)
+	}
+
+	const shapesDir = "/mnt/disks/shapes"
 	n.attach(t, world.first, cacheDir)
-	n.inject(t, cacheDir)
+	n.attach(t, all.disk, shapesDir)
+	n.inject(t, cacheDir, shapesDir)
 	n.listed(t, ref(sandbox))
-	n.Output(t, "ctr", "-n", "pulled", "images", "pull", "--plain-http", ref(app1))
-	script := "stat -c '%n %u %g' / /bin/busybox /data/owned /opaque/new; echo x >> /data/owned && chown 1000 /version && rm -r /opaque && cat /data/owned"
-
-	t.Run("ctr", func(t *testing.T) {
-		see := func(ns string) string {
-			return n.Output(t, "ctr", "-n", ns, "run", "--rm", "--remap-labels", "--uidmap", "0:100000:65536",
-				"--gidmap", "0:100000:65536", "--snapshotter", "overlayfs", ref(app1), "mapped", "/bin/busybox", "sh", "-ec", script)
-		}
-		pulled, injected := see("pulled"), see(n.ns)
-		if pulled != injected || !strings.Contains(injected, "/data/owned 1000 1000\n") || !strings.Contains(injected, "/bin/busybox 0 0\n") {
-			t.Errorf("after a pull %q, injected %q", pulled, injected)
-		}
-	})
-
-	t.Run("CRI", func(t *testing.T) {
-		// A pod with hostUsers: false has a network of its own; this one is empty.
-		plugin := "#!/bin/sh\ncat >/dev/null\n[ \"$CNI_COMMAND\" = VERSION ] && echo '{\"cniVersion\":\"1.0.0\",\"supportedVersions\":[\"1.0.0\"]}' && exit\n" +
-			"echo '{\"cniVersion\":\"1.0.0\",\"interfaces\":[{\"name\":\"eth0\",\"sandbox\":\"/x\"}],\"ips\":[{\"address\":\"10.9.9.9/32\",\"interface\":0}]}'\n"
-		for _, name := range []string{"empty", "loopback"} {
-			if err := n.WriteFile("/opt/cni/bin/"+name, []byte(plugin), 0o755); err != nil {
-				t.Fatal(err)
+	for _, shape := range shapes {
+		t.Run(strings.TrimPrefix(shape, world.reg.Addr+"/"), func(t *testing.T) {
+			n.listed(t, shape)
+			injected := n.mappedTree(t, shape)
+			for _, diff := range treediff.Compare(pulled[shape], injected) {
+				t.Error(diff)
 			}
+			if got := injected["bin/busybox"]; got.UID != 100000 || got.Type != "file" {
+				t.Errorf("the container's root does not own /bin/busybox: %+v", got)
+			}
+		})
+	}
+	t.Run("ctr", func(t *testing.T) {
+		if injected := ctr(t); injected != pulledCtr || !strings.Contains(injected, "/data/owned 1000:1000 644\n") {
+			t.Errorf("after a pull %q, injected %q", pulledCtr, injected)
 		}
-		if err := n.WriteFile("/etc/cni/net.d/10-empty.conflist", []byte(`{"cniVersion":"1.0.0","name":"empty","plugins":[{"type":"empty"}]}`), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		n.start(t)
-		mapping := []*cri.IDMapping{{HostId: 100000, ContainerId: 0, Length: 65536}}
-		users := &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: mapping, Gids: mapping}
-		p, err := n.runIn(t, "mapped", ref(app1), &cri.NamespaceOption{Network: cri.NamespaceMode_POD, UsernsOptions: users})
-		if err != nil {
-			t.Fatal(err)
-		}
-		got := p.sh(t, script+"; cat /proc/self/uid_map")
-		if !strings.Contains(got, "/data/owned 1000 1000\n") || !strings.Contains(got, "/bin/busybox 0 0\n") || !strings.Contains(got, "100000") {
-			t.Errorf("in the container: %q", got)
-		}
-		p.remove(t)
 	})
+}
+
+// emptyNetwork lets the node run pods with a network of their own, as those with
+// hostUsers: false have, which reaches nothing.
+func (n *node) emptyNetwork(t *testing.T) {
+	t.Helper()
+	plugin := "#!/bin/sh\ncat >/dev/null\n[ \"$CNI_COMMAND\" = VERSION ] && echo '{\"cniVersion\":\"1.0.0\",\"supportedVersions\":[\"1.0.0\"]}' && exit\n" +
+		"echo '{\"cniVersion\":\"1.0.0\",\"interfaces\":[{\"name\":\"eth0\",\"sandbox\":\"/x\"}],\"ips\":[{\"address\":\"10.9.9.9/32\",\"interface\":0}]}'\n"
+	for _, name := range []string{"empty", "loopback"} {
+		check(t, n.WriteFile("/opt/cni/bin/"+name, []byte(plugin), 0o755))
+	}
+	check(t, n.WriteFile("/etc/cni/net.d/10-empty.conflist", []byte(`{"cniVersion":"1.0.0","name":"empty","plugins":[{"type":"empty"}]}`), 0o644))
+	n.start(t)
+}
+
+// mappedTree is what a pod with hostUsers: false sees of an image, owners as the host
+// sees them: it runs one, and writes in it afterwards.
+func (n *node) mappedTree(t *testing.T, reference string) treediff.Tree {
+	t.Helper()
+	mapping := []*cri.IDMapping{{HostId: 100000, ContainerId: 0, Length: 65536}}
+	users := &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: mapping, Gids: mapping}
+	p, err := n.runIn(t, "mapped", reference, &cri.NamespaceOption{Network: cri.NamespaceMode_POD, UsernsOptions: users})
+	check(t, err)
+	defer p.remove(t)
+	container, err := n.ctrd.LoadContainer(n.context(t), p.container)
+	check(t, err)
+	task, err := container.Task(n.context(t), nil)
+	check(t, err)
+	tree, err := treediff.Dir(n.Path(fmt.Sprintf("/proc/%d/root", task.Pid())))
+	check(t, err)
+	// The CRI's, and the directories that it makes them in.
+	for _, name := range []string{"dev", "proc", "sys", "etc/hosts", "etc/hostname", "etc/resolv.conf"} {
+		delete(tree, name)
+	}
+	for _, name := range []string{".", "etc"} {
+		e := tree[name]
+		e.ModTime = time.Time{}
+		tree[name] = e
+	}
+	if got := p.sh(t, "echo x >> /etc/passwd && chown 1000 /bin/busybox && touch /bin/new && rm /bin/sh && stat -c %u /etc/passwd /bin/busybox /bin/new && cat /proc/self/uid_map"); strings.Join(strings.Fields(got), " ") != "0 1000 0 0 100000 65536" {
+		t.Errorf("%s: writing in the container: %q", reference, got)
+	}
+	return tree
 }
 
 // TestMoby registers with the containerd image store of Docker 29.
@@ -178,7 +236,11 @@ func TestMoby(t *testing.T) {
 	before := checksum(t, world.second)
 	n.attach(t, world.second, cacheDir)
 	empty := n.settled(t, false)
-	n.inject(t, cacheDir)
+	var r report.Inject
+	check(t, json.Unmarshal([]byte(n.Output(t, "selkies-image-injector", "inject", "--runtime", "docker", "--output", "json", "--cache", cacheDir)), &r))
+	if r.Runtime != "containerd/moby" || r.Disks[0].Registered != 6 {
+		t.Errorf("with --runtime docker: %+v", r)
+	}
 	full := n.settled(t, true)
 	n.inject(t, cacheDir)
 	if now := n.settled(t, true); strings.Join(full, "\n") != strings.Join(now, "\n") {
