@@ -15,7 +15,7 @@ system=$(. /etc/os-release && echo "$ID $PRETTY_NAME") 2>/dev/null || system="? 
 [ -e /dev/loop-control ] || say "this needs a kernel with loop devices; a container has none"
 
 # libseccomp, a C compiler and pkg-config are for runc, the rest is run directly.
-packages="systemd-container debootstrap util-linux openssh-client ca-certificates
+packages="systemd-container debootstrap util-linux iproute2 openssh-client ca-certificates
 	gcc libc6-dev pkg-config libseccomp-dev"
 missing=
 for p in $packages; do

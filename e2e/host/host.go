@@ -17,7 +17,7 @@ import (
 )
 
 // programs are what e2e/setup.sh installs, by the name that is looked up in PATH.
-var programs = []string{"systemd-nspawn", "nsenter", "unshare", "debootstrap", "ssh-keygen"}
+var programs = []string{"systemd-nspawn", "nsenter", "unshare", "ip", "debootstrap", "ssh-keygen"}
 
 // Check says in one line why this host cannot run the tests, nil if it can.
 func Check() error {
@@ -90,8 +90,8 @@ func Source(ctx context.Context) (string, error) {
 	return filepath.Dir(strings.TrimSpace(out)), nil
 }
 
-// Tool is the folder with the binaries of a tool set of tools/build.sh: packer,
-// containerd, moby or runc. The first call on a machine builds it, for minutes.
+// Tool is the folder with the binaries of a folder of tools: packer, kubernetes,
+// containerd and others. The first call on a machine builds them, for minutes.
 func Tool(ctx context.Context, name string) (string, error) {
 	src, err := Source(ctx)
 	if err != nil {
