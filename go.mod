@@ -7,13 +7,16 @@ go 1.26.6
 replace github.com/zclconf/go-cty => github.com/nywilken/go-cty v1.13.3
 
 require (
+	cloud.google.com/go/auth v0.24.3 // Google credentials
 	cloud.google.com/go/compute v1.75.0 // images, disks, instances: its REST client, which custom_endpoints can lead elsewhere
 	cloud.google.com/go/container v1.56.1 // GKE clusters: it has a REST client too, so no second kind of transport
+	github.com/containerd/containerd/api v1.12.0 // containerd's events
 	github.com/containerd/containerd/v2 v2.4.2 // its client: registering on nodes
 	github.com/containerd/errdefs v1.0.0 // containerd's errors by kind
 	github.com/containerd/errdefs/pkg v0.3.0 // the same for gRPC clients that are not containerd's (the CRI)
 	github.com/containerd/platforms v1.0.0-rc.5 // how containerd matches platforms
 	github.com/coreos/go-systemd/v22 v22.7.0 // dockerd is stopped and started over D-Bus
+	github.com/containerd/typeurl/v2 v2.3.0 // what an event holds
 	github.com/distribution/reference v0.6.0 // normalised image references, as containerd and Docker have them
 	github.com/docker/docker v28.5.2+incompatible // the Engine API client, on both sides
 	github.com/docker/go-units v0.5.0 // sizes in the way docker prints them
@@ -46,7 +49,6 @@ require (
 )
 
 require (
-	cloud.google.com/go/auth v0.24.3 // indirect
 	cloud.google.com/go/auth/oauth2adapt v0.3.1 // indirect
 	cloud.google.com/go/compute/metadata v0.10.0 // indirect
 	github.com/Microsoft/go-winio v0.6.3-0.20251027160822-ad3df93bed29 // indirect
@@ -75,14 +77,12 @@ require (
 	github.com/cenkalti/backoff/v3 v3.2.2 // indirect
 	github.com/cespare/xxhash/v2 v2.3.0 // indirect
 	github.com/containerd/cgroups/v3 v3.1.3 // indirect
-	github.com/containerd/containerd/api v1.12.0 // indirect
 	github.com/containerd/continuity v0.5.0 // indirect
 	github.com/containerd/fifo v1.1.0 // indirect
 	github.com/containerd/log v0.2.0 // indirect
 	github.com/containerd/log/otel v0.1.0 // indirect
 	github.com/containerd/plugin v1.1.0 // indirect
 	github.com/containerd/ttrpc v1.2.9 // indirect
-	github.com/containerd/typeurl/v2 v2.3.0 // indirect
 	github.com/davecgh/go-spew v1.1.2-0.20180830191138-d8f796af33cc // indirect
 	github.com/docker/cli v29.7.2+incompatible // indirect
 	github.com/docker/docker-credential-helpers v0.9.3 // indirect

@@ -7,6 +7,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
 func newEjectCommand(f *flags) *cobra.Command {
@@ -27,7 +29,7 @@ node were built on stay, and so does the disk under them.`,
 				return err
 			}
 			defer rt.Close()
-			r, err := rt.Eject(cmd.Context(), ids)
+			r, err := rt.Eject(cmd.Context(), report.EjectOptions{Caches: ids})
 			if r == nil {
 				return err
 			}

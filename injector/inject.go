@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -34,7 +33,7 @@ A second run changes nothing. A run that was killed is completed by the next.`,
 // inject registers the disks, or with dryRun says what that would do.
 func inject(cmd *cobra.Command, f *flags, dryRun bool) error {
 	return withDisks(cmd.Context(), f, func(rt runtime, disks []*cachedisk.Disk) error {
-		r, err := rt.Inject(cmd.Context(), disks, dryRun)
+		r, err := rt.Inject(cmd.Context(), disks, report.InjectOptions{DryRun: dryRun})
 		if r == nil {
 			return err
 		}
@@ -79,21 +78,10 @@ func printInject(w io.Writer, r *report.Inject, dryRun bool) {
 		r.Runtime, verb, images, layers, present, r.Milliseconds)
 }
 
-// title is an image's first name, and how many more it has.
+// title is an image's best name, and how many more it has.
 func title(names []string) string {
-	if len(names) == 0 {
-		return "<none>"
+	if len(names) < 2 {
+		return report.Title(names)
 	}
-	// A tag says more to a person than the digest that stands beside it.
-	first := names[0]
-	for _, n := range names {
-		if !strings.Contains(n, "@") {
-			first = n
-			break
-		}
-	}
-	if len(names) == 1 {
-		return first
-	}
-	return fmt.Sprintf("%s (+%d)", first, len(names)-1)
+	return fmt.Sprintf("%s (+%d)", report.Title(names), len(names)-1)
 }

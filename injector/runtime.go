@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"os"
 
-	"github.com/opencontainers/go-digest"
-
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/containerd"
 	"github.com/selkies-project/packer-plugin-selkies/injector/docker"
@@ -16,10 +14,11 @@ import (
 
 // runtime registers images with the node's container runtime.
 type runtime interface {
-	Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bool) (*report.Inject, error)
+	Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error)
 	Plan(ctx context.Context, disks []*cachedisk.Disk, refs []string) ([]report.Reference, error)
 	Status(ctx context.Context) ([]report.Registration, error)
-	Eject(ctx context.Context, ids []digest.Digest) (*report.Eject, error)
+	Generations(ctx context.Context) ([]report.Generation, error)
+	Eject(ctx context.Context, opt report.EjectOptions) (*report.Eject, error)
 	Close() error
 }
 

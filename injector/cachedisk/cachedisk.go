@@ -22,6 +22,9 @@ var DefaultParents = []string{"/mnt/disks/gke-secondary-disks"}
 // DefaultDir is where the DaemonSet mounts the cache disk's volume claim.
 const DefaultDir = "/cache"
 
+// ErrAbsent is that of a directory without a layer manifest.
+var ErrAbsent = errors.New("no cache disk")
+
 // Disk is a cache disk whose layer manifest has been read and validated.
 type Disk struct {
 	// Dir is the disk's root as this process sees it.
@@ -38,8 +41,8 @@ func Find(dirs []string, hostRoot string) ([]*Disk, error) {
 	if len(dirs) == 0 {
 		dirs = defaults(hostRoot)
 		if len(dirs) == 0 {
-			return nil, fmt.Errorf("no cache disk: no %s below %s or a directory of %s; name the disk's directory with --cache",
-				manifest.Path, DefaultDir, DefaultParents[0])
+			return nil, fmt.Errorf("%w: no %s below %s or a directory of %s; name the disk's directory with --cache",
+				ErrAbsent, manifest.Path, DefaultDir, DefaultParents[0])
 		}
 	}
 	var disks []*Disk
@@ -86,11 +89,13 @@ func Open(dir string) (*Disk, error) {
 	if err != nil {
 		return nil, fmt.Errorf("finding cache disk %s: %w", dir, err)
 	}
-	m, err := manifest.Read(abs)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("no layer manifest at %s: mount the cache disk there, or build one with the selkies-image-cache provisioner",
-			filepath.Join(abs, manifest.Path))
+	if err := Probe(abs); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: no layer manifest at %s: mount the cache disk there, or build one with the selkies-image-cache provisioner",
+			ErrAbsent, filepath.Join(abs, manifest.Path))
+	} else if err != nil {
+		return nil, err
 	}
+	m, err := manifest.Read(abs)
 	if err != nil {
 		return nil, err
 	}

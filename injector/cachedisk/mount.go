@@ -3,9 +3,11 @@ package cachedisk
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"runtime"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
@@ -91,9 +93,30 @@ func UnmountOnHost(hostRoot, target string) error {
 	return nil
 }
 
+// MountsOnHost are the host's mount points below dir.
+func MountsOnHost(hostRoot, dir string) ([]string, error) {
+	f, err := os.Open(filepath.Join(hostRoot, "proc/1/mountinfo"))
+	if err != nil {
+		return nil, fmt.Errorf("listing the host's mounts: %w", explain(err))
+	}
+	defer f.Close()
+	mounts, err := mountinfo.GetMountsFromReader(f, mountinfo.PrefixFilter(dir))
+	if err != nil {
+		return nil, fmt.Errorf("listing the host's mounts: %w", err)
+	}
+	var points []string
+	for _, m := range mounts {
+		points = append(points, m.Mountpoint)
+	}
+	return points, nil
+}
+
 // CheckOnHost says why the cache disk id cannot be read at the host's target, or
 // nil if it can.
 func CheckOnHost(hostRoot, target string, id digest.Digest) error {
+	if err := Probe(HostPath(hostRoot, target)); err != nil {
+		return err
+	}
 	m, err := manifest.Read(HostPath(hostRoot, target))
 	if err != nil {
 		return err

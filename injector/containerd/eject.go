@@ -19,11 +19,11 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
-// Eject takes back what was registered from the generations ids, or from all if
-// there is none. It refuses, naming each container, while containers use a layer.
+// Eject takes back what was registered from the generations. It refuses, naming each
+// container, while containers use a layer, or leaves the images that they use.
 // Layers that something else on the node was built on stay, with their disk's
 // mount.
-func (r *Runtime) Eject(ctx context.Context, ids []digest.Digest) (*report.Eject, error) {
+func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.Eject, error) {
 	ctx = r.context(ctx)
 	unlock, err := r.lock(ctx)
 	if err != nil {
@@ -34,16 +34,20 @@ func (r *Runtime) Eject(ctx context.Context, ids []digest.Digest) (*report.Eject
 	if err != nil {
 		return nil, err
 	}
-	wanted, err := before.generations(ids)
+	wanted, err := before.generations(opt.Caches)
 	if err != nil {
 		return nil, err
 	}
 	layers := before.layers(wanted)
-	if err := r.refuseUsed(ctx, before, layers); err != nil {
+	used, err := r.used(ctx, before, layers)
+	if err != nil {
 		return nil, err
 	}
+	if !opt.LeaveUsed && len(used) > 0 {
+		return nil, refuse(used)
+	}
 	out := &report.Eject{Runtime: r.name(), Images: []string{}}
-	if out.Images, err = r.removeRecords(ctx, before, wanted); err != nil {
+	if out.Images, err = r.removeRecords(ctx, before, wanted, used); err != nil {
 		return nil, err
 	}
 	if err := r.collectGarbage(ctx); err != nil {
@@ -75,25 +79,36 @@ func (s *survey) generations(ids []digest.Digest) (func(digest.Digest) bool, err
 	return func(id digest.Digest) bool { return len(ids) == 0 || slices.Contains(ids, id) }, nil
 }
 
-// refuseUsed gives an error for each container that uses one of the layers.
-func (r *Runtime) refuseUsed(ctx context.Context, s *survey, layers []snapshots.Info) error {
+// used are the containers that use one of the layers, by the topmost one used.
+func (r *Runtime) used(ctx context.Context, s *survey, layers []snapshots.Info) (map[string][]containers.Container, error) {
 	ours := map[string]bool{}
 	for _, info := range layers {
 		ours[info.Name] = true
 	}
 	list, err := r.client.ContainerService().List(ctx)
 	if err != nil {
-		return fmt.Errorf("listing containers: %w", r.explain(err))
+		return nil, fmt.Errorf("listing containers: %w", r.explain(err))
 	}
-	var errs []error
+	used := map[string][]containers.Container{}
 	for _, c := range list {
 		// Docker keeps a container's snapshot under its ID and does not name it here.
 		for _, key := range []string{c.SnapshotKey, c.ID} {
-			if used := s.ancestor(key, ours); used != "" {
-				errs = append(errs, fmt.Errorf("%s uses layer %s of a cache disk: remove the container first",
-					describe(c), short(digest.Digest(used))))
+			if layer := s.ancestor(key, ours); layer != "" {
+				used[layer] = append(used[layer], c)
 				break
 			}
+		}
+	}
+	return used, nil
+}
+
+// refuse gives an error for each container.
+func refuse(used map[string][]containers.Container) error {
+	var errs []error
+	for _, layer := range slices.Sorted(maps.Keys(used)) {
+		for _, c := range used[layer] {
+			errs = append(errs, fmt.Errorf("%s uses layer %s of a cache disk: remove the container first",
+				describe(c), short(digest.Digest(layer))))
 		}
 	}
 	return errors.Join(errs...)
@@ -122,17 +137,20 @@ func describe(c containers.Container) string {
 
 // removeRecords removes the image records, after those under the images' IDs that
 // the CRI made for them: in the other order a run that is killed in between would
-// leave records that nothing shows to be ours.
-func (r *Runtime) removeRecords(ctx context.Context, s *survey, wanted func(digest.Digest) bool) ([]string, error) {
+// leave records that nothing shows to be ours. Images whose top layer is used stay.
+func (r *Runtime) removeRecords(ctx context.Context, s *survey, wanted func(digest.Digest) bool, used map[string][]containers.Container) ([]string, error) {
 	ids, names := map[string]bool{}, []string{}
 	for _, record := range s.records(wanted) {
+		if r.topIn(ctx, record, used) {
+			continue
+		}
 		names = append(names, record.Name)
 		if config, err := record.Config(ctx, r.content, platforms.Default()); err == nil {
 			ids[config.Digest.String()] = true
 		}
 	}
 	for name, record := range s.images {
-		if isID(name) && r.runsOn(ctx, s, record, wanted) {
+		if isID(name) && r.runsOn(ctx, s, record, wanted) && !r.topIn(ctx, record, used) {
 			ids[name] = true
 		}
 	}
@@ -165,6 +183,15 @@ func (r *Runtime) runsOn(ctx context.Context, s *survey, record images.Image, wa
 	}
 	info := s.snapshots[chainName(chain[len(chain)-1])]
 	return isLayer(info) && wanted(cacheOf(info.Labels))
+}
+
+// topIn says whether the image's top layer is among the used ones.
+func (r *Runtime) topIn(ctx context.Context, record images.Image, used map[string][]containers.Container) bool {
+	if len(used) == 0 {
+		return false
+	}
+	chain, err := r.chain(ctx, record)
+	return err == nil && len(chain) > 0 && len(used[chainName(chain[len(chain)-1])]) > 0
 }
 
 // others are the anchors, with a disk that can be read, of all other generations.

@@ -3,6 +3,7 @@ package containerd
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -20,11 +21,11 @@ import (
 // database transaction at a time: more than four gain nothing.
 const width = 4
 
-// Inject registers the images of the disks, or with dryRun says what it would do.
-// An image becomes visible when all that it needs is there. If nothing is to be
-// done, nothing is written. After an error, what was registered before it stays,
-// and another run completes it.
-func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bool) (*report.Inject, error) {
+// Inject registers the images of the disks. An image becomes visible when all that
+// it needs is there. If nothing is to be done, nothing is written. An image or a
+// disk that fails does not hold the others up: then there is a report and an error,
+// and another run completes what is missing.
+func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error) {
 	start := time.Now()
 	ctx = r.context(ctx)
 	disks = newestFirst(disks)
@@ -32,12 +33,17 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bo
 	if err != nil {
 		return nil, err
 	}
-	jobs, err := r.jobs(s, disks)
+	jobs, err := r.jobs(s, disks, opt.Removed)
 	if err != nil {
 		return nil, err
 	}
-	if dryRun || s.complete(disks, jobs) {
-		return r.reportInject(disks, jobs, nil, start), nil
+	if opt.DryRun || s.complete(disks, jobs) {
+		var done []report.Image
+		for _, j := range jobs {
+			done = append(done, j.report())
+			opt.Report(j.report())
+		}
+		return r.reportInject(disks, jobs, done, start), nil
 	}
 	if err := r.checkRoom(jobs); err != nil {
 		return nil, err
@@ -47,7 +53,7 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bo
 		return nil, err
 	}
 	defer unlock()
-	return r.inject(ctx, disks, start)
+	return r.inject(ctx, disks, opt, start)
 }
 
 // complete says whether the node has all that there is, and no leftovers of a run
@@ -77,7 +83,7 @@ func (s *survey) uses(cache digest.Digest) bool {
 
 // inject does the work; the caller holds the lock. It looks again, for the run
 // that held the lock before may have done it all.
-func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, start time.Time) (_ *report.Inject, err error) {
+func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions, start time.Time) (_ *report.Inject, err error) {
 	ctx, release, err := r.lease(ctx)
 	if err != nil {
 		return nil, err
@@ -91,19 +97,23 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, start tim
 	if err != nil {
 		return nil, err
 	}
-	run := r.newRun(ctx, s, disks)
-	if err := run.anchor(ctx, disks); err != nil {
+	if err := r.clearStrays(ctx); err != nil {
 		return nil, err
 	}
-	jobs, err := r.jobs(s, disks)
+	run := r.newRun(s)
+	disks, diskErr := run.anchor(ctx, disks)
+	if len(disks) == 0 {
+		return nil, diskErr
+	}
+	jobs, err := r.jobs(s, disks, opt.Removed)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, diskErr)
 	}
-	done, err := run.all(ctx, jobs)
-	if err != nil {
-		return nil, err
+	done, err := run.all(ctx, jobs, opt)
+	if done == nil {
+		return nil, errors.Join(err, diskErr)
 	}
-	return r.reportInject(disks, jobs, done, start), nil
+	return r.reportInject(disks, jobs, done, start), errors.Join(err, diskErr)
 }
 
 // run is one run of inject. Layers and blobs that images share are registered by
@@ -122,56 +132,76 @@ type run struct {
 	blobs  map[digest.Digest]func() error
 }
 
-func (r *Runtime) newRun(ctx context.Context, s *survey, disks []*cachedisk.Disk) *run {
-	n := &run{
-		r:       r,
-		id:      "selkies-image-injector-" + rand.Text(),
-		survey:  s,
-		sources: sourcesOf(disks),
-		layers:  map[digest.Digest]func() (bool, error){},
-		blobs:   map[digest.Digest]func() error{},
+func (r *Runtime) newRun(s *survey) *run {
+	return &run{
+		r:      r,
+		id:     "selkies-image-injector-" + rand.Text(),
+		survey: s,
+		layers: map[digest.Digest]func() (bool, error){},
+		blobs:  map[digest.Digest]func() error{},
 	}
-	n.bottom = sync.OnceValue(func() error {
-		_, err := r.commit(ctx, n.id, bottomName, "", nil, syncDir)
-		return err
-	})
-	return n
 }
 
-// anchor mounts every disk where the node needs it.
-func (n *run) anchor(ctx context.Context, disks []*cachedisk.Disk) error {
+// anchor mounts every disk where the node needs it, and returns those for which
+// that worked.
+func (n *run) anchor(ctx context.Context, disks []*cachedisk.Disk) (mounted []*cachedisk.Disk, err error) {
 	for _, d := range disks {
-		a, err := n.r.ensureAnchor(ctx, n.id, d)
-		if err != nil {
-			return err
+		a, e := n.r.ensureAnchor(ctx, n.id, d)
+		if e != nil {
+			err = errors.Join(err, e)
+			continue
 		}
 		n.survey.anchors[d.ID] = a
+		mounted = append(mounted, d)
 	}
-	return nil
+	n.sources = sourcesOf(mounted)
+	return mounted, err
 }
 
-// all registers the images and reports each.
-func (n *run) all(ctx context.Context, jobs []*job) ([]report.Image, error) {
-	done := make([]report.Image, len(jobs))
+// all registers the images and reports each. Without containerd, or after an
+// interrupt, there is no report.
+func (n *run) all(ctx context.Context, jobs []*job, opt report.InjectOptions) ([]report.Image, error) {
+	n.bottom = sync.OnceValue(func() error {
+		_, err := n.r.commit(ctx, n.id, bottomName, "", nil, syncDir)
+		return err
+	})
+	done, errs := make([]report.Image, len(jobs)), make([]error, len(jobs))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(width)
-	for i, j := range jobs {
+	for _, i := range order(jobs, opt.First) {
 		g.Go(func() error {
-			if err := ctx.Err(); err != nil {
+			err := ctx.Err()
+			if err == nil {
+				done[i], err = n.image(ctx, jobs[i])
+			}
+			if err != nil {
+				err = fmt.Errorf("image %s: %w", report.Title(jobs[i].image.Names), err)
+			}
+			if ctx.Err() != nil || errdefs.IsUnavailable(err) {
 				return err
 			}
-			var err error
-			if done[i], err = n.image(ctx, j); err != nil {
-				return fmt.Errorf("image %s: %w", j.image.Names[0], err)
-			}
+			opt.Report(done[i])
+			errs[i] = err
 			return nil
 		})
 	}
-	return done, g.Wait()
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	return done, errors.Join(errs...)
 }
 
-// image registers one image: layers, blobs, and the names last.
+// image registers one image and says what became of it, also after an error.
 func (n *run) image(ctx context.Context, j *job) (report.Image, error) {
+	img, err := n.register(ctx, j)
+	if err != nil {
+		img.State, img.Reason = report.Failed, err.Error()
+	}
+	return img, err
+}
+
+// register registers one image: layers, blobs, and the names last.
+func (n *run) register(ctx context.Context, j *job) (report.Image, error) {
 	start := time.Now()
 	img := j.report()
 	if j.done() {
@@ -183,9 +213,13 @@ func (n *run) image(ctx context.Context, j *job) (report.Image, error) {
 		if err != nil {
 			return img, err
 		}
-		if added {
+		switch {
+		case added:
 			img.Registered++
-		} else {
+		case j.absent[id]: // a pull was faster
+			img.Present++
+			img.Cached--
+		default:
 			img.Present++
 		}
 	}
@@ -279,8 +313,7 @@ func (n *run) name(ctx context.Context, j *job, name string) (left string, err e
 	return "", nil
 }
 
-// reportInject puts the images under their disks. Without done it is what the
-// jobs alone say.
+// reportInject puts the images under their disks.
 func (r *Runtime) reportInject(disks []*cachedisk.Disk, jobs []*job, done []report.Image, start time.Time) *report.Inject {
 	out := &report.Inject{Runtime: r.name(), Disks: []report.Disk{}}
 	seen := map[digest.Digest]bool{}
@@ -290,12 +323,8 @@ func (r *Runtime) reportInject(disks []*cachedisk.Disk, jobs []*job, done []repo
 			if j.disk != d {
 				continue
 			}
-			img := j.report()
-			if done != nil {
-				img = done[i]
-			}
-			rd.Images = append(rd.Images, img)
-			if j.skipped() {
+			rd.Images = append(rd.Images, done[i])
+			if j.skipped() || done[i].State == report.Failed {
 				continue
 			}
 			for _, id := range j.chain {
@@ -307,6 +336,9 @@ func (r *Runtime) reportInject(disks []*cachedisk.Disk, jobs []*job, done []repo
 					rd.Registered++
 				} else {
 					rd.Present++
+				}
+				if j.cached[id] {
+					rd.Cached++
 				}
 			}
 		}

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
@@ -34,6 +35,10 @@ type job struct {
 	write []string
 	// left says of each name that is left to another image, why.
 	left []string
+	// removed are those of them that someone removed.
+	removed []string
+	// cached are the layers that are, or will be, read from a cache disk.
+	cached map[digest.Digest]bool
 	// absent are the layers to be registered; broken counts those whose link leads
 	// nowhere and is to be moved, lacking the blobs to be written.
 	absent          map[digest.Digest]bool
@@ -46,14 +51,15 @@ type source struct {
 	layer manifest.Layer
 }
 
-// jobs compares the disks, newest generation first, with what the node has.
-func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk) ([]*job, error) {
+// jobs compares the disks, newest generation first, with what the node has. Names
+// that are gone and among removed are not made again.
+func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk, removed []string) ([]*job, error) {
 	claimed := map[string]*cachedisk.Disk{}
 	sources := sourcesOf(disks)
 	var jobs []*job
 	for _, d := range disks {
 		for _, img := range d.Manifest.Images {
-			j := &job{disk: d, image: img, absent: map[digest.Digest]bool{}}
+			j := &job{disk: d, image: img, absent: map[digest.Digest]bool{}, cached: map[digest.Digest]bool{}}
 			var err error
 			if j.chain, err = img.ChainIDs(); err != nil {
 				return nil, fmt.Errorf("cache %s: image %s: %w", d.ID, img.Names[0], err)
@@ -67,6 +73,11 @@ func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk) ([]*job, error) {
 					continue
 				}
 				claimed[name] = d
+				if _, ok := s.images[name]; !ok && slices.Contains(removed, name) {
+					j.left = append(j.left, name+" was removed on this node")
+					j.removed = append(j.removed, name)
+					continue
+				}
 				j.compareName(s, name)
 			}
 			if !j.skipped() {
@@ -124,8 +135,9 @@ func (j *job) compareLayers(r *Runtime, s *survey, sources map[digest.Digest][]s
 	for _, id := range j.chain {
 		switch {
 		case !s.committed(id):
-			j.absent[id] = true
+			j.absent[id], j.cached[id] = true, true
 		default:
+			j.cached[id] = isLayer(s.snapshots[chainName(id)])
 			if _, wrong := r.wrongLink(s, id, sources[id]); wrong {
 				j.broken++
 			}
@@ -181,6 +193,12 @@ func (j *job) report() report.Image {
 		Layers:     len(j.chain),
 		Registered: len(j.absent),
 		Present:    len(j.chain) - len(j.absent),
+		Removed:    j.removed,
+	}
+	for _, cached := range j.cached {
+		if cached {
+			r.Cached++
+		}
 	}
 	switch {
 	case j.skipped():
@@ -208,6 +226,49 @@ func (j *job) record(name string) images.Image {
 
 // link is where the layer's snapshot links to; a is the anchor of its disk.
 func (s source) link(a *anchor) string { return layerLink(a.dir, s.disk.Manifest, s.layer) }
+
+// order is the order in which the jobs are done, as indices: the images that first
+// names, as it names them, then those that share the most layers with others, since
+// with each of them others become quicker.
+func order(jobs []*job, first []string) []int {
+	wanted := map[string]int{}
+	for i, ref := range first {
+		named, err := reference.ParseNormalizedNamed(ref)
+		if err != nil {
+			continue // such as an image ID
+		}
+		if name := lookupName(named); wanted[name] == 0 {
+			wanted[name] = len(first) - i
+		}
+	}
+	users := map[digest.Digest]int{}
+	for _, j := range jobs {
+		for _, id := range j.chain {
+			users[id]++
+		}
+	}
+	type rank struct{ job, wanted, shared int }
+	ranks := make([]rank, len(jobs))
+	for i, j := range jobs {
+		ranks[i].job = i
+		for _, name := range j.image.Names {
+			ranks[i].wanted = max(ranks[i].wanted, wanted[name])
+		}
+		for _, id := range j.chain {
+			if users[id] > 1 {
+				ranks[i].shared++
+			}
+		}
+	}
+	slices.SortStableFunc(ranks, func(a, b rank) int {
+		return cmp.Or(cmp.Compare(b.wanted, a.wanted), cmp.Compare(b.shared, a.shared))
+	})
+	indices := make([]int, len(ranks))
+	for i, r := range ranks {
+		indices[i] = r.job
+	}
+	return indices
+}
 
 // newestFirst sorts the disks so that the newest generation comes first.
 func newestFirst(disks []*cachedisk.Disk) []*cachedisk.Disk {

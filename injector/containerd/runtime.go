@@ -183,8 +183,8 @@ func (r *Runtime) checkCRI(ctx context.Context) error {
 	}
 	dir := resp.ImageFilesystems[0].FsId.Mountpoint
 	if dir != r.root && filepath.Base(dir) != snapshotterPlugin+"."+snapshotter {
-		return fmt.Errorf("the node's snapshotter is %s, not %s: pods would not use registered layers; turn image streaming off or choose a node pool with %s",
-			strings.TrimPrefix(filepath.Base(dir), snapshotterPlugin+"."), snapshotter, snapshotter)
+		return fmt.Errorf("%w: the node's snapshotter is %s, not %s: pods would not use registered layers; turn image streaming off or choose a node pool with %s",
+			ErrSnapshotter, strings.TrimPrefix(filepath.Base(dir), snapshotterPlugin+"."), snapshotter, snapshotter)
 	}
 	return nil
 }
@@ -197,6 +197,9 @@ func (r *Runtime) conn() grpc.ClientConnInterface {
 func (r *Runtime) host(path string) string {
 	return cachedisk.HostPath(r.opt.HostRoot, path)
 }
+
+// ErrSnapshotter is that of a node whose pods would not use what is registered.
+var ErrSnapshotter = errors.New("unsupported snapshotter")
 
 // ErrNotRunning is that of a containerd without a socket or behind none.
 var ErrNotRunning = errors.New("containerd is not running")

@@ -1,10 +1,13 @@
 package containerd
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
@@ -30,6 +33,22 @@ func (r *Runtime) Status(ctx context.Context) ([]report.Registration, error) {
 		rs = append(rs, r.registration(ctx, s, record))
 	}
 	return rs, nil
+}
+
+// Generations lists those that have an anchor on the node.
+func (r *Runtime) Generations(ctx context.Context) ([]report.Generation, error) {
+	var gens []report.Generation
+	err := r.snapshots.Walk(r.context(ctx), func(_ context.Context, info snapshots.Info) error {
+		if a := r.anchorOf(info); a != nil {
+			gens = append(gens, report.Generation{CacheID: a.cache, Dir: r.mountPoint(a)})
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing snapshots: %w", r.explain(err))
+	}
+	slices.SortFunc(gens, func(a, b report.Generation) int { return cmp.Compare(a.CacheID, b.CacheID) })
+	return gens, nil
 }
 
 func (r *Runtime) registration(ctx context.Context, s *survey, record images.Image) report.Registration {

@@ -153,6 +153,7 @@ func (p *planner) disk(d *cachedisk.Disk) error {
 		for _, id := range chain {
 			if _, ok := p.planned[id]; ok {
 				ri.Registered++
+				ri.Cached++
 				continue
 			}
 			there, err := p.look(id)
@@ -166,14 +167,19 @@ func (p *planner) disk(d *cachedisk.Disk) error {
 					return err
 				}
 				ri.Registered++
+				ri.Cached++
 				continue
 			case layerOwn:
 				p.heal(there.id, l)
+				ri.Cached++
 			}
 			ri.Present++
 			if !counted[id] {
 				counted[id] = true
 				rep.Present++
+				if there.state == layerOwn {
+					rep.Cached++
+				}
 			}
 		}
 		recorded, err := p.image(d, img, &ri)
@@ -196,6 +202,7 @@ func (p *planner) disk(d *cachedisk.Disk) error {
 		rep.Images = append(rep.Images, ri)
 	}
 	rep.Registered = len(p.planned) - before
+	rep.Cached += rep.Registered
 	rec.Metadata = p.missing(wanted)
 	p.c.metadata.merge(rec.Metadata)
 	p.c.records = append(p.c.records, rec)

@@ -19,11 +19,12 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// Eject takes back what the generations registered, all of them if ids is empty. It
+// Eject takes back what the generations registered. It
 // needs a daemon that runs, which removes the images itself, and refuses while a
 // container uses one of their layers. Images that were built on them stay, with the
 // layers and the disk below them, and are reported as kept.
-func (r *Runtime) Eject(ctx context.Context, ids []digest.Digest) (*report.Eject, error) {
+func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.Eject, error) {
+	ids := opt.Caches
 	if r.info == nil {
 		return nil, fmt.Errorf("docker at %s is not running; start it, eject removes images through it", r.cli.DaemonHost())
 	}

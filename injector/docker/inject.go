@@ -15,8 +15,8 @@ import (
 )
 
 // Inject registers the disks' images. A daemon that runs is restarted if something
-// is missing. With dryRun it says what it would do and changes nothing.
-func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bool) (*report.Inject, error) {
+// is missing. dockerd takes all images at once, so their order is no matter.
+func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error) {
 	start := time.Now()
 	done := func(c *changes, err error) (*report.Inject, error) {
 		if err != nil {
@@ -26,11 +26,12 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, dryRun bo
 		for _, d := range c.disks {
 			for i := range d.Images {
 				d.Images[i].Milliseconds = ms
+				opt.Report(d.Images[i])
 			}
 		}
 		return &report.Inject{Runtime: "docker", Disks: c.disks, Milliseconds: ms}, nil
 	}
-	if dryRun {
+	if opt.DryRun {
 		return done(r.plan(disks))
 	}
 	unlock, err := r.lock(ctx)

@@ -44,6 +44,19 @@ func (r *Runtime) Status(context.Context) ([]report.Registration, error) {
 	return regs, nil
 }
 
+// Generations lists those that images were registered from.
+func (r *Runtime) Generations(context.Context) ([]report.Generation, error) {
+	recs, err := r.records()
+	if err != nil {
+		return nil, err
+	}
+	var gens []report.Generation
+	for _, rec := range recs {
+		gens = append(gens, report.Generation{CacheID: rec.CacheID, Dir: mountpoint(rec.CacheID)})
+	}
+	return gens, nil
+}
+
 // registered says if the image, or a name of it, is there by us.
 func (r *Runtime) registered(repos *repositories, img recordImage) bool {
 	if r.ownsImage(img.ID) {

@@ -1,8 +1,11 @@
-// Package report holds what the injector says of its work, in the same words for
-// every runtime. The command line prints these values as a table or as JSON.
+// Package report holds what the injector is asked for and what it says of its work,
+// in the same words for every runtime. The command line prints reports as a table
+// or as JSON.
 package report
 
 import (
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -18,7 +21,39 @@ const (
 	Present State = "present"
 	// Skipped images were left alone, for the reason given.
 	Skipped State = "skipped"
+	// Failed images could not be registered, for the reason given.
+	Failed State = "failed"
 )
+
+// InjectOptions say how images are registered. The zero value registers all.
+type InjectOptions struct {
+	// DryRun says what would be done and changes nothing.
+	DryRun bool
+	// First are references, as pods name them, of images that are registered before
+	// all others, in this order.
+	First []string
+	// Removed are names that someone has removed: they are not made again.
+	Removed []string
+	// Finished, if not nil, is called for each image as soon as it is usable, or has
+	// failed, by several goroutines at once.
+	Finished func(Image)
+}
+
+// Report calls Finished, if there is one.
+func (o InjectOptions) Report(img Image) {
+	if o.Finished != nil {
+		o.Finished(img)
+	}
+}
+
+// EjectOptions say what is taken back.
+type EjectOptions struct {
+	// Caches are the generations; none means all.
+	Caches []digest.Digest
+	// LeaveUsed leaves images that containers use, instead of refusing. containerd
+	// only: Docker refuses all the same.
+	LeaveUsed bool
+}
 
 // Image is one image of a cache disk and what inject did with it, or, from a
 // dry run, would do.
@@ -26,14 +61,19 @@ type Image struct {
 	// Names are all names of the image, the one a person knows first.
 	Names []string `json:"names"`
 	State State    `json:"state"`
-	// Reason says in one line why an image was skipped, or which of its names
-	// were left to another image that the node has under that name.
+	// Reason says in one line why an image was skipped or failed, or which of its
+	// names were left to another image that the node has under that name.
 	Reason string `json:"reason,omitempty"`
 	// Layers is the length of the image's chain; Registered and Present count
 	// the layers that this run registered and those that were already there.
 	Layers     int `json:"layers"`
 	Registered int `json:"layersRegistered"`
 	Present    int `json:"layersPresent"`
+	// Cached counts the layers that are read from a cache disk; the others are the
+	// node's own, from a pull.
+	Cached int `json:"layersCached"`
+	// Removed are the names that were not made again, as asked.
+	Removed []string `json:"removed,omitempty"`
 	// Milliseconds from the start of the image's registration to its end.
 	Milliseconds int64 `json:"milliseconds"`
 }
@@ -47,6 +87,20 @@ type Disk struct {
 	// Layers counted once each over the whole disk.
 	Registered int `json:"layersRegistered"`
 	Present    int `json:"layersPresent"`
+	Cached     int `json:"layersCached"`
+}
+
+// Change is one to an image record that someone else made.
+type Change struct {
+	Name    string
+	Removed bool
+}
+
+// Generation is one that was registered on the node, whether its disk is there or not.
+type Generation struct {
+	CacheID digest.Digest `json:"cacheID"`
+	// Dir is the host's directory that the disk is, or is to be, mounted on.
+	Dir string `json:"dir"`
 }
 
 // Inject is the result of inject.
@@ -115,4 +169,16 @@ type DamagedLayer struct {
 	Directory string `json:"directory"`
 	// Problems name the files and what is wrong with each; of many, the first.
 	Problems []string `json:"problems"`
+}
+
+// Title is the name that says most to a person: a tag rather than the digest that
+// stands beside it.
+func Title(names []string) string {
+	if len(names) == 0 {
+		return "<none>"
+	}
+	if i := slices.IndexFunc(names, func(n string) bool { return !strings.Contains(n, "@") }); i >= 0 {
+		return names[i]
+	}
+	return names[0]
 }

@@ -1,0 +1,116 @@
+package cachedisk
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// ErrUnreadable is that of a cache disk whose device fails, is gone or hangs.
+var ErrUnreadable = errors.New("cache disk not readable")
+
+// probeTime bounds the wait for a device that hangs. A network disk answers in
+// milliseconds, after a fail-over in seconds.
+const probeTime = 20 * time.Second
+
+// probing are the directories whose device has not answered yet.
+var probing sync.Map
+
+// Probe says why the device of the cache disk at dir cannot be read now, or nil if
+// it can. What the page cache has of a device says nothing about it: the read goes
+// past it.
+func Probe(dir string) error {
+	// A read that hangs cannot be interrupted. Its thread waits with it, once.
+	if _, waits := probing.LoadOrStore(dir, true); waits {
+		return fmt.Errorf("%w: %s: the device still does not answer", ErrUnreadable, dir)
+	}
+	done := make(chan error, 1)
+	go func() {
+		defer probing.Delete(dir)
+		done <- readBlock(filepath.Join(dir, manifest.Path))
+	}()
+	timeout := time.NewTimer(probeTime)
+	defer timeout.Stop()
+	select {
+	case err := <-done:
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", ErrUnreadable, err)
+		}
+		return err
+	case <-timeout.C:
+		return fmt.Errorf("%w: %s: the device does not answer within %v", ErrUnreadable, dir, probeTime)
+	}
+}
+
+// readBlock reads the first bytes of the file from its device.
+func readBlock(file string) error {
+	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_DIRECT, 0)
+	if errors.Is(err, unix.EINVAL) { // such as tmpfs before Linux 6.6
+		f, err = os.Open(file)
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := checkDevice(f); err != nil {
+		return err
+	}
+	n, err := f.ReadAt(alignedBlock(), 0)
+	if errors.Is(err, unix.EINVAL) { // blocks larger than ours
+		n, err = readBuffered(file)
+	}
+	if n > 0 {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		return fmt.Errorf("%s is empty", file)
+	}
+	return err
+}
+
+func readBuffered(file string) (int, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	return f.ReadAt(make([]byte, 1), 0)
+}
+
+// alignedBlock is a buffer as O_DIRECT wants it.
+func alignedBlock() []byte {
+	const size = 4096
+	buf := make([]byte, 2*size)
+	skip := -uintptr(unsafe.Pointer(&buf[0])) & (size - 1)
+	return buf[skip : skip+size]
+}
+
+// checkDevice says whether the file's block device has been taken away: its mount
+// can go on answering from memory.
+func checkDevice(f *os.File) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return err
+	}
+	major, minor := unix.Major(st.Dev), unix.Minor(st.Dev)
+	if major == 0 {
+		return nil // not a block device's file system, such as overlay
+	}
+	_, err := os.Stat(fmt.Sprintf("/sys/dev/block/%d:%d", major, minor))
+	if errors.Is(err, os.ErrNotExist) {
+		// Without /sys at all it says nothing.
+		if _, err := os.Stat("/sys/dev/block"); err == nil {
+			return fmt.Errorf("%s: its device %d:%d is gone", f.Name(), major, minor)
+		}
+	}
+	return nil
+}
