@@ -31,6 +31,9 @@ const (
 	EndpointDNS     = "dns"
 )
 
+// Endpoints are all of them.
+var Endpoints = []string{EndpointPublic, EndpointPrivate, EndpointDNS}
+
 // Cluster is a cluster and the way to it.
 type Cluster struct {
 	Name     string
@@ -39,6 +42,7 @@ type Cluster struct {
 	Config   *rest.Config
 }
 
+// String is LOCATION/NAME, or a kubeconfig's context.
 func (c *Cluster) String() string {
 	if c.Location == "" {
 		return c.Name
