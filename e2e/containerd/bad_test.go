@@ -54,6 +54,9 @@ func TestBadDisk(t *testing.T) {
 		{"changed diff ID", edited(func(m *manifest.Manifest) {
 			m.Layers[1].DiffID = other
 		}), []string{"layers[1]: chainID ", "does not follow", "build the disk again"}},
+		{"another platform", edited(func(m *manifest.Manifest) {
+			m.Platform.Architecture, m.Images, m.Layers = "s390x", nil, nil
+		}), []string{"for linux/s390x, this node runs linux/amd64", "build a disk for that platform"}},
 		{"missing layer directory", func(t *testing.T, dir string) {
 			m := readManifest(t, dir)
 			check(t, os.RemoveAll(filepath.Join(dir, filepath.Dir(m.LayerPath(m.Layers[1])))))

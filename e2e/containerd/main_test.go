@@ -159,8 +159,8 @@ func push(ctx context.Context, tmp string) error {
 			{name: "etc/passwd", body: "root:x:0:0::/:/bin/sh\nuser:x:1000:1000::/:/bin/sh\n", mode: 0o644},
 		},
 		{dir("data/"), {name: "data/owned", body: "owned", uid: 1000, mode: 0o644}, {name: "data/gone", body: "gone", mode: 0o644}},
-		{{name: "data/.wh.gone", mode: 0o644}, dir("opaque/"), {name: "opaque/old", body: "old", mode: 0o644}},
-		{{name: "opaque/.wh..wh..opq", mode: 0o644}, {name: "opaque/new", body: "new", mode: 0o644}},
+		{dir("data/"), {name: "data/.wh.gone", mode: 0o644}, dir("opaque/"), {name: "opaque/old", body: "old", mode: 0o644}},
+		{dir("opaque/"), {name: "opaque/.wh..wh..opq", mode: 0o644}, {name: "opaque/new", body: "new", mode: 0o644}},
 		{{name: "version", body: "1", mode: 0o644}},
 		{{name: "version", body: "2", mode: 0o644}},
 	}

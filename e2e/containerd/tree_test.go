@@ -136,7 +136,7 @@ func TestUserNamespace(t *testing.T) {
 	n := newNode(t, machine.Upstream)
 	n.emptyNetwork(t)
 	shapes := []string{ref(app1), ref(single), ref("odd-files:latest"), ref("same-layer-twice:latest"), ref("deep:latest")}
-	const remapped = "find /bin /data /opaque -exec stat -c '%n %u:%g %a' {} + && echo x >> /data/owned && chown 1000 /bin/busybox && rm -r /opaque"
+	const remapped = "find /bin /data /opaque -exec stat -c '%n %u:%g %a' {} + | sort; echo x >> /data/owned && chown 1000 /bin/busybox && rm -r /opaque"
 	ctr := func(t *testing.T) string {
 		t.Helper()
 		return n.ctr(t, "run", "--rm", "--remap-labels", "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536",
