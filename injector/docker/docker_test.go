@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -260,6 +262,46 @@ func TestCommit(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(r.image("distribution", "*")); len(left) > 0 {
 		t.Errorf("left over: %v", left)
+	}
+}
+
+// TestRemovals has a dockerd that was killed as it removed a layer of ours, and that
+// finishes that as it stops.
+func TestRemovals(t *testing.T) {
+	r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink, Log: slog.New(slog.DiscardHandler)}}
+	disks := []*cachedisk.Disk{newDisk(t, 3, "docker.io/library/x:1")}
+	c, err := r.plan(disks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := c.layers[1]
+	removing := r.layerdb(l.Chain) + "-0123-removing"
+	write(t, filepath.Join(removing, "cache-id"), l.ID)
+	other := r.layerdb(l.Chain) + "-4567-removing"
+	write(t, filepath.Join(other, "cache-id"), "dockerd's own")
+	if err := r.stage(c, LinkSymlink); err != nil {
+		t.Fatal(err)
+	}
+	if !r.staged(c) {
+		t.Fatal("not staged")
+	}
+	if err := os.Remove(r.overlay(l.ID, "committed")); err != nil {
+		t.Fatal(err)
+	}
+	if c, err = r.restage(c, disks); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.commit(c); err != nil {
+		t.Fatal(err)
+	}
+	if !r.staged(c) {
+		t.Error("a layer is registered without its directory")
+	}
+	if _, err := os.Stat(removing); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("dockerd would remove a registered layer's directory")
+	}
+	if _, err := os.Stat(other); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -137,11 +137,56 @@ func (s store) stageLayer(l newLayer, link string) error {
 	return os.Symlink(l.TarSplit, filepath.Join(entry, "tar-split.json.gz"))
 }
 
+// staged says if every layer's directory is there as stage made it.
+func (s store) staged(c *changes) bool {
+	for _, l := range c.layers {
+		files := []string{s.overlay("l", l.Link)}
+		for _, name := range []string{"link", "committed", "diff", "lower"} {
+			if name != "lower" || l.Lower != "" {
+				files = append(files, s.overlay(l.ID, name))
+			}
+		}
+		for _, f := range files {
+			if _, err := os.Lstat(f); err != nil {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// removing is the name of a layer's entry that dockerd has begun to remove. Where it
+// was killed before the end, it removes the directory that the entry's cache-id names
+// when it stops the next time, whatever has become of that: the directory of a layer
+// of ours has the same name again once it is registered again.
+const removing = "-*-removing"
+
+// forgetRemovals keeps dockerd from finishing the removal of layers that c registers.
+func (s store) forgetRemovals(c *changes) error {
+	for _, l := range c.layers {
+		entries, err := filepath.Glob(s.layerdb(l.Chain) + removing)
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if id, err := readTrimmed(filepath.Join(e, "cache-id")); err == nil && id == l.ID {
+				if err := os.RemoveAll(e); err != nil {
+					return fmt.Errorf("registering layer %s: %w", l.Chain, err)
+				}
+			}
+		}
+	}
+	return nil
+}
+
 // commit makes the staged changes visible to a dockerd that starts after it: layers
 // before the images that have them, images before their names. After a power loss
 // it is the same: file systems with a journal keep the order of renames, and all but
 // the markers, whose contents nobody reads, is durable already.
 func (s store) commit(c *changes) error {
+	if err := s.forgetRemovals(c); err != nil {
+		return err
+	}
 	for _, l := range c.layers {
 		// What is there is ours and incomplete, else the layer would not be missing.
 		if err := os.RemoveAll(s.layerdb(l.Chain)); err != nil {
