@@ -101,7 +101,7 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 
 // restage looks again, now that the store stands still: a pull may have brought
 // layers or names since c was staged, and dockerd, as it stopped, may have finished the
-// removal of layers (see removing) whose directories c then lacks.
+// removal of layers, whose directories c then lacks (see forgetRemovals).
 func (r *Runtime) restage(c *changes, disks []*cachedisk.Disk) (*changes, error) {
 	now, err := r.plan(disks)
 	if err != nil || now.equal(c) && r.staged(c) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"syscall"
 
@@ -155,25 +156,22 @@ func (s store) staged(c *changes) bool {
 	return true
 }
 
-// removing is the name of a layer's entry that dockerd has begun to remove. Where it
-// was killed before the end, it removes the directory that the entry's cache-id names
-// when it stops the next time, whatever has become of that: the directory of a layer
-// of ours has the same name again once it is registered again.
-const removing = "-*-removing"
-
-// forgetRemovals keeps dockerd from finishing the removal of layers that c registers.
+// forgetRemovals keeps dockerd from removing what c registers. A layer's entry that it
+// has begun to remove is named CHAIN-RANDOM-removing. Where dockerd was killed before
+// the end, it removes the directory that the entry's cache-id names when it stops the
+// next time, whatever has become of it; a layer of ours always has the same directory.
 func (s store) forgetRemovals(c *changes) error {
-	for _, l := range c.layers {
-		entries, err := filepath.Glob(s.layerdb(l.Chain) + removing)
-		if err != nil {
-			return err
+	entries, err := filepath.Glob(s.image("layerdb", "sha256", "*-removing"))
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		id, err := readTrimmed(filepath.Join(e, "cache-id"))
+		if err != nil || !slices.ContainsFunc(c.layers, func(l newLayer) bool { return l.ID == id }) {
+			continue
 		}
-		for _, e := range entries {
-			if id, err := readTrimmed(filepath.Join(e, "cache-id")); err == nil && id == l.ID {
-				if err := os.RemoveAll(e); err != nil {
-					return fmt.Errorf("registering layer %s: %w", l.Chain, err)
-				}
-			}
+		if err := os.RemoveAll(e); err != nil {
+			return fmt.Errorf("taking back the removal of a layer: %w", err)
 		}
 	}
 	return nil
