@@ -86,6 +86,8 @@ Description=kubelet
 After=containerd.service
 
 [Service]
+# kubelet reads of out-of-memory kills there; a machine has no kernel log.
+ExecStartPre=/bin/ln -sf null /dev/kmsg
 ExecStart=` + programsDir + `/kubelet --config=` + kubeletDir + `/kubelet.json --kubeconfig=` + kubeletDir + `/kubelet.kubeconfig \
 	--hostname-override=%s --node-ip=%s --node-labels=%s
 Restart=always
@@ -97,8 +99,8 @@ WantedBy=multi-user.target
 	disksFile = "/etc/tmpfiles.d/disks.conf"
 )
 
-// kubeletConfig is for a kubelet in a machine that may lack what it wants of the
-// host: a cgroup tree of its own, in version 2, and room on the disk.
+// kubeletConfig is for a kubelet that shares its host, which may lack what kubelet
+// wants: cgroups of version 2, kernel settings that it may change, room on the disk.
 func (n *Node) kubeletConfig() map[string]any {
 	config := map[string]any{
 		"apiVersion":               "kubelet.config.k8s.io/v1beta1",
@@ -116,7 +118,9 @@ func (n *Node) kubeletConfig() map[string]any {
 		"cgroupsPerQOS":            false,
 		"enforceNodeAllocatable":   []string{},
 		"evictionHard":             map[string]string{},
-		"registerWithTaints":       n.config.Taints,
+		// It only logs that /proc/sys is read-only.
+		"featureGates":       map[string]bool{"KubeletInUserNamespace": true},
+		"registerWithTaints": n.config.Taints,
 	}
 	maps.Copy(config, n.config.Kubelet)
 	return config
@@ -255,6 +259,12 @@ func (n *Node) DetachDisk(d Disk) error {
 		return err
 	}
 	return loop.Close()
+}
+
+// EagerImageGC has kubelet remove every image that no container uses and that is not
+// pinned, as if the disk were full, when it starts and every five minutes after.
+func EagerImageGC() map[string]any {
+	return map[string]any{"imageGCHighThresholdPercent": 1, "imageGCLowThresholdPercent": 0, "imageMinimumGCAge": "0s"}
 }
 
 // SetKubelet changes settings of kubelet, by their names in KubeletConfiguration,

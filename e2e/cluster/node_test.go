@@ -3,12 +3,20 @@
 package cluster_test
 
 import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
 // startupTaint is the one of nodes that wait for their cache.
@@ -59,4 +67,114 @@ func TestStartupTaint(t *testing.T) {
 	c.Output(t, "taint", "node", n.Name, startupTaint.Key+"-")
 	n.WaitTaint(t, startupTaint.Key, false)
 	c.WaitPodReady(t, ns, "other")
+}
+
+// TestClaim mounts a disk through a claim: kubelet mounts the device for the pod and
+// unmounts it when the pod goes.
+func TestClaim(t *testing.T) {
+	c := world.cluster
+	disk := cluster.Disk{Name: "data", Image: filepath.Join(t.TempDir(), "disk")}
+	if err := host.NewDisk(disk.Image, 64<<20); err != nil {
+		t.Fatal(err)
+	}
+	contents := t.TempDir()
+	if err := os.WriteFile(filepath.Join(contents, "file"), []byte("on the disk"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := host.Output(exec.Command("mkfs.ext4", "-q", "-F", "-d", contents, disk.Image)); err != nil {
+		t.Fatal(err)
+	}
+	n := c.Node(t, cluster.NodeConfig{Disks: []cluster.Disk{disk}})
+	ns := c.Namespace(t)
+	c.Claim(t, ns, "data", disk, n)
+	pod := podOn(n, ns, "reader", ref("oci:latest"))
+	pod.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{
+		PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "data", ReadOnly: true},
+	}}}
+	pod.Spec.Containers[0].VolumeMounts = []corev1.VolumeMount{{Name: "data", MountPath: "/data", ReadOnly: true}}
+	c.Run(t, pod)
+	c.WaitPodReady(t, ns, "reader")
+	if out := c.Output(t, "exec", "-n", ns, "reader", "--", "/bin/sh", "-c", "cat /data/file"); out != "on the disk" {
+		t.Errorf("the pod reads %q", out)
+	}
+	// It outlives a reboot, with the disk there before kubelet.
+	if err := n.Reboot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	n.WaitReady(t)
+	cluster.Wait(t, "the pod to read again", func(ctx context.Context) error {
+		_, err := c.Kubectl(ctx, "exec", "-n", ns, "reader", "--", "/bin/sh", "-c", "cat /data/file")
+		return err
+	})
+
+	mounts := func() string {
+		t.Helper()
+		out := n.Output(t, "cat", "/proc/self/mountinfo")
+		var found []string
+		for line := range strings.Lines(out) {
+			if strings.Contains(line, "/local-volume/mounts/") || strings.Contains(line, "kubernetes.io~local-volume") {
+				found = append(found, line)
+			}
+		}
+		return strings.Join(found, "")
+	}
+	if got := mounts(); strings.Count(got, "\n") != 2 || !strings.Contains(got, " ro,") {
+		t.Errorf("kubelet has mounted the device and the pod's volume as:\n%s", got)
+	}
+	if err := c.Client.CoreV1().Pods(ns).Delete(t.Context(), "reader", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	cluster.Wait(t, "kubelet to unmount the disk", func(context.Context) error {
+		if got := mounts(); got != "" {
+			return fmt.Errorf("mounted:\n%s", got)
+		}
+		return nil
+	})
+}
+
+// TestImageGC has kubelet collect an image that nothing uses, by EagerImageGC.
+func TestImageGC(t *testing.T) {
+	c := world.cluster
+	n := c.Node(t, cluster.NodeConfig{})
+	ns := c.Namespace(t)
+	c.Run(t, podOn(n, ns, "used", ref("oci:latest")))
+	c.Run(t, podOn(n, ns, "unused", ref("docker-schema2:latest")))
+	c.WaitPodReady(t, ns, "used")
+	c.WaitPodReady(t, ns, "unused")
+	if err := c.Client.CoreV1().Pods(ns).Delete(t.Context(), "unused", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.WaitPodGone(t, ns, "unused")
+	if err := n.SetKubelet(t.Context(), cluster.EagerImageGC()); err != nil {
+		t.Fatal(err)
+	}
+	images := func() string { return n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q") }
+	cluster.Wait(t, "kubelet to collect an image", func(context.Context) error {
+		if got := images(); strings.Contains(got, "/docker-schema2") {
+			return fmt.Errorf("there are:\n%s", got)
+		}
+		return nil
+	})
+	if got := images(); !strings.Contains(got, "/oci") {
+		t.Errorf("an image in use is gone; there are:\n%s", got)
+	}
+	n.WaitReady(t)
+}
+
+// TestKillContainerd ends containerd under a running pod, which goes on.
+func TestKillContainerd(t *testing.T) {
+	c := world.cluster
+	n := c.Node(t, cluster.NodeConfig{Release: machine.Debian})
+	ns := c.Namespace(t)
+	c.Run(t, podOn(n, ns, "pod", ref("oci:latest")))
+	before := c.WaitPodReady(t, ns, "pod")
+	if err := n.KillContainerd(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	c.Run(t, podOn(n, ns, "later", ref("oci:latest")))
+	c.WaitPodReady(t, ns, "later")
+	after := c.WaitPodReady(t, ns, "pod")
+	if before.Status.ContainerStatuses[0].ContainerID != after.Status.ContainerStatuses[0].ContainerID {
+		t.Errorf("the container was started again: %+v", after.Status.ContainerStatuses)
+	}
 }

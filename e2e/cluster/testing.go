@@ -9,6 +9,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
@@ -215,4 +216,19 @@ func podCondition(pod *corev1.Pod, condition corev1.PodConditionType, status cor
 		}
 	}
 	return fmt.Errorf("it is %s: %+v", pod.Status.Phase, pod.Status.ContainerStatuses)
+}
+
+// WaitPodGone waits for the end of a pod that was deleted.
+func (c *Cluster) WaitPodGone(t testing.TB, namespace, name string) {
+	t.Helper()
+	Wait(t, "pod "+name+" to be gone", func(ctx context.Context) error {
+		_, err := c.Client.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		if err == nil {
+			err = fmt.Errorf("it is there")
+		}
+		return err
+	})
 }
