@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
@@ -31,7 +32,7 @@ func TestLifecycle(t *testing.T) {
 }
 
 func lifecycle(t *testing.T, n *node) {
-	before := checksum(t, world.first)
+	before := cachedisk.Checksum(t, world.first)
 	n.attach(t, world.first, cacheDir)
 	empty := n.settled(t, false)
 
@@ -212,7 +213,7 @@ func lifecycle(t *testing.T, n *node) {
 	if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
 		t.Errorf("eject left something: %s", diff)
 	}
-	if after := checksum(t, world.first); after != before {
+	if after := cachedisk.Checksum(t, world.first); after != before {
 		t.Error("the cache disk has changed")
 	}
 }

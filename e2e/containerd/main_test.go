@@ -8,8 +8,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"io"
 	"os"
@@ -249,19 +247,4 @@ func configFile(img v1.Image, cmd []string) *v1.ConfigFile {
 	c.Config.Cmd = cmd
 	c.Config.Env = []string{"PATH=/bin"}
 	return c
-}
-
-// checksum is of a disk image, holes and all.
-func checksum(t *testing.T, file string) string {
-	t.Helper()
-	f, err := os.Open(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		t.Fatal(err)
-	}
-	return hex.EncodeToString(h.Sum(nil))
 }

@@ -5,9 +5,7 @@ package containerd_test
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -26,7 +24,6 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
@@ -64,7 +61,7 @@ func newNodeOn(t testing.TB, release machine.Release, store string) *node {
 		t.Fatal(err)
 	}
 	if store != "" {
-		n.mount(t, store, stateDir, "rw")
+		n.MountDisk(t, store, stateDir, "rw")
 	}
 	n.start(t)
 	t.Cleanup(n.disconnect)
@@ -118,40 +115,11 @@ func (n *node) context(t testing.TB) context.Context {
 	return namespaces.WithNamespace(t.Context(), n.ns)
 }
 
-// attach attaches a disk image read-only and mounts it at dir, as GKE does. The
-// returned function takes it away again.
+// attach attaches a disk image read-only and mounts it at dir, as GKE does. detach
+// takes the disk away again.
 func (n *node) attach(t testing.TB, image, dir string) (detach func()) {
 	t.Helper()
-	return n.mount(t, image, dir, "ro,noload")
-}
-
-func (n *node) mount(t testing.TB, image, dir, options string) (detach func()) {
-	t.Helper()
-	loop, err := host.AttachLoop(image, strings.HasPrefix(options, "ro"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := n.AttachDisk(loop.Path, filepath.Base(image)); err != nil {
-		t.Fatal(err)
-	}
-	n.Output(t, "mkdir", "-p", dir)
-	n.Output(t, "mount", "-o", options, loop.Path, dir)
-	done := false
-	detach = func() {
-		if done {
-			return
-		}
-		done = true
-		// A reboot has detached it.
-		if err := n.DetachDisk(loop.Path, filepath.Base(image)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			t.Error(err)
-		}
-		if err := loop.Close(); err != nil {
-			t.Error(err)
-		}
-	}
-	t.Cleanup(detach)
-	return detach
+	return n.MountDisk(t, image, dir, "ro,noload")
 }
 
 // injector runs the injector and decodes its report.

@@ -32,7 +32,7 @@ func TestTrees(t *testing.T) {
 	check(t, err)
 	onEach(t, func(t *testing.T, n *node) {
 		n.attach(t, all.disk, cacheDir)
-		before := checksum(t, all.disk)
+		before := cachedisk.Checksum(t, all.disk)
 		r := n.inject(t, cacheDir)
 		for _, img := range r.Disks[0].Images {
 			if img.State != report.Registered || img.Reason != "" {
@@ -59,7 +59,7 @@ func TestTrees(t *testing.T) {
 			})
 		}
 		n.eject(t)
-		if checksum(t, all.disk) != before {
+		if cachedisk.Checksum(t, all.disk) != before {
 			t.Error("the cache disk has changed")
 		}
 	})
@@ -233,7 +233,7 @@ func TestMoby(t *testing.T) {
 	if err := n.StartDocker(t.Context(), machine.Docker{Release: machine.Upstream, ImageStore: true}); err != nil {
 		t.Fatal(err)
 	}
-	before := checksum(t, world.second)
+	before := cachedisk.Checksum(t, world.second)
 	n.attach(t, world.second, cacheDir)
 	empty := n.settled(t, false)
 	var r report.Inject
@@ -283,7 +283,7 @@ func TestMoby(t *testing.T) {
 	if strings.Join(got, "\n") != strings.Join(empty, "\n") {
 		t.Errorf("eject left something:\n%s\nbefore:\n%s", strings.Join(got, "\n"), strings.Join(empty, "\n"))
 	}
-	if checksum(t, world.second) != before {
+	if cachedisk.Checksum(t, world.second) != before {
 		t.Error("the cache disk has changed")
 	}
 }

@@ -4,9 +4,14 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io/fs"
 	"os/exec"
+	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
 // New boots a machine for a test, which fails where it cannot, and closes it at
@@ -40,6 +45,34 @@ func (m *Machine) Output(t testing.TB, args ...string) string {
 		t.Fatal(err)
 	}
 	return out
+}
+
+// MountDisk attaches a disk image, read-only if the options of its mount begin with
+// ro, and mounts it at dir. detach takes the disk away, as the test's end does, but
+// not what is mounted of it.
+func (m *Machine) MountDisk(t testing.TB, image, dir, options string) (detach func()) {
+	t.Helper()
+	loop, err := host.AttachLoop(image, strings.HasPrefix(options, "ro"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Base(loop.Path)
+	detach = sync.OnceFunc(func() {
+		// A reboot has detached it.
+		if err := m.DetachDisk(loop.Path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Error(err)
+		}
+		if err := loop.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(detach)
+	if err := m.AttachDisk(loop.Path, name); err != nil {
+		t.Fatal(err)
+	}
+	m.Output(t, "mkdir", "-p", dir)
+	m.Output(t, "mount", "-o", options, loop.Path, dir)
+	return detach
 }
 
 // Refused runs a command in the machine that must end with the exit status given and
