@@ -1,8 +1,11 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -58,6 +61,30 @@ func (f *flags) register(fs *pflag.FlagSet) {
 	fs.StringVar(&f.hostRoot, "host-root", "/", "`directory` where the host's root file system is mounted")
 	fs.StringVarP(&f.output, "output", "o", outputText, "text or json")
 	fs.StringVar(&f.logLevel, "log-level", "warn", "debug, info, warn or error; the log goes to stderr")
+}
+
+// environment sets the flags that are not on the command line from variables named
+// after them: SELKIES_HOST_ROOT for --host-root. So a command that is run in the
+// agent's container sees what the agent sees.
+func environment(fs *pflag.FlagSet) error {
+	var errs []error
+	fs.VisitAll(func(flag *pflag.Flag) {
+		name := "SELKIES_" + strings.ToUpper(strings.ReplaceAll(flag.Name, "-", "_"))
+		value, ok := os.LookupEnv(name)
+		if !ok || flag.Changed || flag.Name == "help" {
+			return
+		}
+		values := []string{value}
+		if flag.Value.Type() == "stringArray" {
+			values = filepath.SplitList(value)
+		}
+		for _, v := range values {
+			if err := fs.Set(flag.Name, v); err != nil {
+				errs = append(errs, usageError{fmt.Errorf("%s is %q: %w", name, value, err)})
+			}
+		}
+	})
+	return errors.Join(errs...)
 }
 
 func (f *flags) validate() error {

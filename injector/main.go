@@ -1,6 +1,7 @@
 // Command selkies-image-injector makes the container images of a cache disk known
 // to a node's container runtime: no pull, no copy, and on containerd no restart.
 //
+//	selkies-image-injector run              the node agent: inject, then gate, watch, heal, report
 //	selkies-image-injector inject           register everything on the cache disks
 //	selkies-image-injector plan [REF...]    change nothing; say what inject would do, and why
 //	selkies-image-injector status           what is registered, and whether its disk is readable
@@ -17,6 +18,9 @@
 // --host-root, CAP_SYS_ADMIN, the host's PID namespace, and the runtime's socket.
 // The node's own mounts are the only thing it leaves running: none of its
 // processes is needed once it has ended.
+//
+// Every flag can be given as an environment variable as well: SELKIES_HOST_ROOT for
+// --host-root. SELKIES_CACHE separates directories by colons. The command line wins.
 //
 // Exit status: 0 done; 1 failed, with nothing half-visible; 2 wrong usage. Each
 // error is one line on stderr that names the thing and the remedy.
@@ -59,6 +63,9 @@ on containerd no restart.`,
 		Args:          usage(cobra.NoArgs),
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
+			if err := environment(cmd.Flags()); err != nil {
+				return err
+			}
 			return f.validate()
 		},
 	}
@@ -68,6 +75,7 @@ on containerd no restart.`,
 	root.CompletionOptions.HiddenDefaultCmd = true
 	f.register(root.PersistentFlags())
 	root.AddCommand(
+		newRunCommand(&f),
 		newInjectCommand(&f),
 		newPlanCommand(&f),
 		newStatusCommand(&f),

@@ -117,6 +117,9 @@ func New(ctx context.Context, opt Options) (*Runtime, error) {
 // Close ends the connection.
 func (r *Runtime) Close() error { return r.client.Close() }
 
+// Namespace is the one that images are registered in.
+func (r *Runtime) Namespace() string { return r.opt.Namespace }
+
 // name is how reports call this runtime.
 func (r *Runtime) name() string { return "containerd/" + r.opt.Namespace }
 

@@ -1,0 +1,162 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/containerd"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+// Reasons of the node's condition. Only with the first is it True.
+const (
+	Registered             = "Registered"
+	Partial                = "Partial"                // some images or disks failed, the others are served
+	NoCacheDisk            = "NoCacheDisk"            // there is none
+	BrokenManifest         = "BrokenManifest"         // it has a layer manifest that is not valid
+	DiskUnreadable         = "DiskUnreadable"         // its device fails
+	UnsupportedSnapshotter = "UnsupportedSnapshotter" // pods would not use registered layers
+	RuntimeUnavailable     = "RuntimeUnavailable"     // it does not answer, or is none that can be served
+	RegistrationFailed     = "RegistrationFailed"     // nothing could be registered
+)
+
+// Reasons of events, besides those of the condition.
+const (
+	eventRegistered = "Registered"
+	eventHealed     = "Healed"
+	eventRemoved    = "ImageRemoved"
+	eventTakenBack  = "TakenBack"
+)
+
+// outcome is what a pass has found in the end.
+type outcome struct {
+	// reason and message are the condition's, the message one line that changes only
+	// if something has.
+	reason, message string
+	// serving is whether pods can use cached images; known says if that is known.
+	serving, known bool
+	// settled is whether nothing is left to be tried again soon.
+	settled bool
+}
+
+func (o outcome) ready() bool { return o.reason == Registered }
+
+// conclude sums up a pass. diskErr is of the search for disks, err of the rest.
+func (a *Agent) conclude(diskErr, err error) outcome {
+	o := outcome{serving: a.last.serving, known: a.last.known}
+	problem := func(reason string, err error) outcome {
+		o.reason, o.message = reason, oneLine(err)
+		return o
+	}
+	switch {
+	case errors.Is(err, containerd.ErrSnapshotter):
+		o.serving, o.known = false, true
+		return problem(UnsupportedSnapshotter, err)
+	case err != nil && a.runtime == nil:
+		return problem(RuntimeUnavailable, err)
+	}
+	o.settled = err == nil && diskErr == nil && a.pending == ""
+	images := a.images()
+	o.known, o.serving = true, len(a.disks) > 0 && images > 0
+	switch {
+	case err != nil:
+		return problem(RegistrationFailed, err)
+	case len(a.disks) == 0 && errors.Is(diskErr, cachedisk.ErrUnreadable):
+		return problem(DiskUnreadable, diskErr)
+	case len(a.disks) == 0 && errors.Is(diskErr, cachedisk.ErrAbsent):
+		return problem(NoCacheDisk, errors.Join(diskErr, a.dead()))
+	case len(a.disks) == 0:
+		return problem(BrokenManifest, diskErr)
+	case images == 0 && a.registerError != nil:
+		return problem(RegistrationFailed, a.registerError)
+	}
+	if err := errors.Join(a.registerError, diskErr, a.dead()); err != nil {
+		return problem(Partial, err)
+	}
+	var caches []string
+	for _, d := range a.disks {
+		caches = append(caches, fmt.Sprintf("%s of %s", short(d.ID), d.Manifest.Created.UTC().Format(time.DateOnly)))
+	}
+	o.reason = Registered
+	o.message = fmt.Sprintf("%d images from cache %s", images, strings.Join(caches, ", "))
+	return o
+}
+
+// images counts those that pods can use.
+func (a *Agent) images() int {
+	n := 0
+	if a.registered == nil {
+		return n
+	}
+	for _, d := range a.registered.Disks {
+		for _, img := range d.Images {
+			if img.State == report.Registered || img.State == report.Present {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// dead is an error for each disk that cannot be read.
+func (a *Agent) dead() error {
+	var errs []error
+	for _, g := range a.sorted() {
+		if !g.dead.IsZero() {
+			errs = append(errs, fmt.Errorf("cache %s is not readable since %s: %w", short(g.CacheID), g.dead.UTC().Format(time.RFC3339), g.problem))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// publish tells the outcome to everyone.
+func (a *Agent) publish() {
+	o := a.last
+	if o.ready() && a.gate.open() {
+		a.gate.see()
+		a.Log.Info("the gate is open", "seconds", time.Since(a.started).Seconds())
+	}
+	open := a.gate.isOpen()
+	a.updateMetrics()
+	a.health.ready.Store(open && o.serving)
+	a.node.set(desired{open: open, outcome: o})
+	// Until the gate opens, a disk or a runtime may just be late.
+	if o.reason == a.published || !open {
+		return
+	}
+	switch {
+	case !o.ready():
+		a.warn(o.reason, "%s", o.message)
+	case a.published != "":
+		a.inform(eventHealed, "%s", o.message)
+	default:
+		a.Log.Info("ready: " + o.message)
+	}
+	a.published = o.reason
+}
+
+// inform and warn tell of something that has happened, in the log and in an event.
+func (a *Agent) inform(reason, format string, args ...any) {
+	msg := fmt.Sprintf(format, args...)
+	a.Log.Info(msg, "reason", reason)
+	a.node.event(false, reason, msg)
+}
+
+func (a *Agent) warn(reason, format string, args ...any) {
+	msg := fmt.Sprintf(format, args...)
+	a.Log.Warn(msg, "reason", reason)
+	a.node.event(true, reason, msg)
+}
+
+// oneLine is the error's text, as a condition's message can take it.
+func oneLine(err error) string {
+	const most = 1000
+	text := strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' }), "; ")
+	if len(text) > most {
+		text = strings.ToValidUTF8(text[:most], "") + " ..."
+	}
+	return text
+}

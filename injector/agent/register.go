@@ -1,0 +1,181 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+)
+
+// openRuntime connects to the runtime if it is not connected, and starts watching.
+func (a *Agent) openRuntime(ctx context.Context) error {
+	if a.runtime != nil {
+		return nil
+	}
+	rt, err := a.Open(ctx)
+	if err != nil {
+		return err
+	}
+	a.runtime = rt
+	if err := a.listGenerations(ctx); err != nil {
+		a.closeRuntime()
+		return err
+	}
+	// Before anything is registered, so that no change is missed.
+	if w, ok := rt.(watcher); ok {
+		go func() {
+			err := w.Watch(ctx, a.changes.add)
+			if ctx.Err() == nil {
+				a.changes.end(err)
+			}
+		}()
+	}
+	return nil
+}
+
+func (a *Agent) closeRuntime() {
+	if a.runtime != nil {
+		a.runtime.Close()
+		a.runtime = nil
+	}
+}
+
+// releaseRuntime closes a runtime that is not watched.
+func (a *Agent) releaseRuntime() {
+	if _, watched := a.runtime.(watcher); !watched {
+		a.closeRuntime()
+	}
+}
+
+// register registers what is missing, the images that pods wait for first. It mounts
+// the disks before all else.
+func (a *Agent) register(ctx context.Context) error {
+	if err := a.openRuntime(ctx); err != nil {
+		return err
+	}
+	if len(a.disks) == 0 {
+		a.pending, a.registered, a.registerError = "", nil, nil
+		return nil
+	}
+	opt := report.InjectOptions{First: a.wanted(ctx), Finished: a.finished}
+	if !a.RestoreRemoved {
+		opt.Removed = slices.Sorted(maps.Keys(a.removed))
+	}
+	start := time.Now()
+	r, err := a.runtime.Inject(ctx, a.disks, opt)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	a.registerError = err
+	if r == nil {
+		return err
+	}
+	if e := a.listGenerations(ctx); e != nil {
+		return e
+	}
+	a.tell(r, time.Since(start))
+	a.noteRemoved(r)
+	a.registered = r
+	if err == nil {
+		a.pending = ""
+	}
+	return nil
+}
+
+// finished tells of one image. Several goroutines call it.
+func (a *Agent) finished(img report.Image) {
+	a.health.beat(a.CheckInterval)
+	switch {
+	case img.State == report.Failed:
+		a.Log.Error(report.Title(img.Names)+": not registered", "error", img.Reason)
+	case img.State == report.Registered || a.registered == nil:
+		percent := 100
+		if img.Layers > 0 {
+			percent = 100 * img.Cached / img.Layers
+		}
+		attrs := []any{"state", img.State, "milliseconds", img.Milliseconds}
+		if img.Reason != "" {
+			attrs = append(attrs, "note", img.Reason)
+		}
+		a.Log.Info(fmt.Sprintf("%s: %d/%d layers (%d%%) from the cache", report.Title(img.Names), img.Cached, img.Layers, percent), attrs...)
+	}
+}
+
+// tell reports a registration: the first one, or that it healed something.
+func (a *Agent) tell(r *report.Inject, took time.Duration) {
+	var names []string
+	layers := 0
+	for _, d := range r.Disks {
+		layers += d.Registered
+		for _, img := range d.Images {
+			if img.State == report.Registered {
+				names = append(names, report.Title(img.Names))
+			}
+		}
+	}
+	healed := len(names)
+	if a.pending == reasonMount {
+		healed = max(1, healed)
+	}
+	if healed == 0 {
+		return
+	}
+	a.took = took
+	took = took.Round(time.Millisecond)
+	if a.pending == reasonStart || a.pending == reasonDisk || a.registered == nil {
+		a.inform(eventRegistered, "registered %d images (%d layers) in %v", len(names), layers, took)
+		return
+	}
+	a.metrics.heals.WithLabelValues(string(a.pending)).Add(float64(healed))
+	if len(names) == 0 {
+		a.inform(eventHealed, "mounted the cache disk again")
+		return
+	}
+	a.inform(eventHealed, "registered again (%s): %s", a.pending.text(), list(names))
+}
+
+// text says what the reason means.
+func (r reason) text() string {
+	return map[reason]string{
+		reasonRuntime: "the container runtime had lost them",
+		reasonMount:   "the disk's mount was gone",
+		reasonPin:     "a pull had replaced their labels",
+		reasonRemoved: "they had been removed",
+	}[r]
+}
+
+// noteRemoved reports images that someone has removed since the last time.
+func (a *Agent) noteRemoved(r *report.Inject) {
+	removed := map[string]bool{}
+	for _, d := range r.Disks {
+		for _, img := range d.Images {
+			for _, name := range img.Removed {
+				removed[name] = true
+			}
+		}
+	}
+	var fresh []string
+	for _, name := range slices.Sorted(maps.Keys(removed)) {
+		if !a.told[name] {
+			fresh = append(fresh, name)
+		}
+	}
+	// What is there again, by a pull, is no longer missed.
+	a.removed, a.told = maps.Clone(removed), removed
+	if len(fresh) > 0 {
+		a.warn(eventRemoved, "removed by someone and left so, until the agent starts again: %s", list(fresh))
+	}
+}
+
+// list names no more than fit a message.
+func list(names []string) string {
+	const most = 5
+	if len(names) <= most {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+}

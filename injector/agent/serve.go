@@ -1,0 +1,60 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+)
+
+// health is what the probes are told.
+type health struct {
+	ready   atomic.Bool
+	overdue atomic.Int64 // Unix time after which the loop is stuck
+}
+
+// leastStuck is more than any pass takes: a look at a device that hangs, and a
+// registration on a disk that is slow.
+const leastStuck = 10 * time.Minute
+
+// beat says that the loop is at work.
+func (h *health) beat(interval time.Duration) {
+	h.overdue.Store(time.Now().Add(max(leastStuck, 3*interval)).Unix())
+}
+
+// serve serves the probes and the metrics, once the address is free: while one
+// agent takes over from another on the host's network, it may not be. Without it
+// the agent works all the same.
+func (a *Agent) serve(ctx context.Context) {
+	if a.MetricsAddress == "" || a.serving {
+		return
+	}
+	l, err := new(net.ListenConfig).Listen(ctx, "tcp", a.MetricsAddress)
+	if err != nil {
+		a.Log.Warn("not serving metrics and probes; trying again", "error", err)
+		return
+	}
+	a.serving = true
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", a.metrics.handler())
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		overdue := time.Since(time.Unix(a.health.overdue.Load(), 0))
+		answer(w, overdue < 0, "ok", fmt.Sprintf("stuck: a pass should have ended %v ago", overdue.Round(time.Second)))
+	})
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		answer(w, a.health.ready.Load(), "ok", "images are not registered or the gate is shut; see the log or the node's condition")
+	})
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
+	context.AfterFunc(ctx, func() { server.Close() })
+	go server.Serve(l) //nolint:errcheck // it ends with the context
+}
+
+func answer(w http.ResponseWriter, good bool, yes, no string) {
+	if !good {
+		http.Error(w, no, http.StatusServiceUnavailable)
+		return
+	}
+	fmt.Fprintln(w, yes)
+}

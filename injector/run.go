@@ -1,0 +1,79 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/agent"
+	"github.com/selkies-project/packer-plugin-selkies/injector/containerd"
+	"github.com/selkies-project/packer-plugin-selkies/injector/docker"
+)
+
+func newRunCommand(f *flags) *cobra.Command {
+	c := agent.Config{NodeName: os.Getenv("NODE_NAME")}
+	cmd := &cobra.Command{
+		Use:   "run",
+		Short: "Run on a node for good: inject, then open the gate, watch, heal and report",
+		Long: `Register every image of the cache disks, open the gate that keeps pods off the
+node until then, and stay: put back what a pull, a reboot, or a new containerd took
+away, take everything back when a disk is gone for good, and report. The gate opens
+at its deadline too, so that no node waits for ever: pods then pull.
+
+Disks and the runtime may come later. With containerd an image that someone removes
+stays removed until the next start. With Docker, which tells of no changes to its
+store, images are registered at start and when a disk comes; a running dockerd is
+restarted only as inject would.
+
+Logs at level info by default. SIGTERM ends it at once and changes nothing on the
+node.`,
+		Args: usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkRoot(); err != nil {
+				return err
+			}
+			if !cmd.Flags().Changed("log-level") {
+				f.log = newLogger(slog.LevelInfo)
+			}
+			c.Caches, c.HostRoot, c.Log = f.caches, f.hostRoot, f.log
+			c.Open = opener(f)
+			if err := c.Validate(); err != nil {
+				return usageError{err}
+			}
+			return agent.Run(cmd.Context(), c)
+		},
+	}
+	fs := cmd.Flags()
+	fs.BoolVar(&c.Kubernetes, "kubernetes", true, "keep the node's taint, labels and condition, and record events; off without a cluster")
+	fs.StringVar(&c.Kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server (default as a pod)")
+	fs.StringVar(&c.NodeName, "node-name", c.NodeName, "the node's `name` in the cluster; NODE_NAME says it as well")
+	fs.StringVar(&c.StartupTaint, "startup-taint", agent.DefaultStartupTaint, "`key` of the taint that the gate removes")
+	fs.StringVar(&c.CachePD, "cache-pd", "", "`value` of the label "+agent.LabelCachePD+" (default none)")
+	fs.DurationVar(&c.GateDeadline, "gate-deadline", agent.DefaultGateDeadline, "when the gate opens though images are not registered")
+	fs.BoolVar(&c.RestoreRemoved, "restore-removed", false, "register images again that someone removed")
+	fs.DurationVar(&c.GoneAfter, "gone-after", agent.DefaultGoneAfter, "how long a disk may be unreadable before its images are taken back")
+	fs.DurationVar(&c.CheckInterval, "check-interval", agent.DefaultCheckInterval, "time from one look at the disks to the next")
+	fs.StringVar(&c.MetricsAddress, "metrics-address", agent.DefaultMetricsAddress, "`address` of /metrics, /healthz and /readyz; empty for none")
+	return cmd
+}
+
+// opener connects to the runtime that the flags ask for, and from then on to that
+// kind only: while containerd restarts, a Docker beside it is not what pods use.
+func opener(f *flags) func(context.Context) (agent.Runtime, error) {
+	fixed := *f
+	return func(ctx context.Context) (agent.Runtime, error) {
+		rt, err := openRuntime(ctx, &fixed)
+		if err != nil {
+			return nil, err
+		}
+		switch rt := rt.(type) {
+		case *containerd.Runtime:
+			fixed.runtime, fixed.containerdNamespace = runtimeContainerd, rt.Namespace()
+		case *docker.Runtime:
+			fixed.runtime = runtimeDocker
+		}
+		return rt, nil
+	}
+}
