@@ -44,6 +44,7 @@ func life(t *testing.T, n *node) {
 	for _, image := range world.refs {
 		inspects[image] = n.inspect(t, image)
 	}
+	listed := n.images(t)
 	n.fresh(t)
 	before := n.store(t)
 	n.attach(t, world.first.image, cacheDir)
@@ -99,6 +100,11 @@ func life(t *testing.T, n *node) {
 			n.hello(t, image)
 			same(t, image, trees[image], n.tree(t, image))
 		}
+		if diff := cmp.Diff(listed, n.images(t)); diff != "" {
+			t.Errorf("docker images (-pulled +injected):\n%s", diff)
+		}
+		n.hello(t, ref("oci:latest")+"@"+digestOf(t, ref("oci:latest")))
+		n.hello(t, ref("platforms:latest")+"@"+digestOf(t, ref("platforms:latest")))
 	})
 	t.Run("status", func(t *testing.T) {
 		var regs []report.Registration
@@ -120,22 +126,13 @@ func life(t *testing.T, n *node) {
 		}
 	})
 	t.Run("save", func(t *testing.T) {
-		for _, image := range []string{ref("odd-files:latest"), ref("same-layer-twice:latest"), ref("docker-schema2:latest")} {
-			n.Output(t, "docker", "save", "-o", "/tmp/saved.tar", image)
-			img, err := tarball.ImageFromPath(n.Path("/tmp/saved.tar"), nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			checkLayers(t, image, img)
+		for _, image := range world.refs {
+			n.saves(t, image)
 		}
 	})
 	t.Run("build on top", func(t *testing.T) {
-		n.Output(t, "sh", "-ec", fmt.Sprintf(`mkdir -p /tmp/build; cd /tmp/build; echo new >file
-			printf 'FROM %s\nCOPY file /file\nRUN /bin/busybox sh -c "cat /file /greeting >/both"\n' >Dockerfile
-			docker build -q --network none -t built .`, ref("oci:latest")))
-		if out := n.Output(t, "docker", "run", "--rm", "--network", "none", "built", "/bin/busybox", "cat", "/both"); out != "new\nhello\n" {
-			t.Errorf("the built image has %q", out)
-		}
+		n.builds(t, "0", ref("oci:latest"))
+		n.builds(t, "1", ref("oci:latest"))
 		n.Output(t, "docker", "run", "--name", "changed", "--network", "none", ref("odd-files:latest"), "/bin/busybox", "touch", "/committed")
 		if out := n.Output(t, "docker", "diff", "changed"); out != "A /committed\n" {
 			t.Errorf("docker diff says %q", out)
@@ -203,6 +200,47 @@ func life(t *testing.T, n *node) {
 		}
 		same(t, "after eject", before, after)
 	})
+}
+
+// images is what docker images lists, without what depends on the day.
+func (n *node) images(t *testing.T) []string {
+	t.Helper()
+	out := n.Output(t, "docker", "images", "--digests", "--no-trunc", "--format", "{{.Repository}} {{.Tag}} {{.Digest}} {{.ID}} {{.Size}}")
+	return slices.Sorted(strings.Lines(out))
+}
+
+// digestOf is the digest that a tag stands for on the first disk.
+func digestOf(t *testing.T, tag string) string {
+	t.Helper()
+	for _, img := range world.first.manifest.Images {
+		if slices.Contains(img.Names, tag) {
+			return img.Target().Digest.String()
+		}
+	}
+	t.Fatalf("no %s on the first disk", tag)
+	return ""
+}
+
+// builds builds an image on top of one, with BuildKit or without ("1" or "0").
+func (n *node) builds(t *testing.T, buildKit, base string) {
+	t.Helper()
+	n.Output(t, "sh", "-ec", fmt.Sprintf(`mkdir -p /tmp/build; cd /tmp/build; echo new >file
+		printf 'FROM %s\nCOPY file /file\nRUN ["/bin/busybox", "sh", "-c", "cat /file /greeting >/both"]\n' >Dockerfile
+		DOCKER_BUILDKIT=%s docker build -q --network none -t built .`, base, buildKit))
+	if out := n.Output(t, "docker", "run", "--rm", "--network", "none", "built", "/bin/busybox", "cat", "/both"); out != "new\nhello\n" {
+		t.Errorf("the built image has %q", out)
+	}
+}
+
+// saves saves an image and checks every layer of the archive.
+func (n *node) saves(t *testing.T, image string) {
+	t.Helper()
+	n.Output(t, "docker", "save", "-o", "/tmp/saved.tar", image)
+	img, err := tarball.ImageFromPath(n.Path("/tmp/saved.tar"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkLayers(t, image, img)
 }
 
 // checkLayers hashes a saved image's layers.

@@ -13,12 +13,15 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
@@ -29,8 +32,9 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// world is what all tests share: a registry with the catalogue, and two generations
-// of a cache disk, files that nobody writes to from here on.
+// world is what all tests share: a registry with the catalogue, two generations of a
+// cache disk, and one more that Moby 29 has filled, files that nobody writes to from
+// here on.
 var world struct {
 	reg      *registry.Registry
 	injector string
@@ -38,7 +42,13 @@ var world struct {
 	newer    string   // on the second, in their place the older one's layers
 	first    disk
 	second   disk
+	zstd     string // with hub on modern, beside those on the first
+	hub      string // short name of an image of Docker Hub
+	modern   disk   // has blobs as well
 }
+
+// hub is the repository whose images stand for Docker Hub's, on the test registry.
+const hub = "library/hub"
 
 // disk is a cache disk.
 type disk struct {
@@ -84,17 +94,26 @@ func push(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// Docker 20.10, which fills the disk, does not know zstd.
-	all = slices.DeleteFunc(all, func(i images.Image) bool { return i.Zstd })
-	refs, err := images.Push(ctx, world.reg.Addr, all)
+	// Unlike any other, or it would have their names too.
+	hubs, err := mutate.Config(all[0].Image, v1.Config{Labels: map[string]string{"from": hub}})
 	if err != nil {
 		return err
 	}
-	for _, r := range refs {
-		if strings.HasSuffix(r, "/shared:2") {
-			world.newer = r
-		} else {
-			world.refs = append(world.refs, r)
+	all = append(all, images.Image{Repository: hub, Tags: []string{"1"}, Image: hubs})
+	for _, i := range all {
+		refs, err := images.Push(ctx, world.reg.Addr, []images.Image{i})
+		if err != nil {
+			return err
+		}
+		switch {
+		case i.Repository == hub:
+			world.hub = "hub:1"
+		case i.Zstd: // Docker 20.10, which fills the first disk, does not know it
+			world.zstd = refs[0]
+		case i.Repository == "shared" && i.Tags[0] == "2":
+			world.newer = refs[0]
+		default:
+			world.refs = append(world.refs, refs...)
 		}
 	}
 	return nil
@@ -108,21 +127,49 @@ func buildDisks(ctx context.Context, dir string) error {
 	defer m.Close()
 	created := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 	for _, g := range []struct {
-		disk *disk
-		name string
-		refs []string
+		disk    *disk
+		name    string
+		refs    []string
+		release machine.Release
+		blobs   bool
 	}{
-		{&world.first, "first", world.refs},
-		{&world.second, "second", []string{ref("shared:1"), ref("two-tags:one"), world.newer}},
+		{&world.first, "first", world.refs, machine.Debian, false},
+		{&world.second, "second", []string{ref("shared:1"), ref("two-tags:one"), world.newer}, machine.Debian, false},
+		{&world.modern, "modern", append(slices.Clone(world.refs), world.zstd, ref(hub+":1")), machine.Upstream, true},
 	} {
 		g.disk.image = filepath.Join(dir, g.name)
-		g.disk.manifest, err = cachedisk.Build(ctx, m, cachedisk.Config{Image: g.disk.image, References: g.refs, Created: created})
+		g.disk.manifest, err = cachedisk.Build(ctx, m, cachedisk.Config{
+			Image: g.disk.image, References: g.refs, Created: created, Release: g.release, Blobs: g.blobs,
+		})
 		if err != nil {
 			return err
 		}
 		created = created.AddDate(0, 1, 0)
 	}
-	return nil
+	return renameHub(ctx, world.modern, dir)
+}
+
+// renameHub gives the images of hub the names that Docker Hub's have: the manifest of
+// a disk which a build machine filled that reaches Docker Hub.
+func renameHub(ctx context.Context, d disk, dir string) error {
+	for i := range d.manifest.Images {
+		names := d.manifest.Images[i].Names
+		for j, n := range names {
+			if rest, ok := strings.CutPrefix(n, ref(hub)); ok {
+				names[j] = "docker.io/" + hub + rest
+			}
+		}
+	}
+	mountPoint := filepath.Join(dir, "mnt")
+	if err := os.Mkdir(mountPoint, 0o755); err != nil {
+		return err
+	}
+	if _, err := host.Output(exec.CommandContext(ctx, "mount", "-o", "loop", d.image, mountPoint)); err != nil {
+		return err
+	}
+	err := d.manifest.Write(mountPoint)
+	_, unmount := host.Output(exec.CommandContext(ctx, "umount", mountPoint))
+	return errors.Join(err, unmount)
 }
 
 // ref is a reference in the test registry.

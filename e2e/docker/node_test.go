@@ -7,10 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
@@ -153,21 +156,68 @@ func (n *node) eject(t *testing.T, args ...string) *report.Eject {
 	return &r
 }
 
-// refused runs the injector, which must fail with one line that has every word.
+// refused runs the injector, which must fail with status 1 and one line on stderr that
+// has every word, and change nothing.
 func (n *node) refused(t *testing.T, args []string, words ...string) {
 	t.Helper()
-	err := n.injector(t, nil, args...)
-	if err == nil {
-		t.Fatalf("%v succeeded", args)
+	before := n.state(t)
+	n.fails(t, append([]string{"selkies-image-injector", "--runtime", "docker"}, args...), words...)
+	after := n.state(t)
+	same(t, "after a refusal", before.files, after.files)
+	before.files, after.files = nil, nil
+	if diff := cmp.Diff(before, after, cmp.AllowUnexported(state{})); diff != "" {
+		t.Errorf("after a refusal (-before +after):\n%s", diff)
+	}
+}
+
+// fails runs a command that must fail with status 1 and one line that has every word.
+func (n *node) fails(t *testing.T, command []string, words ...string) {
+	t.Helper()
+	cmd := n.Command(t.Context(), command[0], command[1:]...)
+	var stdout, stderr strings.Builder
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	if cmd.ProcessState.ExitCode() != 1 {
+		t.Fatalf("%q: %v, want exit status 1; it said %s%s", command, err, &stdout, &stderr)
 	}
 	for _, w := range words {
-		if !strings.Contains(err.Error(), w) {
-			t.Errorf("%v: %q does not say %q", args, err, w)
+		if !strings.Contains(stderr.String(), w) {
+			t.Errorf("%q: %q does not say %q", command, &stderr, w)
 		}
 	}
-	if said := strings.TrimSpace(err.Error()); strings.Contains(said, "\n") {
-		t.Errorf("%v: more than a line: %q", args, said)
+	if strings.Count(stderr.String(), "\n") != 1 || stdout.Len() > 0 {
+		t.Errorf("%q: not one line on stderr: %q; on stdout: %q", command, &stderr, &stdout)
 	}
+}
+
+// state is all that a refusal must leave alone: the data root, whatever is in it, what
+// is registered, mounts, and the process that is dockerd.
+type state struct {
+	files  treediff.Tree
+	mounts string
+	pid    string
+}
+
+func (n *node) state(t *testing.T) state {
+	t.Helper()
+	root := dataRoot
+	if r, ok := n.docker.Config["data-root"].(string); ok {
+		root = r
+	}
+	files := treediff.Tree{}
+	for _, dir := range []string{root, stateDir} {
+		if _, err := os.Stat(n.Path(dir)); errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		tree, err := treediff.Dir(n.Path(dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, e := range tree {
+			files[filepath.Join(dir, name)] = e
+		}
+	}
+	return state{files, n.Output(t, "cat", "/proc/1/mountinfo"), n.pid(t)}
 }
 
 // hello runs an image's echo in a container.

@@ -3,13 +3,16 @@
 package docker_test
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
@@ -71,6 +74,52 @@ func TestKilled(t *testing.T) {
 			n.hello(t, ref("deep:latest"))
 		})
 	}
+}
+
+// TestEjectKilled kills eject, or dockerd under it, at random points. Another eject
+// ends in the state before everything, another inject in that of a clean run.
+func TestEjectKilled(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.attach(t, world.first.image, cacheDir)
+	before := n.store(t)
+	n.inject(t)
+	registered := n.store(t)
+	start := time.Now()
+	n.eject(t)
+	took := time.Since(start)
+	t.Logf("a clean run takes %v", took)
+	n.inject(t)
+	for kills := 0; kills < 24; {
+		after := rand.N(took)
+		what := fmt.Sprintf("eject killed after %v", after)
+		var err error
+		if kills%3 < 2 {
+			_, err = n.Run(t.Context(), "timeout", "-s", "KILL", fmt.Sprint(after.Seconds()),
+				"selkies-image-injector", "--runtime", "docker", "eject")
+		} else {
+			what = fmt.Sprintf("dockerd killed %v into eject", after)
+			_, err = n.Run(t.Context(), "sh", "-c", fmt.Sprintf(`selkies-image-injector --runtime docker eject & sleep %f
+				kill -0 $! 2>/dev/null && systemctl kill -s KILL --kill-who main docker.service; wait $!`, after.Seconds()))
+			n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
+		}
+		if err == nil {
+			took = took * 9 / 10 // it was slower when it was timed
+		} else {
+			kills++
+		}
+		if kills%2 == 0 {
+			n.eject(t)
+			// dockerd finishes a removal in which it was killed as it stops.
+			n.Output(t, "systemctl", "restart", "docker.service")
+			same(t, what+", then eject", before, n.store(t))
+		}
+		n.inject(t)
+		same(t, what+", then inject", registered, n.store(t))
+		if t.Failed() {
+			return
+		}
+	}
+	n.hello(t, ref("deep:latest"))
 }
 
 // TestInterrupted stops inject as Ctrl-C does: docker runs afterwards.
@@ -229,6 +278,16 @@ func TestBind(t *testing.T) {
 	if n.pid(t) != pid {
 		t.Error("binding again restarted docker")
 	}
+	// As after a boot: inject before Docker starts.
+	n.stop(t)
+	if got := mounts(); got != 0 {
+		t.Errorf("%d bind mounts while docker is stopped", got)
+	}
+	n.inject(t, "--link", "bind")
+	n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
+	if got := mounts(); got != layers {
+		t.Errorf("%d bind mounts for %d layers after inject and start", got, layers)
+	}
 	n.hello(t, ref("deep:latest"))
 	n.Output(t, "docker", "rmi", ref("odd-files:latest"))
 	n.hello(t, ref("deep:latest"))
@@ -247,34 +306,22 @@ func TestRefused(t *testing.T) {
 	n := newNode(t, releases[0].docker)
 	n.attach(t, world.first.image, cacheDir)
 	inject := []string{"inject"}
-	unchanged := func(t *testing.T, before treediff.Tree) {
-		t.Helper()
-		same(t, "after a refusal", before, n.store(t))
-	}
 
 	t.Run("not root", func(t *testing.T) {
-		before := n.store(t)
-		_, err := n.Run(t.Context(), "setpriv", "--reuid", "1000", "--clear-groups", "selkies-image-injector", "--runtime", "docker", "inject")
-		if err == nil || !strings.Contains(err.Error(), "root") {
-			t.Errorf("says %v", err)
-		}
-		unchanged(t, before)
+		before := n.state(t)
+		n.fails(t, []string{"setpriv", "--reuid", "1000", "--clear-groups", "selkies-image-injector", "--runtime", "docker", "inject"}, "not root")
+		same(t, "after a refusal", before.files, n.state(t).files)
 	})
 	t.Run("running containers", func(t *testing.T) {
 		n.Output(t, "docker", "pull", "-q", ref("one-layer:latest"))
 		n.Output(t, "docker", "run", "-d", "--name", "busy", "--network", "none", ref("one-layer:latest"), "/bin/sleep", "1000")
-		before, pid := n.store(t), n.pid(t)
 		n.refused(t, inject, "busy", "live-restore", "--docker-restart-running")
-		unchanged(t, before)
-		if n.pid(t) != pid {
-			t.Error("docker was restarted")
-		}
 		// With live-restore containers survive.
 		n.docker.Config = map[string]any{"live-restore": true}
 		n.Output(t, "docker", "rm", "-f", "busy")
 		n.start(t)
 		n.Output(t, "docker", "run", "-d", "--name", "busy", "--network", "none", ref("one-layer:latest"), "/bin/sleep", "1000")
-		before = n.store(t)
+		before := n.store(t)
 		n.inject(t)
 		if out := n.Output(t, "docker", "inspect", "-f", "{{.State.Running}}", "busy"); out != "true\n" {
 			t.Errorf("the container runs: %s", out)
@@ -282,7 +329,7 @@ func TestRefused(t *testing.T) {
 		n.hello(t, ref("deep:latest"))
 		// The container's image is the node's own, on a layer of its own.
 		n.eject(t)
-		unchanged(t, before)
+		same(t, "after eject", before, n.store(t))
 		n.Output(t, "docker", "rm", "-f", "busy")
 		n.docker.Config = nil
 		n.start(t)
@@ -294,66 +341,100 @@ func TestRefused(t *testing.T) {
 	})
 	t.Run("not under systemd", func(t *testing.T) {
 		n.fresh(t)
-		before := n.store(t)
 		n.stop(t)
-		n.Output(t, "systemd-run", "-q", "--unit", "other", "-p", "Type=notify", "/usr/sbin/dockerd", "--containerd", "/run/containerd/containerd.sock")
+		n.otherDocker(t)
 		n.refused(t, inject, "docker.service", "stop it")
-		unchanged(t, before)
 		n.Output(t, "systemctl", "stop", "other")
 	})
 	t.Run("it listens elsewhere", func(t *testing.T) {
 		n.start(t)
+		n.refused(t, []string{"inject", "--docker-host", "unix:///run/elsewhere.sock"}, "process "+n.pid(t), dataRoot, "--docker-host")
+	})
+	t.Run("another one listens elsewhere", func(t *testing.T) {
+		n.stop(t)
+		elsewhere := []string{"-H", "unix:///run/other.sock", "--pidfile", "/run/other.pid"}
+		pid := n.otherDocker(t, elsewhere...)
+		n.refused(t, inject, "process "+pid+" on data root "+dataRoot, "--docker-host")
+		n.refused(t, []string{"inject", "--docker-root", dataRoot + "/../docker"}, "process "+pid)
+		n.Output(t, "systemctl", "stop", "other")
+
+		// Nobody can tell any more what it was started with.
+		config := "/etc/docker/other.json"
+		n.Output(t, "sh", "-ec", `sed '1s,{,{"data-root": "`+dataRoot+`"\,,' /etc/docker/daemon.json >`+config)
+		pid = n.otherDocker(t, append(elsewhere, "--config-file="+config)...)
+		n.refused(t, inject, "process "+pid+" on data root "+dataRoot)
+		n.Output(t, "rm", config)
+		n.refused(t, inject, "process "+pid, config, "stop it")
+		n.Output(t, "systemctl", "stop", "other")
+
+		// One with a store of its own does not matter.
+		n.otherDocker(t, append(elsewhere, "--data-root=/var/lib/docker-other", "--exec-root=/run/docker-other")...)
 		before := n.store(t)
-		n.refused(t, []string{"inject", "--docker-host", "unix:///run/elsewhere.sock"}, "dockerd runs", "--docker-host")
-		unchanged(t, before)
+		n.inject(t)
+		n.Output(t, "systemctl", "stop", "other")
+		n.start(t)
+		n.hello(t, ref("deep:latest"))
+		n.eject(t)
+		same(t, "after eject", before, n.store(t))
 	})
 	t.Run("another data root", func(t *testing.T) {
 		n.start(t)
 		n.refused(t, []string{"inject", "--docker-root", "/srv"}, "/srv", dataRoot)
 		n.stop(t)
-		n.refused(t, []string{"inject", "--docker-root", "/srv"}, "/srv", "no overlay2 store")
+		for _, root := range []string{"/srv", "/nowhere"} {
+			n.refused(t, []string{"inject", "--docker-root", root}, root, "no overlay2 store", "--docker-root")
+		}
+		n.refused(t, []string{"inject", "--docker-root", "/etc/passwd"}, "/etc/passwd", "not a directory")
+		if _, err := os.Stat(n.Path("/nowhere")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("a missing data root: %v", err)
+		}
 		n.start(t)
 	})
 	t.Run("another storage driver", func(t *testing.T) {
-		n.docker.Config = map[string]any{"storage-driver": "vfs"}
+		n.docker.Config = map[string]any{"storage-driver": "vfs", "data-root": "/var/lib/docker-vfs"}
 		n.start(t)
 		n.refused(t, inject, "vfs", "overlay2", "daemon.json")
+		n.stop(t)
+		n.refused(t, []string{"inject", "--docker-root", "/var/lib/docker-vfs"}, "/var/lib/docker-vfs", "no overlay2 store", "storage driver")
 	})
 	t.Run("userns-remap", func(t *testing.T) {
 		n.docker.Config = map[string]any{"userns-remap": "default"}
 		n.start(t)
-		n.refused(t, inject, "userns-remap")
+		n.refused(t, inject, "userns-remap", "daemon.json")
+		root := strings.TrimSpace(n.Output(t, "docker", "info", "-f", "{{.DockerRootDir}}"))
+		n.stop(t)
+		n.refused(t, []string{"inject", "--docker-root", root}, root, "userns-remap", "daemon.json")
 	})
 	n.docker.Config = nil
-	t.Run("no room", func(t *testing.T) {
-		small := n.emptyDisk(t)
-		n.Output(t, "sh", "-ec", fmt.Sprintf("mkfs.ext4 -q -N 300 %[1]s; mkdir -p /mnt/small; mount %[1]s /mnt/small", small))
-		n.docker.Config = map[string]any{"data-root": "/mnt/small"}
-		n.start(t)
-		pid := n.pid(t)
-		n.refused(t, inject, "inodes free", "make room")
-		if n.pid(t) != pid {
-			t.Error("docker was restarted")
-		}
-		n.stop(t)
-		n.Output(t, "umount", "/mnt/small")
-		n.docker.Config = nil
-	})
+	for _, tt := range []struct{ name, mkfs, fill, want string }{
+		{"no inodes", "-N 300", "true", "inodes free"},
+		{"no bytes", "-b 4096 -N 16000", "fallocate -l $(df --output=avail -B1 /mnt/small | tail -n 1) /mnt/small/fill", "bytes free"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			small := n.emptyDisk(t)
+			n.Output(t, "sh", "-ec", fmt.Sprintf("mkfs.ext4 -q %s %[2]s; mkdir -p /mnt/small; mount %[2]s /mnt/small", tt.mkfs, small))
+			n.docker.Config = map[string]any{"data-root": "/mnt/small"}
+			n.start(t)
+			n.Output(t, "sh", "-ec", tt.fill)
+			n.refused(t, inject, "/mnt/small", tt.want, "make room")
+			n.stop(t)
+			n.Output(t, "umount", "/mnt/small")
+			n.docker.Config = nil
+		})
+	}
 	t.Run("a damaged disk", func(t *testing.T) {
 		n.start(t)
-		before := n.store(t)
 		n.Output(t, "sh", "-ec", "mkdir -p /run/bad/selkies-image-cache; head -c 1000 /cache/selkies-image-cache/manifest.json >/run/bad/selkies-image-cache/manifest.json")
 		n.refused(t, []string{"inject", "--cache", "/run/bad"}, "/run/bad", "truncated")
 		n.Output(t, "cp", "/cache/selkies-image-cache/manifest.json", "/run/bad/selkies-image-cache/manifest.json")
 		n.refused(t, []string{"inject", "--cache", "/run/bad"}, "/run/bad", "layer")
-		unchanged(t, before)
 	})
 	t.Run("the write fails", func(t *testing.T) {
 		// Nothing can be renamed into an immutable directory.
 		before := n.store(t)
 		pid := n.pid(t)
 		n.Output(t, "sh", "-ec", "chattr +i "+dataRoot+"/image/overlay2/imagedb/content/sha256")
-		n.refused(t, inject, "registering image")
+		n.fails(t, []string{"selkies-image-injector", "--runtime", "docker", "inject"}, "registering image")
 		n.Output(t, "chattr", "-i", dataRoot+"/image/overlay2/imagedb/content/sha256")
 		if n.pid(t) == pid || n.pid(t) == "0" {
 			t.Error("docker was not started again")
@@ -364,6 +445,14 @@ func TestRefused(t *testing.T) {
 		n.inject(t)
 		n.hello(t, ref("deep:latest"))
 		n.eject(t)
-		unchanged(t, before)
+		same(t, "after eject", before, n.store(t))
 	})
+}
+
+// otherDocker starts a dockerd that is not docker.service, and returns its process.
+func (n *node) otherDocker(t *testing.T, args ...string) (pid string) {
+	t.Helper()
+	n.Output(t, append([]string{"systemd-run", "-q", "--unit", "other", "-p", "Type=notify", "/usr/sbin/dockerd",
+		"--containerd", machine.Socket}, args...)...)
+	return strings.TrimSpace(n.Output(t, "systemctl", "show", "-P", "MainPID", "other"))
 }
