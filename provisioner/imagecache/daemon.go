@@ -19,6 +19,10 @@ const (
 	// removes with the unit.
 	runtimeDirectory = "selkies-image-cache"
 
+	// dockerConfig is where dockerd looks for the certificates of registries, and where
+	// up to version 23 it makes a key that identifies it.
+	dockerConfig = "/etc/docker"
+
 	// An unmount of a build that was cut off writes back what the VM's memory holds.
 	unmountTimeout = 10 * time.Minute
 )
@@ -32,9 +36,9 @@ type lifeline struct {
 	dialer *dialer
 }
 
-// startLifeline starts the unit. The mount point is removed in the end if the
-// build is the one that makes it.
-func startLifeline(ctx context.Context, r *vm, mountPoint string, remove bool) (*lifeline, error) {
+// startLifeline starts the unit. In the end it removes the directories that the build
+// is about to make.
+func startLifeline(ctx context.Context, r *vm, mountPoint string, made []string) (*lifeline, error) {
 	command := []string{
 		"systemd-run", "--unit=" + lifelineUnit, "--description=Packer build that fills an image cache",
 		"--collect", "--quiet", "--pipe", "--wait",
@@ -42,8 +46,8 @@ func startLifeline(ctx context.Context, r *vm, mountPoint string, remove bool) (
 		"--property=ExecStopPost=-/bin/systemctl stop " + dockerdUnit,
 		"--property=ExecStopPost=-/bin/umount --recursive " + mountPoint,
 	}
-	if remove {
-		command = append(command, "--property=ExecStopPost=-/bin/rmdir "+mountPoint)
+	for _, dir := range made {
+		command = append(command, "--property=ExecStopPost=-/bin/rmdir "+dir)
 	}
 	d := &dialer{vm: r, command: append(command, "cat")}
 	conn, err := d.dial(ctx, "", "")
@@ -98,9 +102,21 @@ func stopLeftovers(ctx context.Context, r *vm, say func(string, ...any)) error {
 	return nil
 }
 
+// checkDocker finds out whether there is a Docker to start, before the disk changes.
+func checkDocker(ctx context.Context, r *vm) error {
+	for _, program := range []string{"dockerd", "docker"} {
+		if _, err := r.run(ctx, program, "--version"); exitStatus(err) == commandNotFound {
+			return fmt.Errorf("%w; install Docker on the build VM before this provisioner runs", err)
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // startDaemon starts a Docker daemon of its own on the disk and returns its
-// address. It shares nothing with the VM's own daemon: not its configuration, nor
-// its sockets, network rules or containers.
+// address. It shares nothing with the VM's own daemon but the certificates of
+// registries: not its configuration, nor its sockets, network rules or containers.
 func (d *cacheDisk) startDaemon(ctx context.Context, c *Config) (host string, err error) {
 	run := path.Join("/run", runtimeDirectory)
 	host = "unix://" + path.Join(run, "docker.sock")
@@ -138,6 +154,10 @@ func (d *cacheDisk) startDaemon(ctx context.Context, c *Config) (host string, er
 		// Where dockerd sees no containerd it starts one of its own below its roots,
 		// and the VM's keeps no trace of it.
 		"--property=InaccessiblePaths=-/run/containerd",
+		// That one would make an empty /opt/containerd, and dockerd a key.
+		"--property=ReadOnlyPaths=-/opt",
+		"--property=TemporaryFileSystem="+dockerConfig,
+		"--property=BindReadOnlyPaths=-"+path.Join(dockerConfig, "certs.d"),
 		"dockerd", "--config-file="+configFile)
 	if err != nil {
 		return "", fmt.Errorf("starting a Docker daemon on the cache disk: %w", d.explainDaemon(ctx, err))
@@ -149,9 +169,6 @@ func (d *cacheDisk) startDaemon(ctx context.Context, c *Config) (host string, er
 func (d *cacheDisk) explainDaemon(ctx context.Context, err error) error {
 	if exitStatus(err) < 0 {
 		return err
-	}
-	if _, e := d.vm.run(ctx, "dockerd", "--version"); exitStatus(e) == 127 {
-		return fmt.Errorf("%w; install Docker on the build VM before this provisioner runs", e)
 	}
 	out, e := d.vm.run(ctx, "journalctl", "--unit="+dockerdUnit, "--lines=3", "--output=cat", "--no-pager", "--quiet")
 	if e != nil || len(out) == 0 {

@@ -32,6 +32,9 @@ func (d *cacheDisk) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := checkDocker(ctx, d.vm); err != nil {
+		return err
+	}
 	if err := stopLeftovers(ctx, d.vm, d.say); err != nil {
 		return err
 	}
@@ -178,14 +181,16 @@ func (d *cacheDisk) holds(ctx context.Context) (string, error) {
 
 // mount mounts the device under the care of the lifeline.
 func (d *cacheDisk) mount(ctx context.Context) error {
-	exists := true
-	if _, err := d.vm.run(ctx, "stat", "--format=%F", d.config.MountPoint); exitStatus(err) > 0 {
-		exists = false
-	} else if err != nil {
-		return err
+	var made []string
+	for _, dir := range []string{d.config.MountPoint, dockerConfig} {
+		if _, err := d.vm.run(ctx, "stat", "--format=%F", dir); exitStatus(err) > 0 {
+			made = append(made, dir)
+		} else if err != nil {
+			return err
+		}
 	}
 	var err error
-	if d.lifeline, err = startLifeline(ctx, d.vm, d.config.MountPoint, !exists); err != nil {
+	if d.lifeline, err = startLifeline(ctx, d.vm, d.config.MountPoint, made); err != nil {
 		return err
 	}
 	if _, err := d.vm.run(ctx, "mkdir", "--parents", d.config.MountPoint); err != nil {

@@ -68,7 +68,7 @@ func connectEngine(ctx context.Context, r *vm, host string, conns int) (*engine,
 func explainCommand(e *commandError) error {
 	remedy := "start Docker there, or set docker_host"
 	switch {
-	case e.status == 127: // as env says that it found no such command
+	case e.status == commandNotFound:
 		remedy = "install Docker there before this provisioner runs"
 	case strings.Contains(strings.ToLower(e.stderr), "permission denied"):
 		remedy = "set execute_command to one that may use Docker's socket"

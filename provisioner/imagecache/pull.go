@@ -174,7 +174,7 @@ func (p *puller) pullOnce(ctx context.Context, w *wanted) error {
 	}
 	stream, err := p.engine.ImagePull(ctx, w.pullRef(), image.PullOptions{RegistryAuth: auth, Platform: platforms.Format(p.platform)})
 	if err != nil {
-		return explainPull(err)
+		return explainPull(w.refs[0], err)
 	}
 	defer stream.Close()
 	for events := json.NewDecoder(stream); ; {
@@ -185,18 +185,20 @@ func (p *puller) pullOnce(ctx context.Context, w *wanted) error {
 			return fmt.Errorf("reading Docker's answer: %w", err)
 		}
 		if e.Error != nil {
-			return explainPull(errors.New(e.Error.Message))
+			return explainPull(w.refs[0], errors.New(e.Error.Message))
 		}
 		p.progress.event(w, e)
 	}
 }
 
-func explainPull(err error) error {
+func explainPull(ref reference, err error) error {
 	switch msg := err.Error(); {
 	case strings.Contains(msg, noSpace):
 		return errDiskFull
 	case strings.Contains(msg, plainHTTP):
 		return fmt.Errorf("%w; set insecure_registries, and for the VM's own Docker its insecure-registries", err)
+	case strings.Contains(msg, unknownCertificate):
+		return fmt.Errorf("%w; put the certificate of its authority into /etc/docker/certs.d/%s/ca.crt on the build VM, or set insecure_registries", err, ref.registry())
 	}
 	return err
 }

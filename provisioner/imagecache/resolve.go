@@ -218,8 +218,12 @@ func unsupported(mediaType types.MediaType) error {
 	return fmt.Errorf("its manifest is of the unknown type %s", mediaType)
 }
 
-// plainHTTP is what net/http says of a registry without TLS, here and in Docker.
-const plainHTTP = "http: server gave HTTP response to HTTPS client"
+// What Go's libraries say of registries without TLS and with certificates that nobody
+// vouches for, here and in Docker.
+const (
+	plainHTTP          = "http: server gave HTTP response to HTTPS client"
+	unknownCertificate = "x509: certificate signed by unknown authority"
+)
 
 // explainRegistry turns a registry's answer into one line with a remedy.
 func explainRegistry(err error) error {
@@ -234,6 +238,9 @@ func explainRegistry(err error) error {
 	}
 	if strings.Contains(err.Error(), plainHTTP) {
 		return fmt.Errorf("%w; set insecure_registries", err)
+	}
+	if strings.Contains(err.Error(), unknownCertificate) {
+		return fmt.Errorf("%w; make the Packer host trust its authority, or set insecure_registries", err)
 	}
 	if _, ok := errors.AsType[*net.OpError](err); ok {
 		return fmt.Errorf("%w; the Packer host reads manifests itself, so it needs a way to the registry too: set HTTPS_PROXY there, or insecure_registries if it speaks plain HTTP", err)

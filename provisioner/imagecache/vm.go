@@ -24,6 +24,9 @@ const (
 	commandGrace = 10 * time.Second
 
 	maxOutput = 64 << 20
+
+	// The exit status of env when it finds no such command.
+	commandNotFound = 127
 )
 
 var errLost = errors.New("the connection to the build VM was lost")
