@@ -3,15 +3,18 @@
 package provisioner_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
@@ -93,7 +96,12 @@ func TestBadInput(t *testing.T) {
 			if err == nil {
 				t.Fatalf("the build succeeded:\n%s", out)
 			}
-			if !strings.Contains(strings.Join(strings.Fields(out), " "), tt.want) {
+			// Packer wraps what it has to say of a template.
+			said := strings.Join(strings.Fields(out), " ")
+			if !strings.Contains(out, "Failed preparing") {
+				said = errorLine(t, out)
+			}
+			if !strings.Contains(said, tt.want) {
 				t.Errorf("does not say %q:\n%s", tt.want, out)
 			}
 			if diff := cmp.Diff(before, v.state(t)); diff != "" {
@@ -106,61 +114,87 @@ func TestBadInput(t *testing.T) {
 	}
 	t.Run("none communicator", func(t *testing.T) {
 		out, err := packerBuild(t, "\n communicator = \"none\"\n", imagesOption(good)).CombinedOutput()
-		if err == nil || !strings.Contains(string(out), `set a communicator other than "none"`) {
+		if err == nil || !strings.Contains(errorLine(t, string(out)), `set a communicator other than "none"`) {
 			t.Errorf("packer build: %v\n%s", err, out)
 		}
 	})
 }
 
-// TestSomeFail has an image among others that cannot be had.
+// TestSomeFail has two images among forty that cannot be had.
 func TestSomeFail(t *testing.T) {
 	v := world.debian
 	blobs := t.TempDir()
 	reg := registry.New(t, registry.Config{Dir: blobs})
-	a := pushed(t, reg, "a:1", newImage(t, layer(t, map[string]int{"a": 1 << 20})))
-	b := pushed(t, reg, "b:1", newImage(t, layer(t, map[string]int{"b": 1 << 20})))
-	broken := newImage(t, layer(t, map[string]int{"c": 1000}))
-	c := pushed(t, reg, "c:1", broken)
-	d := newDisk(t, v, 256)
-	// The manifest of c can be had but its layer cannot.
-	layers, err := broken.Layers()
-	if err != nil {
-		t.Fatal(err)
+	var images []v1.Image
+	var good []string
+	for i := range 38 {
+		image := newImage(t, layer(t, map[string]int{fmt.Sprint("file", i): 1000}))
+		images = append(images, image)
+		good = append(good, pushed(t, reg, fmt.Sprintf("app-%d:1", i), image))
 	}
-	blob, err := layers[0].Digest()
-	if err != nil {
-		t.Fatal(err)
-	}
+	// The manifest of broken can be had but its layer cannot.
+	image := newImage(t, layer(t, map[string]int{"broken": 1000}))
+	broken := pushed(t, reg, "broken:1", image)
+	blob := layerDigest(t, image, 0)
 	if err := os.Remove(filepath.Join(blobs, blob.Algorithm, blob.Hex)); err != nil {
 		t.Fatal(err)
 	}
-	out, err := v.build(t, imagesOption(a, reg.Addr+"/none:1", c, b), d.block(), "max_pull_attempts = 2")
-	text := strings.Join(strings.Fields(out), " ")
-	if err == nil || !strings.Contains(text, "2 of 4 references failed: ") || !strings.Contains(text, "none:1 (images[1])") || !strings.Contains(text, "c:1 (images[2])") {
-		t.Fatalf("packer build: %v\n%s", err, out)
+	d := newDisk(t, v, 256)
+	v.mustBuild(t, imagesOption(good[0]), d.block())
+	_, manifest := d.manifest(t)
+	before := v.state(t)
+
+	all := slices.Insert(slices.Clone(good), 20, reg.Addr+"/none:1", broken)
+	out, err := v.build(t, imagesOption(all...), d.block(), "max_pull_attempts = 2")
+	if err == nil {
+		t.Fatalf("the build succeeded:\n%s", out)
 	}
+	line := errorLine(t, out)
+	for _, want := range []string{"2 of 40 references failed: ", "/none:1 (images[20]): the registry has no such image", "/broken:1 (images[21]): "} {
+		if !strings.Contains(line, want) {
+			t.Errorf("does not say %q: %s", want, line)
+		}
+	}
+	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+		t.Errorf("the VM changed: %s", diff)
+	}
+	if _, after := d.manifest(t); !bytes.Equal(after, manifest) {
+		t.Error("the layer manifest changed")
+	}
+
 	// The next try finds what succeeded.
 	reg.Reset()
-	out = v.mustBuild(t, imagesOption(a, b), d.block())
-	if n := reg.Count().BlobGets; n > 2 { // the configs, read by the Packer host
-		t.Errorf("fetched %d blobs again:\n%s", n, out)
+	v.mustBuild(t, imagesOption(good...), d.block())
+	for i, image := range images {
+		if blobs := layerBlobs(t, reg, image); len(blobs) > 0 {
+			t.Errorf("fetched %s again", good[i])
+		}
 	}
+	d.checkStore(t, len(good))
 }
 
 // TestDiskFull has more to pull than the disk can hold.
 func TestDiskFull(t *testing.T) {
 	v := world.debian
 	reg := registry.New(t, registry.Config{})
-	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"large": 100 << 20})))
+	small := pushed(t, reg, "small:1", newImage(t, layer(t, map[string]int{"small": 1000})))
+	large := pushed(t, reg, "large:1", newImage(t, layer(t, map[string]int{"large": 100 << 20})))
 	d := newDisk(t, v, 64)
+	v.mustBuild(t, imagesOption(small), d.block())
+	_, manifest := d.manifest(t)
 	before := v.state(t)
-	out, err := v.build(t, imagesOption(ref), d.block())
-	if err == nil || !strings.Contains(out, "the disk is full; use a larger one") {
+	out, err := v.build(t, imagesOption(large), d.block())
+	if err == nil || !strings.Contains(errorLine(t, out), "/large:1 (images[0]): the disk is full; use a larger one") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
 	if diff := cmp.Diff(before, v.state(t)); diff != "" {
 		t.Errorf("the VM changed: %s", diff)
 	}
+	if _, after := d.manifest(t); !bytes.Equal(after, manifest) {
+		t.Error("the layer manifest changed")
+	}
+	v.mustBuild(t, imagesOption(small), d.block())
+	d.checkStore(t, 1)
 }
 
 // TestUnusableDocker has a VM without a Docker that can be used.
@@ -176,12 +210,28 @@ func TestUnusableDocker(t *testing.T) {
 	d := newDisk(t, v, 64)
 	fails := func(want string, options ...string) {
 		t.Helper()
+		before, sum := v.state(t), checksum(t, d)
 		out, err := v.build(t, append(options, imagesOption(ref))...)
-		if err == nil || !strings.Contains(strings.Join(strings.Fields(out), " "), want) {
+		if err == nil || !strings.Contains(errorLine(t, out), want) {
 			t.Errorf("does not say %q: %v\n%s", want, err, out)
+		}
+		if diff := cmp.Diff(before, v.state(t)); diff != "" {
+			t.Errorf("the VM changed: %s", diff)
+		}
+		if checksum(t, d) != sum {
+			t.Error("the disk changed")
 		}
 	}
 	fails("start Docker there, or set docker_host")
+	// The daemon on the disk needs only the programs, and makes nothing that the VM's own
+	// would make at its first start.
+	v.Output(t, "rmdir", "/etc/docker")
+	before := v.state(t)
+	other := newDisk(t, v, 64)
+	v.mustBuild(t, imagesOption(ref), other.block())
+	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+		t.Errorf("the VM changed: %s", diff)
+	}
 	if err := m.StartContainerd(t.Context(), machine.Containerd{Release: machine.Debian}); err != nil {
 		t.Fatal(err)
 	}

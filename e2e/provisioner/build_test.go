@@ -5,6 +5,17 @@ package provisioner_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	cryptorand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"io"
+	"log"
+	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -15,12 +26,14 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/santhosh-tekuri/jsonschema/v6"
+	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
@@ -49,7 +62,7 @@ func TestBuild(t *testing.T) {
 			reg := registry.New(t, registry.Config{})
 			refs := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
 			out, err := v.build(t, imagesOption(refs))
-			if err == nil || !strings.Contains(out, "docker on the build VM keeps its images in containerd") {
+			if err == nil || !strings.Contains(errorLine(t, out), "docker on the build VM keeps its images in containerd") {
 				t.Errorf("packer build: %v\n%s", err, out)
 			}
 		})
@@ -85,11 +98,11 @@ func testBuild(t *testing.T, v *vm, zstd bool) {
 	}
 	output := filepath.Join(t.TempDir(), "manifest.json")
 	d := newDisk(t, v, 1024)
-	before := v.state(t)
+	before := v.state(t) + v.network(t)
 
 	v.mustBuild(t, imagesOption(refs...), d.block(), "image_list_file = \""+list+"\"", "manifest_output = \""+output+"\"", "verify = true", "keep_blobs = true")
 
-	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+	if diff := cmp.Diff(before, v.state(t)+v.network(t)); diff != "" {
 		t.Errorf("the build changed the VM: %s", diff)
 	}
 	m, data := d.manifest(t)
@@ -230,15 +243,7 @@ func TestRebuild(t *testing.T) {
 	t.Run("newer", func(t *testing.T) {
 		reg.Reset()
 		out := v.mustBuild(t, imagesOption(second, other), d.block())
-		layers, err := newer.Layers()
-		if err != nil {
-			t.Fatal(err)
-		}
-		digest, err := layers[1].Digest()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if diff := cmp.Diff([]string{digest.String()}, layerBlobs(t, reg, newer)); diff != "" {
+		if diff := cmp.Diff([]string{layerDigest(t, newer, 1).String()}, layerBlobs(t, reg, newer)); diff != "" {
 			t.Errorf("blobs pulled: %s", diff)
 		}
 		m, _ := d.manifest(t)
@@ -309,7 +314,7 @@ func TestUser(t *testing.T) {
 	v.Output(t, "install", "--mode=4755", "/usr/bin/setpriv", "/usr/local/bin/asroot")
 
 	out, err := packerBuild(t, v.communicator("builder"), imagesOption(ref), d.block()).CombinedOutput()
-	if err == nil || !strings.Contains(string(out), "allow sudo without a password or set execute_command") {
+	if err == nil || !strings.Contains(errorLine(t, string(out)), "allow sudo without a password or set execute_command") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
 	execute := `execute_command = "asroot --reuid=0 --regid=0 --clear-groups {{ .Command }}"`
@@ -341,7 +346,7 @@ func TestRetry(t *testing.T) {
 
 	d := newDisk(t, v, 64)
 	out, err := v.build(t, imagesOption(ref), d.block(), "max_pull_attempts = 1")
-	if err == nil || !strings.Contains(strings.Join(strings.Fields(out), " "), "(1 attempts; see max_pull_attempts)") {
+	if err == nil || !strings.Contains(errorLine(t, out), "(1 attempts; see max_pull_attempts)") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
 	requests.Store(0)
@@ -367,7 +372,7 @@ func TestInsecureRegistry(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := newDisk(t, v, 64)
-	if out, err := v.build(t, imagesOption(reg.Addr+"/app:1"), d.block()); err == nil || !strings.Contains(out, "insecure_registries") {
+	if out, err := v.build(t, imagesOption(reg.Addr+"/app:1"), d.block()); err == nil || !strings.Contains(errorLine(t, out), "set insecure_registries") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
 	v.mustBuild(t, imagesOption(reg.Addr+"/app:1"), d.block(), `insecure_registries = ["`+reg.Addr+`"]`)
@@ -381,37 +386,218 @@ func TestOwnDaemon(t *testing.T) {
 	mine := pushed(t, reg, "mine:1", newImage(t, layer(t, map[string]int{"mine": 1000})))
 	first := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"first": 1000})))
 	second := pushed(t, reg, "app:2", newImage(t, layer(t, map[string]int{"second": 1000})))
-	// The machine's /var/lib/docker is a mount, so the store has to lie below it.
-	docker := machine.Docker{Release: machine.Debian, Config: map[string]any{"data-root": "/var/lib/docker/store"}}
-	if err := v.StartDocker(t.Context(), docker); err != nil {
-		t.Fatal(err)
+
+	// The machine's /var/lib/docker is a directory of a disk that it has nowhere else.
+	t.Run("part of a disk", func(t *testing.T) {
+		before := v.state(t)
+		out, err := v.build(t, imagesOption(first))
+		if err == nil || !strings.Contains(errorLine(t, out), "lies on the mount /var/lib/docker, which shows only ") {
+			t.Errorf("packer build: %v\n%s", err, out)
+		}
+		if diff := cmp.Diff(before, v.state(t)); diff != "" {
+			t.Errorf("the VM changed: %s", diff)
+		}
+	})
+
+	// As a boot disk has it, but for the place where its root is.
+	d := newDisk(t, v, 256)
+	run(t, "mkfs.ext4", "-q", d.device)
+	stop := func(t *testing.T) {
+		t.Helper()
+		v.Output(t, "systemctl", "stop", "docker.socket", "docker.service")
 	}
+	stop(t)
+	v.Output(t, "sh", "-ec", "mkdir -p /boot-disk; mount "+d.device+" /boot-disk; mkdir -p /boot-disk/var/lib/docker; mount --bind /boot-disk/var/lib/docker /var/lib/docker")
 	t.Cleanup(func() {
 		if err := v.StartDocker(context.Background(), machine.Docker{Release: machine.Debian}); err != nil {
 			t.Fatal(err)
 		}
 	})
+	if err := v.StartDocker(t.Context(), machine.Docker{Release: machine.Debian}); err != nil {
+		t.Fatal(err)
+	}
 	v.Output(t, "docker", "pull", mine)
 
 	v.mustBuild(t, imagesOption(first))
 	v.mustBuild(t, imagesOption(second), `docker_host = "unix:///run/docker.sock"`)
 
-	m, err := manifest.Read(v.Path("/var/lib/docker"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if m.Store.Root != "store" {
-		t.Errorf("store.root is %q", m.Store.Root)
-	}
-	for _, l := range m.Layers {
-		if _, err := os.Stat(v.Path("/var/lib/docker/" + m.LayerPath(l))); err != nil {
-			t.Error(err)
-		}
-	}
 	got := v.Output(t, "docker", "images", "--format", "{{.Repository}}:{{.Tag}}")
 	if !strings.Contains(got, mine) || strings.Contains(got, first) || !strings.Contains(got, second) {
 		t.Errorf("docker images:\n%s", got)
 	}
+	stop(t)
+	v.Output(t, "umount", "/var/lib/docker", "/boot-disk")
+	m, _ := d.manifest(t)
+	if m.Store.Root != "var/lib/docker" {
+		t.Errorf("store.root is %q", m.Store.Root)
+	}
+	d.mount(t, func(dir string) {
+		for _, l := range m.Layers {
+			if _, err := os.Stat(filepath.Join(dir, m.LayerPath(l), "second")); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// TestTwoRegistries has one image in two registries, of which pods may name either.
+func TestTwoRegistries(t *testing.T) {
+	v := world.debian
+	image := newImage(t, layer(t, map[string]int{"a": 1 << 20}))
+	digest, err := image.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := registry.New(t, registry.Config{}), registry.New(t, registry.Config{})
+	ref := pushed(t, one, "app:1", image)
+	pushed(t, two, "app:1", image)
+	pinned := two.Addr + "/app@" + digest.String()
+	d := newDisk(t, v, 64)
+	v.mustBuild(t, imagesOption(ref, pinned), d.block(), "concurrency = 1", "verify = true")
+	m, _ := d.manifest(t)
+	if len(m.Images) != 1 {
+		t.Fatalf("recorded %d images", len(m.Images))
+	}
+	if diff := cmp.Diff(slices.Sorted(slices.Values([]string{ref, one.Addr + "/app@" + digest.String(), pinned})), m.Images[0].Names); diff != "" {
+		t.Errorf("names: %s", diff)
+	}
+	if blobs := layerBlobs(t, two, image); len(blobs) > 0 {
+		t.Errorf("the layer was pulled from both")
+	}
+	// Each stays what it is when the other is not there any more.
+	if err := one.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	v.mustBuild(t, imagesOption(pinned), d.block())
+	if m, _ := d.manifest(t); !slices.Equal(m.Images[0].Names, []string{pinned}) {
+		t.Errorf("names are %v", m.Images[0].Names)
+	}
+}
+
+// TestDamagedLayer has a byte change on the disk between two builds.
+func TestDamagedLayer(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	kept := pushed(t, reg, "kept:1", newImage(t, layer(t, map[string]int{"kept": 1000})))
+	dropped := pushed(t, reg, "dropped:1", newImage(t, layer(t, map[string]int{"dropped": 1000})))
+	d := newDisk(t, v, 64)
+	v.mustBuild(t, imagesOption(kept, dropped), d.block(), "verify = true")
+	m, data := d.manifest(t)
+	dir := t.TempDir()
+	if err := unix.Mount(d.device, dir, "ext4", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(dir, m.Store.Root, "overlay2/*/diff/kept"))
+	if err == nil && len(files) == 1 {
+		err = os.WriteFile(files[0], make([]byte, 1000), 0o644)
+	}
+	if err := errors.Join(err, unix.Unmount(dir, 0)); err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+
+	out, err := v.build(t, imagesOption(kept), d.block(), "verify = true")
+	if err == nil || !strings.Contains(errorLine(t, out), `build once with disk.format = "always" to fill the disk anew`) {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+	if _, after := d.manifest(t); !bytes.Equal(after, data) {
+		t.Error("the layer manifest changed")
+	}
+	d.mount(t, func(dir string) {
+		if files, err := filepath.Glob(filepath.Join(dir, m.Store.Root, "overlay2/*/diff/dropped")); err != nil || len(files) != 1 {
+			t.Errorf("an image was removed that the layer manifest still has (%v)", err)
+		}
+	})
+	v.mustBuild(t, imagesOption(kept), d.block(`format = "always"`), "verify = true")
+}
+
+// TestDaemonConfiguration finds out what the daemon on the disk takes from the VM: the
+// certificates of registries and systemd's environment, but nothing that the VM's own
+// daemon is given.
+func TestDaemonConfiguration(t *testing.T) {
+	v := world.debian
+	// A documentation address, given to the loopback device: Docker takes any
+	// certificate of a loopback address.
+	const ip = "192.0.2.78"
+	v.Output(t, "ip", "address", "add", ip+"/32", "dev", "lo")
+	t.Cleanup(func() { v.Run(context.Background(), "ip", "address", "delete", ip+"/32", "dev", "lo") })
+	reg := registry.New(t, registry.Config{})
+	pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
+	addr, ca := serveTLS(t, ip, httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr}))
+	caFile := filepath.Join(t.TempDir(), "ca.crt")
+	if err := os.WriteFile(caFile, ca, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	build := func(options ...string) (string, error) {
+		d := newDisk(t, v, 64)
+		cmd := v.packerBuild(t, append(options, imagesOption(addr+"/app:1"), d.block(), "max_pull_attempts = 1")...)
+		cmd.Env = append(cmd.Env, "SSL_CERT_FILE="+caFile)
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+
+	out, err := build()
+	if err == nil || !strings.Contains(errorLine(t, out), "/etc/docker/certs.d/"+addr+"/ca.crt") {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+	if err := v.WriteFile("/etc/docker/certs.d/"+addr+"/ca.crt", ca, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// A proxy that the VM's own daemon has, and that nobody answers at.
+	const proxy = "HTTPS_PROXY=http://127.0.0.1:1"
+	if err := v.WriteFile("/etc/systemd/system/docker.service.d/proxy.conf", []byte("[Service]\nEnvironment="+proxy+"\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		v.Run(context.Background(), "rm", "-r", "/etc/docker/certs.d", "/etc/systemd/system/docker.service.d/proxy.conf")
+		if err := v.StartDocker(context.Background(), machine.Docker{Release: machine.Debian}); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := v.StartDocker(t.Context(), machine.Docker{Release: machine.Debian}); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := build(); err != nil {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+
+	v.Output(t, "systemctl", "set-environment", proxy)
+	t.Cleanup(func() { v.Run(context.Background(), "systemctl", "unset-environment", "HTTPS_PROXY") })
+	if out, err := build(); err == nil || !strings.Contains(errorLine(t, out), "proxyconnect") {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+}
+
+// serveTLS serves h on an address of this machine with a certificate that only ca
+// vouches for.
+func serveTLS(t *testing.T, ip string, h http.Handler) (addr string, ca []byte) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert := &x509.Certificate{
+		SerialNumber: big.NewInt(1),
+		NotAfter:     time.Now().Add(time.Hour),
+		IPAddresses:  []net.IP{net.ParseIP(ip)},
+		IsCA:         true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+	}
+	der, err := x509.CreateCertificate(cryptorand.Reader, cert, cert, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := net.Listen("tcp", ip+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &httptest.Server{
+		Listener: l,
+		TLS:      &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
+		Config:   &http.Server{Handler: h, ErrorLog: log.New(io.Discard, "", 0)},
+	}
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	return l.Addr().String(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
 func pushed(t *testing.T, reg *registry.Registry, ref string, image v1.Image) string {

@@ -220,13 +220,41 @@ func (v *vm) mustBuild(t *testing.T, options ...string) string {
 // state is what a build on a disk of its own must leave as it was.
 func (v *vm) state(t *testing.T) string {
 	t.Helper()
-	units := v.Output(t, "systemctl", "list-units", "--all", "--plain", "--no-legend", "selkies-image-cache*")
-	return "mounts:\n" + v.Output(t, "cat", "/proc/mounts") +
-		"units:\n" + units +
-		"run:\n" + v.Output(t, "sh", "-c", "ls -d /run/selkies* /mnt/* 2>/dev/null; true") +
-		"docker:\n" + v.Output(t, "docker", "images", "--all", "--quiet") +
-		"containerd:\n" + v.Output(t, "ctr", "namespaces", "list", "--quiet") +
-		"processes:\n" + v.Output(t, "sh", "-c", "ps -e -o args= 2>/dev/null | grep -c '[d]ockerd'; true")
+	return v.Output(t, "sh", "-c", `exec 2>&1
+echo mounts:; cat /proc/mounts
+echo units:; systemctl list-units --all --plain --no-legend 'selkies-image-cache*'
+echo runtime directories:; find /run -maxdepth 1 -name 'selkies*'
+echo daemons:; cat /proc/[0-9]*/comm 2>/dev/null | grep -E '^(dockerd|containerd)' | sort
+echo images:; docker images --all --quiet
+echo namespaces:; ctr namespaces list --quiet
+echo configuration:; find /etc -type f -exec sha256sum {} + | sort -k 2
+echo stores:; find /var/lib/docker /var/lib/containerd | sort
+echo files:; find / -xdev '(' -path /var/log -o -path /var/lib/systemd -o -path '/tmp/systemd-private-*' ')' -prune \
+	-o -type d -printf '%p %m\n' -o -printf '%p %m %s %T@\n' | sort
+`)
+}
+
+// network is the same of the network, in which a daemon sets up bridges and rules. It is
+// the host's, so that tests of other packages may not run meanwhile.
+func (v *vm) network(t *testing.T) string {
+	t.Helper()
+	return v.Output(t, "sh", "-c", `exec 2>&1
+echo links:; ip -o link
+echo addresses:; ip -o address | sed 's/ valid_lft.*//'
+echo rules:; iptables-save | sed -e '/^#/d' -e 's/ \[.*//'
+echo forwarding:; cat /proc/sys/net/ipv4/ip_forward
+`)
+}
+
+// errorLine is the error in Packer's summary of a build. It takes one line.
+func errorLine(t *testing.T, out string) string {
+	t.Helper()
+	_, rest, ok := strings.Cut(out, "\n--> null.vm: ")
+	line, rest, _ := strings.Cut(rest, "\n")
+	if next, _, _ := strings.Cut(rest, "\n"); !ok || next != "" {
+		t.Errorf("the build did not end with one line of error:\n%s", out)
+	}
+	return line
 }
 
 // layer is a tar stream of files with the sizes given, whose contents do not
