@@ -11,7 +11,7 @@ import (
 )
 
 // progressInterval is how often the state of the pulls is told.
-const progressInterval = 5 * time.Second
+const progressInterval = 10 * time.Second
 
 // progress counts what moves while images are pulled. Bytes are those of the
 // compressed layers, as the registry has them, each counted once however many

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	cerrdefs "github.com/containerd/errdefs"
+	"github.com/docker/go-units"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
@@ -71,7 +72,11 @@ func (v *verifier) verify(ctx context.Context, images []*wanted) error {
 		if !slices.ContainsFunc(diffIDs, unproven) {
 			continue
 		}
-		v.say("reading the layers of %s back", w)
+		inspect, err := v.engine.ImageInspect(ctx, w.id())
+		if err != nil {
+			return fmt.Errorf("inspecting image %s: %w", w, err)
+		}
+		v.say("reading the layers of %s back, %s", w, units.HumanSize(float64(inspect.Size)))
 		if err := v.read(ctx, w, proven); err != nil {
 			return fmt.Errorf("reading the layers of %s back: %w", w, err)
 		}
