@@ -1,15 +1,26 @@
 //go:build e2e
 
-// Package cluster_test runs pods on the nodes of a real cluster.
+// Package cluster_test runs the node agent, and pods of the images that it registers,
+// on the nodes of a real cluster.
 package cluster_test
 
 import (
 	"context"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
@@ -19,53 +30,130 @@ import (
 var world struct {
 	cluster *cluster.Cluster
 	reg     *registry.Registry
+	// source is the folder of the module.
+	source string
+	// first and second are disk images of cache disks, which have cached[first] and
+	// cached[second].
+	first, second string
 }
+
+// Images in the registry.
+const (
+	sandbox    = "pause:latest"     // of pod sandboxes, on no cache disk
+	plain      = "oci:latest"       // on no cache disk
+	other      = "zstd:latest"      // on no cache disk
+	app        = "shared:1"         // four layers, on both cache disks
+	appNext    = "shared:2"         // the same and one more, on the second cache disk
+	indexed    = "platforms:latest" // behind an index, on the first cache disk
+	injector   = "injector:1"
+	injectorV2 = "injector:2" // the same program, another image
+)
+
+var cached = map[string][]string{"first": {app, indexed}, "second": {app, appNext}}
 
 func TestMain(m *testing.M) {
-	build := func(context.Context, string) error { return nil }
-	cluster.Main(build, func(ctx context.Context, dir string) (int, error) { return run(ctx, dir, m) })
+	cluster.Main(buildInjector, func(ctx context.Context, dir string) (int, error) {
+		stop, err := setUp(ctx, dir)
+		defer stop()
+		if err != nil {
+			return 1, err
+		}
+		return m.Run(), nil
+	})
 }
 
-func run(ctx context.Context, dir string, m *testing.M) (int, error) {
+// buildInjector makes the agent's image as make injector-image does.
+func buildInjector(ctx context.Context, dir string) error {
+	src, err := host.Source(ctx)
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, "go", "run", "./injector/image", "-platforms", "linux/amd64", "-output", filepath.Join(dir, "injector"))
+	cmd.Dir = src
+	_, err = host.Output(cmd)
+	return err
+}
+
+// setUp fills the registry, makes the cache disks and starts the control plane. stop
+// is never nil.
+func setUp(ctx context.Context, dir string) (stop func(), err error) {
+	stop = func() {}
+	if world.source, err = host.Source(ctx); err != nil {
+		return stop, err
+	}
 	blobs := filepath.Join(dir, "blobs")
 	if err := os.Mkdir(blobs, 0o755); err != nil {
-		return 1, err
+		return stop, err
 	}
-	var err error
 	if world.reg, err = registry.Start(registry.Config{Dir: blobs}); err != nil {
-		return 1, err
+		return stop, err
 	}
-	defer world.reg.Stop()
-	sandbox, err := push(ctx)
-	if err != nil {
-		return 1, err
+	stop = func() { world.reg.Stop() }
+	if err := push(ctx, filepath.Join(dir, "injector")); err != nil {
+		return stop, fmt.Errorf("pushing images: %w", err)
 	}
-	if world.cluster, err = cluster.Start(ctx, cluster.Config{Dir: dir, Sandbox: sandbox}); err != nil {
-		return 1, err
+	if err := buildDisks(ctx, dir); err != nil {
+		return stop, fmt.Errorf("building cache disks: %w", err)
 	}
-	defer world.cluster.Stop()
-	return m.Run(), nil
+	if world.cluster, err = cluster.Start(ctx, cluster.Config{Dir: dir, Sandbox: ref(sandbox)}); err != nil {
+		return stop, err
+	}
+	stop = func() { world.cluster.Stop(); world.reg.Stop() }
+	// Its namespace and permissions, which all tests use.
+	_, err = world.cluster.Kubectl(ctx, "apply", "-k", filepath.Join(world.source, "example/kustomize/base/access"))
+	return stop, err
 }
 
-// push fills the registry and returns the reference of the sandboxes' image.
-func push(ctx context.Context) (sandbox string, err error) {
+func buildDisks(ctx context.Context, dir string) error {
+	m, err := machine.Boot(ctx, machine.Config{Name: "builder"})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	world.first, world.second = filepath.Join(dir, "first"), filepath.Join(dir, "second")
+	for _, file := range []string{world.first, world.second} {
+		var refs []string
+		for _, image := range cached[filepath.Base(file)] {
+			refs = append(refs, ref(image))
+		}
+		if _, err := cachedisk.Build(ctx, m, cachedisk.Config{Image: file, References: refs}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func push(ctx context.Context, injectorLayout string) error {
 	busybox, err := machine.Busybox(ctx)
 	if err != nil {
-		return "", err
+		return err
 	}
 	all, err := images.Catalogue(busybox)
 	if err != nil {
-		return "", err
+		return err
 	}
 	pause, err := images.Pause(busybox)
 	if err != nil {
-		return "", err
+		return err
 	}
-	refs, err := images.Push(ctx, world.reg.Addr, append([]images.Image{pause}, all...))
+	if _, err := images.Push(ctx, world.reg.Addr, append(all, pause)); err != nil {
+		return err
+	}
+	index, err := layout.ImageIndexFromPath(injectorLayout)
 	if err != nil {
-		return "", err
+		return err
 	}
-	return refs[0], nil
+	next := mutate.Annotations(index, map[string]string{"generation": "2"}).(v1.ImageIndex)
+	for image, index := range map[string]v1.ImageIndex{injector: index, injectorV2: next} {
+		r, err := name.ParseReference(ref(image))
+		if err != nil {
+			return err
+		}
+		if err := remote.WriteIndex(r, index, remote.WithContext(ctx)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ref is an image's reference in the test registry.

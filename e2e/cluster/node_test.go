@@ -47,10 +47,10 @@ func TestStartupTaint(t *testing.T) {
 	c := world.cluster
 	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{startupTaint}})
 	ns := c.Namespace(t)
-	tolerant := podOn(n, ns, "tolerant", ref("oci:latest"))
+	tolerant := podOn(n, ns, "tolerant", ref(plain))
 	tolerant.Spec.Tolerations = []corev1.Toleration{{Key: startupTaint.Key, Operator: corev1.TolerationOpExists}}
 	c.Run(t, tolerant)
-	c.Run(t, podOn(n, ns, "other", ref("oci:latest")))
+	c.Run(t, podOn(n, ns, "other", ref(plain)))
 
 	pod := c.WaitPodReady(t, ns, "tolerant")
 	if pod.Status.PodIP == n.IP {
@@ -87,7 +87,7 @@ func TestClaim(t *testing.T) {
 	n := c.Node(t, cluster.NodeConfig{Disks: []cluster.Disk{disk}})
 	ns := c.Namespace(t)
 	c.Claim(t, ns, "data", disk, n)
-	pod := podOn(n, ns, "reader", ref("oci:latest"))
+	pod := podOn(n, ns, "reader", ref(plain))
 	pod.Spec.Volumes = []corev1.Volume{{Name: "data", VolumeSource: corev1.VolumeSource{
 		PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "data", ReadOnly: true},
 	}}}
@@ -137,8 +137,8 @@ func TestImageGC(t *testing.T) {
 	c := world.cluster
 	n := c.Node(t, cluster.NodeConfig{})
 	ns := c.Namespace(t)
-	c.Run(t, podOn(n, ns, "used", ref("oci:latest")))
-	c.Run(t, podOn(n, ns, "unused", ref("docker-schema2:latest")))
+	c.Run(t, podOn(n, ns, "used", ref(plain)))
+	c.Run(t, podOn(n, ns, "unused", ref(other)))
 	c.WaitPodReady(t, ns, "used")
 	c.WaitPodReady(t, ns, "unused")
 	if err := c.Client.CoreV1().Pods(ns).Delete(t.Context(), "unused", metav1.DeleteOptions{}); err != nil {
@@ -150,7 +150,7 @@ func TestImageGC(t *testing.T) {
 	}
 	images := func() string { return n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q") }
 	cluster.Wait(t, "kubelet to collect an image", func(context.Context) error {
-		if got := images(); strings.Contains(got, "/docker-schema2") {
+		if got := images(); strings.Contains(got, "/zstd") {
 			return fmt.Errorf("there are:\n%s", got)
 		}
 		return nil
@@ -166,12 +166,12 @@ func TestKillContainerd(t *testing.T) {
 	c := world.cluster
 	n := c.Node(t, cluster.NodeConfig{Release: machine.Debian})
 	ns := c.Namespace(t)
-	c.Run(t, podOn(n, ns, "pod", ref("oci:latest")))
+	c.Run(t, podOn(n, ns, "pod", ref(plain)))
 	before := c.WaitPodReady(t, ns, "pod")
 	if err := n.KillContainerd(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	c.Run(t, podOn(n, ns, "later", ref("oci:latest")))
+	c.Run(t, podOn(n, ns, "later", ref(plain)))
 	c.WaitPodReady(t, ns, "later")
 	after := c.WaitPodReady(t, ns, "pod")
 	if before.Status.ContainerStatuses[0].ContainerID != after.Status.ContainerStatuses[0].ContainerID {

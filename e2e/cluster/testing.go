@@ -160,15 +160,10 @@ func (c *Cluster) Output(t testing.TB, args ...string) string {
 	return out
 }
 
-// Apply applies a kustomize directory and deletes its objects at the test's end.
+// Apply applies a kustomize directory. Its objects stay.
 func (c *Cluster) Apply(t testing.TB, dir string) {
 	t.Helper()
 	c.Output(t, "apply", "-k", dir)
-	t.Cleanup(func() {
-		if _, err := c.Kubectl(context.Background(), "delete", "--ignore-not-found", "--wait=false", "-k", dir); err != nil {
-			t.Error(err)
-		}
-	})
 }
 
 // Run makes a pod. Its namespace's end is the pod's.

@@ -10,9 +10,9 @@ import (
 )
 
 // Claim makes a read-only claim bound to a volume that is a disk of the nodes, and
-// deletes the volume at the test's end. kubelet mounts the device when the first pod
-// that has the claim starts and unmounts it after the last, as with a disk in the
-// cloud; only attaching is left out.
+// deletes both at the test's end, when no pod may use them any more. kubelet mounts
+// the device when the first pod that has the claim starts and unmounts it after the
+// last, as with a disk in the cloud; only attaching is left out.
 func (c *Cluster) Claim(t testing.TB, namespace, claim string, disk Disk, nodes ...*Node) {
 	t.Helper()
 	var names []string
@@ -54,4 +54,9 @@ func (c *Cluster) Claim(t testing.TB, namespace, claim string, disk Disk, nodes 
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		if _, err := c.Kubectl(context.Background(), "delete", "persistentvolumeclaim", "-n", namespace, claim, "--timeout=1m"); err != nil {
+			t.Error(err)
+		}
+	})
 }

@@ -1,0 +1,232 @@
+//go:build e2e
+
+package cluster_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+)
+
+const (
+	agentNamespace = "selkies-image-cache"
+	agentCondition = corev1.NodeConditionType("SelkiesImageCacheReady")
+	// firstDevice and secondDevice are the names that the cache disks are attached by.
+	firstDevice, secondDevice = "first", "second"
+)
+
+// agentConfig is how the agent's manifests are applied.
+type agentConfig struct {
+	component string            // of example/kustomize/components
+	image     string            // injector by default
+	env       map[string]string // of its container
+}
+
+// deploy applies the agent's manifests, and deletes the DaemonSet at the test's end.
+func deploy(t *testing.T, a agentConfig) {
+	t.Helper()
+	if a.image == "" {
+		a.image = injector
+	}
+	repository, tag, _ := strings.Cut(a.image, ":")
+	dir := t.TempDir()
+	// kustomize takes no absolute paths.
+	examples, err := filepath.Rel(dir, filepath.Join(world.source, "example/kustomize"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var patches strings.Builder
+	for _, key := range sortedKeys(a.env) {
+		fmt.Fprintf(&patches, "    - {op: add, path: /spec/template/spec/containers/0/env/-, value: {name: %s, value: %q}}\n", key, a.env[key])
+	}
+	if patches.Len() == 0 {
+		patches.WriteString("    []\n")
+	}
+	kustomization := fmt.Sprintf(`resources:
+- %[1]s/base
+components:
+- %[1]s/components/%[2]s
+images:
+- {name: selkies-image-injector, newName: %[3]s, newTag: %[4]q}
+patches:
+- target: {kind: DaemonSet}
+  patch: |-
+%[5]s`, examples, a.component, ref(repository), tag, patches.String())
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(kustomization), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	world.cluster.Apply(t, dir)
+	t.Cleanup(func() {
+		ctx := context.Background()
+		if t.Failed() {
+			log, _ := world.cluster.Kubectl(ctx, "logs", "-n", agentNamespace, "daemonset/selkies-image-injector", "--all-containers", "--tail=60")
+			pods, _ := world.cluster.Kubectl(ctx, "describe", "pods", "-n", agentNamespace)
+			t.Logf("the agent's log:\n%s\nits pods:\n%s", log, pods)
+		}
+		removeAgent(ctx, t)
+	})
+}
+
+// removeAgent deletes the DaemonSet and waits for its pods to be gone.
+func removeAgent(ctx context.Context, t *testing.T) {
+	t.Helper()
+	_, err := world.cluster.Kubectl(ctx, "delete", "daemonset", "-n", agentNamespace, "--all", "--cascade=foreground", "--timeout=2m")
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func sortedKeys(m map[string]string) []string {
+	var keys []string
+	for k := range m {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys
+}
+
+// inAgent runs the injector in the agent's pod.
+func inAgent(t *testing.T, args ...string) string {
+	t.Helper()
+	return world.cluster.Output(t, append([]string{"exec", "-n", agentNamespace, "daemonset/selkies-image-injector", "--", "selkies-image-injector"}, args...)...)
+}
+
+// blobsOf are the digests of what a pull of the images fetches as blobs.
+func blobsOf(t *testing.T, images ...string) []string {
+	t.Helper()
+	var digests []string
+	for _, image := range images {
+		r, err := name.ParseReference(ref(image))
+		if err != nil {
+			t.Fatal(err)
+		}
+		img, err := remote.Image(r, remote.WithContext(t.Context()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		manifest, err := img.Manifest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		digests = append(digests, manifest.Config.Digest.String())
+		for _, l := range manifest.Layers {
+			digests = append(digests, l.Digest.String())
+		}
+	}
+	return digests
+}
+
+// byDigest is an image's reference by the digest that its tag has now.
+func byDigest(t *testing.T, image string) string {
+	t.Helper()
+	r, err := name.ParseReference(ref(image))
+	if err != nil {
+		t.Fatal(err)
+	}
+	desc, err := remote.Head(r, remote.WithContext(t.Context()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r.Context().Digest(desc.Digest.String()).String()
+}
+
+// expectPulls fails the test if blobs of other images were fetched since the last
+// Reset of the registry.
+func expectPulls(t *testing.T, images ...string) {
+	t.Helper()
+	count := world.reg.Count()
+	allowed := blobsOf(t, images...)
+	for _, b := range count.Blobs {
+		if !slices.Contains(allowed, b) {
+			t.Errorf("blob %s was fetched, which none of %v has; all of it: %+v", b, images, count)
+		}
+	}
+}
+
+// TestAgent has a node with a cache disk join: pods of cached images wait for the
+// agent and then start without a pull.
+func TestAgent(t *testing.T) {
+	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
+		t.Run(string(release), func(t *testing.T) { testAgent(t, release) })
+	}
+}
+
+func testAgent(t *testing.T, release machine.Release) {
+	c := world.cluster
+	disk := cluster.Disk{Name: firstDevice, Image: world.first}
+	world.reg.Reset()
+	n := c.Node(t, cluster.NodeConfig{Release: release, Taints: []corev1.Taint{startupTaint}, Disks: []cluster.Disk{disk}})
+	c.Claim(t, agentNamespace, "image-cache", disk, n)
+	ns := c.Namespace(t)
+	var pods []string
+	start := func(prefix string, policies ...corev1.PullPolicy) {
+		t.Helper()
+		pods = nil
+		for form, image := range map[string]string{
+			"tag": ref(app), "digest": byDigest(t, app), "index": ref(indexed), "index-digest": byDigest(t, indexed),
+		} {
+			for _, policy := range policies {
+				name := strings.ToLower(fmt.Sprintf("%s-%s-%s", prefix, form, policy))
+				pod := podOn(n, ns, name, image)
+				pod.Spec.Containers[0].ImagePullPolicy = policy
+				c.Run(t, pod)
+				pods = append(pods, name)
+			}
+		}
+	}
+	start("first", corev1.PullIfNotPresent, corev1.PullNever, corev1.PullAlways)
+	for _, pod := range pods {
+		c.WaitPodUnschedulable(t, ns, pod)
+	}
+
+	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_CACHE_PD": "cache-1"}})
+	n.WaitTaint(t, startupTaint.Key, false)
+	n.WaitCondition(t, agentCondition)
+	n.Wait(t, "have the broker's labels", func(node *corev1.Node) error {
+		if node.Labels["app.broker/image-load-initialized"] != "true" || node.Labels["app.broker/cache-pd"] != "cache-1" {
+			return fmt.Errorf("its labels are %v", node.Labels)
+		}
+		return nil
+	})
+	for _, pod := range pods {
+		c.WaitPodReady(t, ns, pod)
+	}
+	expectPulls(t, sandbox, injector)
+	if out := c.Output(t, "exec", "-n", ns, pods[0], "--", "/bin/busybox", "ls", "/"); !strings.Contains(out, "bin") {
+		t.Errorf("the root of a pod has %q", out)
+	}
+	if out := inAgent(t, "status"); !strings.Contains(out, "shared") {
+		t.Errorf("status in the agent's pod says %q", out)
+	}
+	if out := inAgent(t, "plan", ref(app)); !strings.Contains(out, "hit") {
+		t.Errorf("plan in the agent's pod says %q", out)
+	}
+
+	// Without a registry, all but Always.
+	if err := world.reg.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	defer world.reg.Start()
+	node := n.Name
+	t.Logf("%s goes on without a registry", node)
+	offline := map[string]string{"if-not-present": string(corev1.PullIfNotPresent), "never": string(corev1.PullNever)}
+	for name, policy := range offline {
+		pod := podOn(n, ns, "offline-"+name, ref(app))
+		pod.Spec.Containers[0].ImagePullPolicy = corev1.PullPolicy(policy)
+		c.Run(t, pod)
+	}
+	for name := range offline {
+		c.WaitPodReady(t, ns, "offline-"+name)
+	}
+}
