@@ -11,6 +11,9 @@ import (
 	"github.com/hashicorp/packer-plugin-sdk/plugin"
 	sdkversion "github.com/hashicorp/packer-plugin-sdk/version"
 
+	"github.com/selkies-project/packer-plugin-selkies/datasource/apps"
+	lastimage "github.com/selkies-project/packer-plugin-selkies/datasource/imagecache"
+	rollout "github.com/selkies-project/packer-plugin-selkies/post-processor/imagecache"
 	"github.com/selkies-project/packer-plugin-selkies/provisioner/imagecache"
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
@@ -22,7 +25,10 @@ func main() {
 	log.SetOutput(&packersdk.LogSecretFilter)
 
 	set := plugin.NewSet()
+	set.RegisterDatasource("image-cache", new(lastimage.Datasource))
+	set.RegisterDatasource("apps", new(apps.Datasource))
 	set.RegisterProvisioner("image-cache", new(imagecache.Provisioner))
+	set.RegisterPostProcessor("image-cache", new(rollout.PostProcessor))
 	set.SetVersion(sdkversion.NewPluginVersion(version.Version, version.VersionPrerelease, version.VersionMetadata))
 	if err := set.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

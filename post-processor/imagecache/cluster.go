@@ -1,0 +1,264 @@
+package imagecache
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/discovery"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/restmapper"
+
+	"github.com/selkies-project/packer-plugin-selkies/gcp"
+)
+
+const (
+	fieldManager = "packer-plugin-selkies"
+	// connectAttempts is how often a cluster is called that gives no answer.
+	connectAttempts = 3
+	// bindTimeout bounds the wait for a claim that has a volume of its own.
+	bindTimeout = 2 * time.Minute
+)
+
+// cluster is a cluster that the cache is rolled out to.
+type cluster struct {
+	*gcp.Cluster
+	run   *run
+	zones []string // that get a disk
+	err   error    // of the last step
+
+	typed   *kubernetes.Clientset
+	dynamic *dynamic.DynamicClient
+	mapper  meta.RESTMapper
+
+	// What survey has found, by name, which for objects of this cache is that of the
+	// disk.
+	daemonSets map[string]*appsv1.DaemonSet
+	volumes    map[string]*corev1.PersistentVolume
+	claims     map[string]*corev1.PersistentVolumeClaim
+	attached   map[string]bool            // volumes that a node has attached
+	holders    map[string]map[string]bool // the nodes that have a disk
+	labelled   map[string]string          // the disk that a node's label says
+}
+
+// connect makes sure that the cluster answers and finds out what it serves.
+func (k *cluster) connect(ctx context.Context) error {
+	// This is for a few dozen requests in a row, which the default would slow down.
+	k.Config.QPS, k.Config.Burst = 50, 100
+	var err error
+	if k.typed, err = kubernetes.NewForConfig(k.Config); err != nil {
+		return err
+	}
+	if k.dynamic, err = dynamic.NewForConfig(k.Config); err != nil {
+		return err
+	}
+	var groups []*restmapper.APIGroupResources
+	for attempt := 1; ; attempt++ {
+		groups, err = apiGroups(ctx, k.typed.Discovery())
+		if err == nil || ctx.Err() != nil || !gcp.IsUnreachable(err) || attempt == connectAttempts {
+			break
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("it does not answer: %w", explain(err))
+	}
+	k.mapper = restmapper.NewDiscoveryRESTMapper(groups)
+	return nil
+}
+
+// apiGroups is restmapper.GetAPIGroupResources with a context.
+func apiGroups(ctx context.Context, client discovery.DiscoveryInterface) (groups []*restmapper.APIGroupResources, err error) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		groups, err = restmapper.GetAPIGroupResources(client)
+	}()
+	select {
+	case <-done:
+		return groups, err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// explain adds what is missing to a refusal.
+func explain(err error) error {
+	if !apierrors.IsForbidden(err) && !apierrors.IsUnauthorized(err) {
+		return err
+	}
+	return fmt.Errorf("%w; docs/iam.md lists the roles", err)
+}
+
+// selector finds the objects of this cache.
+func (k *cluster) selector() metav1.ListOptions {
+	return metav1.ListOptions{LabelSelector: labelManagedBy + "=" + fieldManager + "," + labelInstance + "=" + k.run.config.Name}
+}
+
+// survey finds all objects of this cache and the nodes that use its disks.
+func (k *cluster) survey(ctx context.Context) error {
+	k.daemonSets, k.volumes = map[string]*appsv1.DaemonSet{}, map[string]*corev1.PersistentVolume{}
+	k.claims, k.attached = map[string]*corev1.PersistentVolumeClaim{}, map[string]bool{}
+
+	sets, err := k.typed.AppsV1().DaemonSets(namespace).List(ctx, k.selector())
+	if err != nil {
+		return fmt.Errorf("listing DaemonSets: %w", explain(err))
+	}
+	for i := range sets.Items {
+		k.daemonSets[sets.Items[i].Name] = &sets.Items[i]
+	}
+	// All of them: one that someone else has made for a disk of ours counts, too.
+	volumes, err := k.typed.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return fmt.Errorf("listing PersistentVolumes: %w", explain(err))
+	}
+	for i := range volumes.Items {
+		k.volumes[volumes.Items[i].Name] = &volumes.Items[i]
+	}
+	claims, err := k.typed.CoreV1().PersistentVolumeClaims(namespace).List(ctx, k.selector())
+	if err != nil {
+		return fmt.Errorf("listing PersistentVolumeClaims: %w", explain(err))
+	}
+	for i := range claims.Items {
+		k.claims[claims.Items[i].Name] = &claims.Items[i]
+	}
+	attachments, err := k.typed.StorageV1().VolumeAttachments().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return fmt.Errorf("listing VolumeAttachments: %w", explain(err))
+	}
+	for _, a := range attachments.Items {
+		if v := a.Spec.Source.PersistentVolumeName; v != nil {
+			k.attached[*v] = true
+		}
+	}
+	return k.surveyNodes(ctx)
+}
+
+// surveyNodes finds out which nodes have which disk: those with its label, and those
+// that a pod of its DaemonSet runs on.
+func (k *cluster) surveyNodes(ctx context.Context) error {
+	k.holders, k.labelled = map[string]map[string]bool{}, map[string]string{}
+	nodes, err := k.typed.CoreV1().Nodes().List(ctx, metav1.ListOptions{LabelSelector: labelDisk})
+	if err != nil {
+		return fmt.Errorf("listing nodes: %w", explain(err))
+	}
+	for _, n := range nodes.Items {
+		k.labelled[n.Name] = n.Labels[labelDisk]
+		k.hold(n.Labels[labelDisk], n.Name)
+	}
+	pods, err := k.typed.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: labelDisk})
+	if err != nil {
+		return fmt.Errorf("listing pods: %w", explain(err))
+	}
+	for _, p := range pods.Items {
+		// One without a node has no disk yet. One that ends still has.
+		if p.Spec.NodeName != "" {
+			k.hold(p.Labels[labelDisk], p.Spec.NodeName)
+		}
+	}
+	return nil
+}
+
+func (k *cluster) hold(disk, node string) {
+	if k.holders[disk] == nil {
+		k.holders[disk] = map[string]bool{}
+	}
+	k.holders[disk][node] = true
+}
+
+// apply applies an object server-side. What others have set of the same fields is
+// overridden: the manifests are what counts.
+func (k *cluster) apply(ctx context.Context, o *unstructured.Unstructured) error {
+	gvk := o.GroupVersionKind()
+	what := gvk.Kind + " " + o.GetName()
+	mapping, err := k.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
+	if err != nil {
+		return fmt.Errorf("applying %s: %w; is the cluster older than Kubernetes 1.32?", what, err)
+	}
+	resource := dynamic.ResourceInterface(k.dynamic.Resource(mapping.Resource))
+	if mapping.Scope.Name() == meta.RESTScopeNameNamespace {
+		resource = k.dynamic.Resource(mapping.Resource).Namespace(o.GetNamespace())
+	}
+	return k.run.do(fmt.Sprintf("apply %s to cluster %s", what, k), func() error {
+		_, err := resource.Apply(ctx, o.GetName(), o, metav1.ApplyOptions{FieldManager: fieldManager, Force: true})
+		if err != nil {
+			return fmt.Errorf("applying %s: %w", what, explain(err))
+		}
+		return nil
+	})
+}
+
+// labelNode notes on a node which disk it has, unless it has a note already.
+func (k *cluster) labelNode(ctx context.Context, node, disk string) error {
+	if k.labelled[node] != "" {
+		return nil
+	}
+	err := k.run.do(fmt.Sprintf("label node %s of cluster %s with %s", node, k, disk), func() error {
+		for {
+			n, err := k.typed.CoreV1().Nodes().Get(ctx, node, metav1.GetOptions{})
+			if apierrors.IsNotFound(err) || err == nil && n.Labels[labelDisk] != "" {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			// The version keeps a label that the agent sets at this moment.
+			patch := fmt.Sprintf(`{"metadata":{"resourceVersion":%q,"labels":{%q:%q}}}`, n.ResourceVersion, labelDisk, disk)
+			_, err = k.typed.CoreV1().Nodes().Patch(ctx, node, types.MergePatchType, []byte(patch), metav1.PatchOptions{FieldManager: fieldManager})
+			if apierrors.IsConflict(err) {
+				continue
+			}
+			return err
+		}
+	})
+	if err != nil {
+		return fmt.Errorf("labelling node %s: %w", node, explain(err))
+	}
+	k.labelled[node] = disk
+	return nil
+}
+
+// delete deletes an object. What it is used by, such as the pods of a claim, delays
+// that; nothing waits for it.
+func (k *cluster) delete(ctx context.Context, what, name string, remove func(context.Context, string, metav1.DeleteOptions) error) error {
+	return k.run.do(fmt.Sprintf("delete %s %s of cluster %s", what, name, k), func() error {
+		if err := remove(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+			return fmt.Errorf("deleting %s %s: %w", what, name, explain(err))
+		}
+		return nil
+	})
+}
+
+// waitBound waits until a claim has its volume.
+func (k *cluster) waitBound(ctx context.Context, name string) error {
+	if k.run.config.DryRun {
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, bindTimeout, fmt.Errorf("claim %s is not bound to its volume after %s; see kubectl -n %s describe pvc %s", name, bindTimeout, namespace, name))
+	defer cancel()
+	for {
+		claim, err := k.typed.CoreV1().PersistentVolumeClaims(namespace).Get(ctx, name, metav1.GetOptions{})
+		if err == nil && claim.Status.Phase == corev1.ClaimBound {
+			return nil
+		}
+		if err == nil && claim.Status.Phase == corev1.ClaimLost {
+			return fmt.Errorf("claim %s has lost its volume; delete the claim", name)
+		}
+		if ctx.Err() != nil {
+			return cause(ctx)
+		}
+		if err != nil {
+			return fmt.Errorf("getting claim %s: %w", name, explain(err))
+		}
+		if err := gcp.Sleep(ctx, pollInterval); err != nil {
+			return err
+		}
+	}
+}

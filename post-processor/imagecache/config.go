@@ -1,0 +1,184 @@
+//go:generate packer-sdc struct-markdown
+//go:generate packer-sdc mapstructure-to-hcl2 -type Config
+
+package imagecache
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+
+	"github.com/hashicorp/packer-plugin-sdk/common"
+	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
+	"github.com/hashicorp/packer-plugin-sdk/template/config"
+	"github.com/hashicorp/packer-plugin-sdk/template/interpolate"
+
+	"github.com/selkies-project/packer-plugin-selkies/gcp"
+)
+
+// Config is the configuration of the post-processor.
+type Config struct {
+	common.PackerConfig `mapstructure:",squash"`
+	gcp.Auth            `mapstructure:",squash"`
+
+	// The project that gets the disks and has the clusters. Defaults to the project
+	// of the build.
+	ProjectID string `mapstructure:"project_id"`
+	// The project that has the image. Defaults to `project_id`.
+	ImageProjectID string `mapstructure:"image_project_id"`
+	// Roll out this image instead of the one that was built: the way back to an
+	// earlier generation. The build's artifact is then ignored. See
+	// [Rolling back](#rolling-back).
+	ImageName string `mapstructure:"image_name"`
+	// The name of the cache: what the names of its disks and Kubernetes objects begin
+	// with, and the value of their label `selkies-image-cache`. Caches that share a
+	// project need different ones. Defaults to `selkies-image-cache`.
+	Name string `mapstructure:"name"`
+	// The zones that get a disk. Defaults to all zones in which the clusters have node
+	// pools.
+	Zones []string `mapstructure:"zones"`
+	// A regular expression for the names of the project's GKE clusters that the cache
+	// is rolled out to. Defaults to `^broker-`.
+	ClusterPattern string `mapstructure:"cluster_pattern"`
+	// Regions whose clusters are left out, such as `["europe-west4"]`.
+	ExcludeRegions []string `mapstructure:"exclude_regions"`
+	// Which address of the clusters' control planes to use: `public`, `private` or
+	// `dns`. Defaults to `public`.
+	ClusterEndpoint string `mapstructure:"cluster_endpoint"`
+	// A kubeconfig file: roll out to its cluster instead of asking GKE for clusters.
+	// Needs `zones`.
+	Kubeconfig string `mapstructure:"kubeconfig"`
+	// The context in the kubeconfig. Defaults to its current context.
+	KubeconfigContext string `mapstructure:"kubeconfig_context"`
+	// Make the disks, and roll nothing out. Nothing is pruned, since what uses the
+	// disks is not known. Defaults to `false`.
+	SkipRollOut bool `mapstructure:"skip_roll_out"`
+	// The type of the disks. Defaults to `pd-balanced`.
+	DiskType string `mapstructure:"disk_type"`
+	// The size of the disks in GB, not below the image's. The throughput of a disk
+	// grows with its size, and all nodes of a zone share it. Defaults to the image's
+	// size.
+	DiskSizeGB int `mapstructure:"disk_size_gb"`
+	// More labels for the disks.
+	DiskLabels map[string]string `mapstructure:"disk_labels"`
+	// The injector's container image. Required unless `skip_roll_out`.
+	InjectorImage string `mapstructure:"injector_image"`
+	// Labels that a node must have to get the cache, such as
+	// `{ "app.broker/tier" = "gpu-cos" }`. Defaults to all nodes of the zones.
+	NodeSelector map[string]string `mapstructure:"node_selector"`
+	// How many generations to keep, the new one included. What nodes still use is kept
+	// in any case. Defaults to 2.
+	Keep int `mapstructure:"keep"`
+	// Say what would be done and change nothing. Defaults to `false`.
+	DryRun bool `mapstructure:"dry_run"`
+	// A directory to write the manifests to, one file for each cluster, instead of
+	// applying them. Disks are made; former generations are neither locked nor pruned.
+	OutputDir string `mapstructure:"output_dir"`
+
+	clusterRE *regexp.Regexp
+	ctx       interpolate.Context
+}
+
+const (
+	defaultName = "selkies-image-cache"
+
+	// The length of the longest zone's name, northamerica-northeast1-a, and of a Unix
+	// time in seconds.
+	longestZone = 25
+	stampLength = 10
+	maxName     = 63
+)
+
+var (
+	nameRE  = regexp.MustCompile(`^[a-z]([a-z0-9-]*[a-z0-9])?$`)
+	zoneRE  = regexp.MustCompile(`^[a-z]+-[a-z]+[0-9]+-[a-z]$`)
+	labelRE = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,62}$`)
+)
+
+func (c *Config) prepare(raws ...any) error {
+	err := config.Decode(c, &config.DecodeOpts{
+		PluginType:         "selkies-image-cache",
+		Interpolate:        true,
+		InterpolateContext: &c.ctx,
+	}, raws...)
+	if err != nil {
+		return err
+	}
+	c.setDefaults()
+	errs := packersdk.MultiErrorAppend(nil, c.Prepare()...)
+	fail := func(format string, a ...any) {
+		errs = packersdk.MultiErrorAppend(errs, fmt.Errorf(format, a...))
+	}
+	if !nameRE.MatchString(c.Name) {
+		fail("name %q is not lower case letters, digits and dashes", c.Name)
+	}
+	if longest := maxName - longestZone - stampLength - 2; len(c.Name) > longest {
+		fail("name %q is too long: with zone and time the names of disks would have more than %d characters; choose one of at most %d", c.Name, maxName, longest)
+	}
+	for i, z := range c.Zones {
+		if !zoneRE.MatchString(z) {
+			fail("zones[%d]: %q is not a zone such as europe-west4-a", i, z)
+		}
+		if slices.Contains(c.Zones[:i], z) {
+			fail("zones[%d]: %q is there twice", i, z)
+		}
+	}
+	for i, region := range c.ExcludeRegions {
+		if gcp.Region(region) != region {
+			fail("exclude_regions[%d]: %q is a zone; name its region, %s", i, region, gcp.Region(region))
+		}
+	}
+	if c.clusterRE, err = regexp.Compile(c.ClusterPattern); err != nil {
+		fail("cluster_pattern: %w", err)
+	}
+	if !slices.Contains(gcp.Endpoints, c.ClusterEndpoint) {
+		fail("cluster_endpoint is %q; choose one of %q", c.ClusterEndpoint, gcp.Endpoints)
+	}
+	for _, k := range slices.Sorted(maps.Keys(c.DiskLabels)) {
+		if !labelRE.MatchString(k) || k == labelName || k == labelImage {
+			fail("disk_labels: %q cannot be used as the name of a label", k)
+		}
+	}
+	if c.DiskSizeGB < 0 {
+		fail("disk_size_gb is %d; leave it out for the image's size", c.DiskSizeGB)
+	}
+	if c.Keep < 1 {
+		fail("keep is %d; choose 1 or more", c.Keep)
+	}
+	if c.InjectorImage == "" && !c.SkipRollOut {
+		fail("injector_image is not set; name the injector's container image, or set skip_roll_out")
+	}
+	check := func(err error) {
+		if err != nil {
+			errs = packersdk.MultiErrorAppend(errs, err)
+		}
+	}
+	check(c.prepareTargets())
+	if len(errs.Errors) > 0 {
+		return errs
+	}
+	return nil
+}
+
+func (c *Config) prepareTargets() error {
+	switch {
+	case c.Kubeconfig == "" && c.KubeconfigContext != "":
+		return errors.New("kubeconfig_context is set without kubeconfig")
+	case c.Kubeconfig != "" && len(c.Zones) == 0:
+		return errors.New("kubeconfig is set without zones, which a kubeconfig does not have")
+	case c.SkipRollOut && c.OutputDir != "":
+		return errors.New("skip_roll_out and output_dir are both set; choose one")
+	}
+	return nil
+}
+
+func (c *Config) setDefaults() {
+	c.Name = cmp.Or(c.Name, defaultName)
+	c.ClusterPattern = cmp.Or(c.ClusterPattern, "^broker-")
+	c.ClusterEndpoint = cmp.Or(c.ClusterEndpoint, gcp.EndpointPublic)
+	c.DiskType = cmp.Or(c.DiskType, "pd-balanced")
+	c.Keep = cmp.Or(c.Keep, 2)
+}

@@ -1,0 +1,136 @@
+package imagecache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"strconv"
+	"strings"
+	"time"
+
+	"cloud.google.com/go/compute/apiv1/computepb"
+
+	"github.com/selkies-project/packer-plugin-selkies/gcp"
+)
+
+// findImage finds the image to roll out and the others of its family.
+func (r *run) findImage(ctx context.Context) error {
+	image, err := r.getImage(ctx, r.config.ImageName)
+	switch {
+	case gcp.IsNotFound(err):
+		return fmt.Errorf("project %s has no image %s", r.config.ImageProjectID, r.config.ImageName)
+	case err != nil:
+		return fmt.Errorf("getting image %s: %w", r.config.ImageName, gcp.Explain(err))
+	case image.GetStatus() != "READY":
+		return fmt.Errorf("image %s is %s, not ready", image.GetName(), strings.ToLower(image.GetStatus()))
+	}
+	if size := image.GetDiskSizeGb(); r.diskSizeBelow(size) {
+		return fmt.Errorf("disk_size_gb is %d, but image %s has %d GB; set at least that, or leave it out", r.config.DiskSizeGB, image.GetName(), size)
+	}
+	if r.generation, err = newGeneration(image, r.config.ImageProjectID); err != nil {
+		return err
+	}
+	if image.GetFamily() == "" {
+		r.say("image %s has no family, so that earlier images cannot be told; set image_family in the builder to have them pruned", image.GetName())
+		return nil
+	}
+	if r.family, err = r.listFamily(ctx, image.GetFamily()); err != nil {
+		return fmt.Errorf("listing the images of family %s: %w", image.GetFamily(), gcp.Explain(err))
+	}
+	return nil
+}
+
+func (r *run) diskSizeBelow(size int64) bool {
+	return r.config.DiskSizeGB > 0 && int64(r.config.DiskSizeGB) < size
+}
+
+func (r *run) getImage(ctx context.Context, name string) (image *computepb.Image, err error) {
+	err = gcp.Retry(ctx, func() error {
+		image, err = r.images.Get(ctx, &computepb.GetImageRequest{Project: r.config.ImageProjectID, Image: name})
+		return err
+	})
+	return image, err
+}
+
+func (r *run) listFamily(ctx context.Context, family string) (generations []*generation, err error) {
+	request := &computepb.ListImagesRequest{Project: r.config.ImageProjectID, Filter: new("family = " + family)}
+	err = gcp.Retry(ctx, func() error {
+		generations = nil
+		for image, err := range r.images.List(ctx, request).All() {
+			if err != nil {
+				return err
+			}
+			if image.GetFamily() != family || image.GetStatus() != "READY" { // the filter matches patterns
+				continue
+			}
+			g, err := newGeneration(image, r.config.ImageProjectID)
+			if err != nil {
+				return err
+			}
+			generations = append(generations, g)
+		}
+		return nil
+	})
+	return generations, err
+}
+
+// mark notes on the image that it has been rolled out.
+func (r *run) mark(ctx context.Context) error {
+	for {
+		image, err := r.getImage(ctx, r.generation.name())
+		if err != nil {
+			return fmt.Errorf("getting image %s: %w", r.generation.name(), gcp.Explain(err))
+		}
+		if image.GetLabels()[labelRolledOut] != "" {
+			return nil
+		}
+		labels := maps.Clone(image.GetLabels())
+		if labels == nil {
+			labels = map[string]string{}
+		}
+		labels[labelName], labels[labelRolledOut] = r.config.Name, strconv.FormatInt(time.Now().Unix(), 10)
+		err = r.do(fmt.Sprintf("label image %s as rolled out", image.GetName()), func() error {
+			return r.operate(ctx, "image "+image.GetName(), func() (operation, error) {
+				return r.images.SetLabels(ctx, &computepb.SetLabelsImageRequest{
+					Project: r.config.ImageProjectID, Resource: image.GetName(),
+					GlobalSetLabelsRequestResource: &computepb.GlobalSetLabelsRequest{Labels: labels, LabelFingerprint: image.LabelFingerprint},
+				})
+			})
+		})
+		if gcp.IsConflict(err) { // someone else set labels meanwhile
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("labelling image %s: %w", image.GetName(), gcp.Explain(err))
+		}
+		return nil
+	}
+}
+
+// pruneImages deletes images that are neither kept nor the source of a disk that is
+// left: such a disk's nodes may need it in another zone, too.
+func (r *run) pruneImages(ctx context.Context, keep, onDisks map[string]bool) error {
+	var errs []error
+	for _, g := range r.family {
+		if keep[g.name()] || onDisks[g.name()] || !g.created.Before(r.generation.created) {
+			continue
+		}
+		err := r.do("delete image "+g.name(), func() error {
+			err := r.operate(ctx, "image "+g.name(), func() (operation, error) {
+				return r.images.Delete(ctx, &computepb.DeleteImageRequest{Project: r.config.ImageProjectID, Image: g.name()})
+			})
+			if gcp.IsNotFound(err) {
+				return nil
+			}
+			return err
+		})
+		if err != nil {
+			errs = append(errs, fmt.Errorf("deleting image %s: %w", g.name(), gcp.Explain(err)))
+		}
+		if ctx.Err() != nil {
+			return errors.Join(errs...)
+		}
+	}
+	return join(errs)
+}

@@ -1,0 +1,192 @@
+package imagecache
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"cloud.google.com/go/compute/apiv1/computepb"
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/gcp"
+)
+
+// makeRoom prunes what failed builds have left, before new disks need the quota. The
+// generation that is about to be rolled out comes on top of those to keep.
+func (r *run) makeRoom(ctx context.Context) error {
+	if !r.prunes() {
+		return nil
+	}
+	_, err := r.pruneGenerations(ctx, r.config.Keep+1)
+	return err
+}
+
+// prune deletes what no node uses and no way back needs: in the clusters first, then
+// disks that no volume names, then images without a disk.
+func (r *run) prune(ctx context.Context) error {
+	if !r.prunes() {
+		return nil
+	}
+	onDisks, err := r.pruneGenerations(ctx, r.config.Keep)
+	if err != nil || len(r.failures) > 0 {
+		return err // a cluster that failed may need the image yet
+	}
+	return r.pruneImages(ctx, kept(r.family, r.generation, r.config.Keep), onDisks)
+}
+
+// prunes tells whether the run knows what is in use, and which generations there are.
+func (r *run) prunes() bool {
+	return !r.config.SkipRollOut && r.config.OutputDir == "" && r.generation.image.GetFamily() != ""
+}
+
+// pruneGenerations prunes clusters and disks, and returns the images of the disks
+// that are left.
+func (r *run) pruneGenerations(ctx context.Context, n int) (onDisks map[string]bool, err error) {
+	keep := kept(r.family, r.generation, n)
+	for _, k := range r.each(ctx, func(ctx context.Context, k *cluster) error { return k.prune(ctx, keep) }) {
+		r.say("cluster %s: pruning: %v", k, k.err)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	return r.pruneDisks(ctx, keep)
+}
+
+// superseded tells whether something of a generation is to be pruned if nothing uses
+// it. What is newer than the current generation is not: another build may be at it,
+// or this one is the way back.
+func (r *run) superseded(image string, created time.Time, keep map[string]bool) bool {
+	return !keep[image] && created.Before(r.generation.created)
+}
+
+// prune deletes the volumes and claims of generations that no node uses.
+func (k *cluster) prune(ctx context.Context, keep map[string]bool) error {
+	if err := k.survey(ctx); err != nil {
+		return err
+	}
+	claims, volumes := k.typed.CoreV1().PersistentVolumeClaims(namespace), k.typed.CoreV1().PersistentVolumes()
+	for _, name := range slices.Sorted(maps.Keys(k.claims)) {
+		c := k.claims[name]
+		if !k.run.superseded(c.Labels[labelSource], c.CreationTimestamp.Time, keep) || k.used(name) {
+			continue
+		}
+		if err := k.delete(ctx, "claim", name, claims.Delete); err != nil {
+			return err
+		}
+		delete(k.claims, name)
+	}
+	for _, name := range slices.Sorted(maps.Keys(k.volumes)) {
+		v := k.volumes[name]
+		if !k.ours(v) || !k.run.superseded(v.Labels[labelSource], v.CreationTimestamp.Time, keep) || k.used(name) || k.claims[name] != nil {
+			continue
+		}
+		if err := k.delete(ctx, "volume", name, volumes.Delete); err != nil {
+			return err
+		}
+		delete(k.volumes, name)
+	}
+	return nil
+}
+
+func (k *cluster) ours(v *corev1.PersistentVolume) bool {
+	return v.Labels[labelManagedBy] == fieldManager && v.Labels[labelInstance] == k.run.config.Name
+}
+
+// used tells whether a node has a disk or may get it.
+func (k *cluster) used(disk string) bool {
+	return k.daemonSets[disk] != nil || len(k.holders[disk]) > 0 || k.attached[disk]
+}
+
+// names tells whether a volume of the cluster is for a disk.
+func (k *cluster) names(zone, disk string) bool {
+	end := fmt.Sprintf("/zones/%s/disks/%s", zone, disk)
+	for _, v := range k.volumes {
+		if v.Spec.CSI != nil && strings.HasSuffix(v.Spec.CSI.VolumeHandle, end) {
+			return true
+		}
+	}
+	return false
+}
+
+// pruneDisks deletes disks that nothing uses and returns the images of the others.
+func (r *run) pruneDisks(ctx context.Context, keep map[string]bool) (onDisks map[string]bool, err error) {
+	disks, err := r.listDisks(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("listing disks: %w", gcp.Explain(err))
+	}
+	onDisks = map[string]bool{}
+	var errs []error
+	for _, d := range disks {
+		image, zone := d.GetLabels()[labelImage], lastElement(d.GetZone())
+		created, err := time.Parse(time.RFC3339, d.GetCreationTimestamp())
+		if err != nil {
+			return nil, fmt.Errorf("disk %s: %w", d.GetName(), err)
+		}
+		if len(d.GetUsers()) > 0 || !r.superseded(image, created, keep) || !r.known(zone) || r.named(zone, d.GetName()) {
+			onDisks[image] = true
+			continue
+		}
+		err = r.deleteDisk(ctx, zone, d.GetName())
+		switch {
+		case gcp.IsInUse(err): // since a moment ago
+			r.say("disk %s is in use and stays", d.GetName())
+			onDisks[image] = true
+		case err != nil:
+			errs = append(errs, fmt.Errorf("deleting disk %s: %w", d.GetName(), gcp.Explain(err)))
+			onDisks[image] = true
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+	}
+	return onDisks, join(errs)
+}
+
+// known tells whether all clusters that could use a zone's disks have said what they
+// use.
+func (r *run) known(zone string) bool {
+	if slices.Contains(r.config.ExcludeRegions, gcp.Region(zone)) {
+		return false
+	}
+	for _, k := range r.absent {
+		if k.Region() == gcp.Region(zone) || slices.Contains(k.Cluster.Zones, zone) {
+			return false
+		}
+	}
+	for _, k := range r.clusters {
+		if k.err != nil && slices.Contains(k.Cluster.Zones, zone) {
+			return false
+		}
+	}
+	return true
+}
+
+func (r *run) named(zone, disk string) bool {
+	return slices.ContainsFunc(r.clusters, func(k *cluster) bool { return k.names(zone, disk) })
+}
+
+// listDisks lists the disks of this cache in all zones.
+func (r *run) listDisks(ctx context.Context) (disks []*computepb.Disk, err error) {
+	request := &computepb.AggregatedListDisksRequest{
+		Project: r.config.ProjectID,
+		Filter:  new(fmt.Sprintf("labels.%s = %s", labelName, r.config.Name)),
+	}
+	err = gcp.Retry(ctx, func() error {
+		disks = nil
+		for pair, err := range r.disks.AggregatedList(ctx, request).All() {
+			if err != nil {
+				return err
+			}
+			for _, d := range pair.Value.GetDisks() {
+				if d.GetLabels()[labelName] == r.config.Name && d.GetZone() != "" { // the filter matches patterns
+					disks = append(disks, d)
+				}
+			}
+		}
+		return nil
+	})
+	return disks, err
+}

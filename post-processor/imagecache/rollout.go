@@ -1,0 +1,152 @@
+package imagecache
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	appsv1ac "k8s.io/client-go/applyconfigurations/apps/v1"
+)
+
+// rollOut brings the generation to a cluster: what all zones share, then zone by
+// zone. A zone that goes wrong keeps the generation that it has.
+func (k *cluster) rollOut(ctx context.Context) error {
+	access, err := accessObjects()
+	if err != nil {
+		return err
+	}
+	for _, o := range access {
+		if err := k.apply(ctx, o); err != nil {
+			return err
+		}
+	}
+	var errs []error
+	for _, zone := range k.zones {
+		if err := k.rollOutZone(ctx, k.run.zoneDisk(zone)); err != nil {
+			errs = append(errs, fmt.Errorf("zone %s: %w", zone, err))
+		}
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	return join(errs)
+}
+
+// rollOutZone brings the generation to a zone. The new DaemonSet is there before the
+// former one is locked, so that at every moment some generation takes new nodes; the
+// agents keep to themselves until then, see zoneDisk.alone.
+func (k *cluster) rollOutZone(ctx context.Context, d *zoneDisk) error {
+	if err := k.freeVolume(ctx, d.name); err != nil {
+		return err
+	}
+	objects, err := d.volume()
+	if err != nil {
+		return err
+	}
+	for _, o := range objects {
+		if err := k.apply(ctx, o); err != nil {
+			return err
+		}
+	}
+	if err := k.waitBound(ctx, d.name); err != nil {
+		return err
+	}
+	ds, err := d.daemonSet()
+	if err != nil {
+		return err
+	}
+	if err := k.apply(ctx, ds); err != nil {
+		return err
+	}
+	if err := k.surveyNodes(ctx); err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(k.daemonSets)) {
+		former := k.daemonSets[name]
+		if former.Labels[labelZone] != d.zone || name == d.name {
+			continue
+		}
+		if err := k.retire(ctx, former); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// freeVolume has a volume take a claim anew whose earlier claim was deleted, as an
+// interrupted pruning leaves it.
+func (k *cluster) freeVolume(ctx context.Context, name string) error {
+	v, c := k.volumes[name], k.claims[name]
+	if v != nil && v.DeletionTimestamp != nil || c != nil && c.DeletionTimestamp != nil {
+		return fmt.Errorf("volume %s is being deleted; try again in a moment", name)
+	}
+	if v == nil || v.Status.Phase != corev1.VolumeReleased {
+		return nil
+	}
+	return k.run.do(fmt.Sprintf("free volume %s of cluster %s for a new claim", name, k), func() error {
+		patch := []byte(`{"spec":{"claimRef":{"uid":null,"resourceVersion":null}}}`)
+		_, err := k.typed.CoreV1().PersistentVolumes().Patch(ctx, name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: fieldManager})
+		if err != nil {
+			return fmt.Errorf("freeing volume %s: %w", name, explain(err))
+		}
+		return nil
+	})
+}
+
+// retire locks a former generation's DaemonSet to the nodes that have its disk, or
+// deletes it if there are none.
+func (k *cluster) retire(ctx context.Context, ds *appsv1.DaemonSet) error {
+	if len(k.holders[ds.Name]) == 0 {
+		if err := k.delete(ctx, "DaemonSet", ds.Name, k.typed.AppsV1().DaemonSets(namespace).Delete); err != nil {
+			return err
+		}
+		delete(k.daemonSets, ds.Name)
+		return nil
+	}
+	for _, node := range slices.Sorted(maps.Keys(k.holders[ds.Name])) {
+		if err := k.labelNode(ctx, node, ds.Name); err != nil {
+			return err
+		}
+	}
+	return k.lock(ctx, ds)
+}
+
+// lock has a DaemonSet run on nodes with its disk's label only. Its pods are left as
+// they are: a change of the template would otherwise replace each of them.
+func (k *cluster) lock(ctx context.Context, ds *appsv1.DaemonSet) error {
+	d := &zoneDisk{config: k.run.config, name: ds.Name, zone: ds.Labels[labelZone]}
+	locked := d.nodes(has)
+	if a := ds.Spec.Template.Spec.Affinity; a != nil && equality.Semantic.DeepEqual(a.NodeAffinity, locked) {
+		return nil
+	}
+	// What was applied is applied again, with these two changes: what is left out of
+	// a server-side apply is removed.
+	applied, err := appsv1ac.ExtractDaemonSet(ds, fieldManager)
+	if err != nil {
+		return fmt.Errorf("reading DaemonSet %s: %w", ds.Name, err)
+	}
+	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(applied)
+	if err != nil {
+		return err
+	}
+	affinity, err := runtime.DefaultUnstructuredConverter.ToUnstructured(locked)
+	if err != nil {
+		return err
+	}
+	if err := unstructured.SetNestedMap(content, affinity, "spec", "template", "spec", "affinity", "nodeAffinity"); err != nil {
+		return err
+	}
+	if err := unstructured.SetNestedMap(content, map[string]any{"type": string(appsv1.OnDeleteDaemonSetStrategyType)}, "spec", "updateStrategy"); err != nil {
+		return err
+	}
+	k.run.say("cluster %s: DaemonSet %s keeps its %d nodes and gets no new ones", k, ds.Name, len(k.holders[ds.Name]))
+	return k.apply(ctx, &unstructured.Unstructured{Object: content})
+}

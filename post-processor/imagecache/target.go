@@ -1,0 +1,166 @@
+package imagecache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/selkies-project/packer-plugin-selkies/gcp"
+)
+
+// parallelClusters is how many clusters are worked on at once.
+const parallelClusters = 8
+
+// findClusters finds the clusters, connects to them and settles which zones get a
+// disk. A cluster that does not answer gets none for its sake.
+func (r *run) findClusters(ctx context.Context) error {
+	c := r.config
+	if c.SkipRollOut && len(c.Zones) > 0 {
+		r.zones = c.Zones
+		return nil
+	}
+	all, err := r.listClusters(ctx)
+	if err != nil {
+		return err
+	}
+	for _, k := range all {
+		r.clusters = append(r.clusters, &cluster{Cluster: k, run: r})
+	}
+	if err := r.settleZones(); err != nil {
+		return err
+	}
+	if !c.SkipRollOut && c.OutputDir == "" {
+		r.connectClusters(ctx)
+		if len(r.clusters) == 0 {
+			return r.failed()
+		}
+	}
+	zones := map[string]bool{}
+	for _, k := range r.clusters {
+		for _, z := range k.zones {
+			zones[z] = true
+		}
+	}
+	r.zones = slices.Sorted(maps.Keys(zones))
+	return nil
+}
+
+func (r *run) listClusters(ctx context.Context) ([]*gcp.Cluster, error) {
+	c := r.config
+	if c.Kubeconfig != "" {
+		k, err := gcp.Kubeconfig(c.Kubeconfig, c.KubeconfigContext)
+		if err != nil {
+			return nil, err
+		}
+		k.Zones = c.Zones
+		return []*gcp.Cluster{k}, nil
+	}
+	all, err := c.Clusters(ctx, c.ProjectID, c.ClusterEndpoint)
+	if err != nil {
+		return nil, err
+	}
+	all = slices.DeleteFunc(all, func(k *gcp.Cluster) bool {
+		return !c.clusterRE.MatchString(k.Name) || slices.Contains(c.ExcludeRegions, k.Region())
+	})
+	if len(all) == 0 {
+		return nil, fmt.Errorf("project %s has no running cluster with a name like %q outside of the excluded regions; check cluster_pattern and exclude_regions", c.ProjectID, c.ClusterPattern)
+	}
+	return all, nil
+}
+
+// settleZones gives each cluster the zones that it is to have disks in.
+func (r *run) settleZones() error {
+	covered := map[string]bool{}
+	for _, k := range r.clusters {
+		for _, z := range k.Cluster.Zones {
+			if len(r.config.Zones) == 0 || slices.Contains(r.config.Zones, z) {
+				k.zones = append(k.zones, z)
+				covered[z] = true
+			}
+		}
+	}
+	var without []string
+	for _, z := range r.config.Zones {
+		if !covered[z] {
+			without = append(without, z)
+		}
+	}
+	if len(without) > 0 {
+		return fmt.Errorf("no cluster with a name like %q has nodes in %s; drop it from zones, or check cluster_pattern and exclude_regions", r.config.ClusterPattern, strings.Join(without, ", "))
+	}
+	for z := range covered {
+		if name := r.diskName(z); len(name) > maxName {
+			return fmt.Errorf("the disk's name %s has more than %d characters; choose a shorter name", name, maxName)
+		}
+	}
+	r.clusters = slices.DeleteFunc(r.clusters, func(k *cluster) bool { return len(k.zones) == 0 })
+	if len(covered) == 0 {
+		return errors.New("the clusters have no node pool, and so no zone that a disk could be for")
+	}
+	return nil
+}
+
+// connectClusters sets clusters aside that do not answer.
+func (r *run) connectClusters(ctx context.Context) {
+	failed := r.each(ctx, func(ctx context.Context, k *cluster) error {
+		if err := k.connect(ctx); err != nil {
+			return err
+		}
+		return k.survey(ctx)
+	})
+	for _, k := range failed {
+		r.say("cluster %s is left out: %v", k, k.err)
+		r.absent = append(r.absent, k)
+	}
+	r.clusters = slices.DeleteFunc(r.clusters, func(k *cluster) bool { return slices.Contains(failed, k) })
+	for _, k := range r.clusters {
+		r.say("cluster %s: %s", k, strings.Join(k.zones, ", "))
+	}
+}
+
+// each does something for all clusters at once, and returns those that failed.
+func (r *run) each(ctx context.Context, f func(context.Context, *cluster) error) []*cluster {
+	var group errgroup.Group
+	group.SetLimit(parallelClusters)
+	for _, k := range r.clusters {
+		group.Go(func() error {
+			k.err = f(ctx, k)
+			return nil
+		})
+	}
+	_ = group.Wait() // they all return nil
+	var failed []*cluster
+	for _, k := range r.clusters {
+		if k.err != nil {
+			failed = append(failed, k)
+			r.failures = append(r.failures, fmt.Errorf("cluster %s: %w", k, k.err))
+		}
+	}
+	return failed
+}
+
+// rollOut brings the generation to all clusters.
+func (r *run) rollOut(ctx context.Context) error {
+	switch {
+	case r.config.SkipRollOut:
+		return nil
+	case r.config.OutputDir != "":
+		return r.writeManifests()
+	}
+	failed := r.each(ctx, func(ctx context.Context, k *cluster) error { return k.rollOut(ctx) })
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	for _, k := range failed {
+		r.say("cluster %s failed: %v; going on with the others", k, k.err)
+	}
+	if len(failed) == len(r.clusters) {
+		return r.failed()
+	}
+	return r.mark(ctx)
+}
