@@ -8,13 +8,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
-	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 func TestWrongUsage(t *testing.T) {
@@ -57,22 +53,6 @@ func TestNoCacheDisk(t *testing.T) {
 	}
 	if got := exitStatus(err); got != 1 {
 		t.Errorf("exit status is %d, want 1", got)
-	}
-}
-
-func TestRunnable(t *testing.T) {
-	disk := func(architecture string) *cachedisk.Disk {
-		return &cachedisk.Disk{Dir: "/mnt/" + architecture, Manifest: &manifest.Manifest{
-			Platform: ocispec.Platform{OS: "linux", Architecture: architecture},
-		}}
-	}
-	node := platforms.DefaultSpec().Architecture
-	disks, err := runnable([]*cachedisk.Disk{disk("s390x"), disk(node)})
-	if len(disks) != 1 || disks[0].Dir != "/mnt/"+node {
-		t.Errorf("disks are %v", disks)
-	}
-	if err == nil || !strings.Contains(err.Error(), "cache disk /mnt/s390x: its images are for linux/s390x, this node runs linux/"+node) {
-		t.Errorf("error is %v", err)
 	}
 }
 

@@ -5,9 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
-
-	"github.com/containerd/platforms"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/containerd"
@@ -32,7 +29,7 @@ func withDisks(ctx context.Context, f *flags, do func(runtime, []*cachedisk.Disk
 		return err
 	}
 	disks, diskErr := cachedisk.Find(f.caches, f.hostRoot)
-	disks, foreign := runnable(disks)
+	disks, foreign := cachedisk.Runnable(disks)
 	diskErr = errors.Join(diskErr, foreign)
 	if len(disks) == 0 {
 		return diskErr
@@ -43,21 +40,6 @@ func withDisks(ctx context.Context, f *flags, do func(runtime, []*cachedisk.Disk
 	}
 	defer rt.Close()
 	return errors.Join(do(rt, disks), diskErr)
-}
-
-// runnable leaves out disks of another platform: registered, their images would stand
-// in the way of pulling those that this node can run.
-func runnable(disks []*cachedisk.Disk) ([]*cachedisk.Disk, error) {
-	var errs []error
-	disks = slices.DeleteFunc(disks, func(d *cachedisk.Disk) bool {
-		if platforms.Default().Match(d.Manifest.Platform) {
-			return false
-		}
-		errs = append(errs, fmt.Errorf("cache disk %s: its images are for %s, this node runs %s: build a disk for that platform",
-			d.Dir, platforms.Format(d.Manifest.Platform), platforms.Format(platforms.DefaultSpec())))
-		return true
-	})
-	return disks, errors.Join(errs...)
 }
 
 // openRuntime connects to the runtime that the flags ask for.
