@@ -1,0 +1,390 @@
+//go:build e2e
+
+package agent_test
+
+import (
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// TestRun registers, opens the gate and ends on SIGTERM, which harms nothing.
+func TestRun(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		n.attach(t)
+		a := n.start(t)
+		n.waitReady(t)
+		for _, ref := range world.refs {
+			if line := fmt.Sprintf("%s: %d/%[2]d layers (100%%) from the cache", ref, layersOf(t, ref)); !strings.Contains(a.log.String(), line) {
+				t.Errorf("the log does not say %q", line)
+			}
+			if !n.pinned(t, ref) {
+				t.Errorf("%s is not pinned", ref)
+			}
+		}
+		for name, want := range map[string]float64{
+			`ready`: 1, `gate_open`: 1, `images{state="registered"}`: chains + 1, `images{state="failed"}`: 0,
+			`layers`: float64(len(world.cache.Layers)), `image_layers_cached_ratio{image="` + world.refs[0] + `"}`: 1,
+			`disk_readable{cache_id="` + cacheID(t) + `"}`:           1,
+			`build_timestamp_seconds{cache_id="` + cacheID(t) + `"}`: float64(world.cache.Created.Unix()),
+		} {
+			if got := n.metric(t, name); got != want {
+				t.Errorf("metric %s is %v, want %v", name, got, want)
+			}
+		}
+		if status, body, err := n.get(t, "/healthz"); status != http.StatusOK {
+			t.Errorf("/healthz: %d %s %v", status, body, err)
+		}
+		n.runs(t, world.refs[0])
+		n.background(t, world.refs[1], "stays")
+		before := n.ctr(t, "images", "ls")
+		a.stop(t)
+		if diff := cmp.Diff(before, n.ctr(t, "images", "ls")); diff != "" {
+			t.Errorf("the agent's end changed: %s", diff)
+		}
+		if leases := n.ctr(t, "leases", "ls", "-q"); leases != "" {
+			t.Errorf("leases: %s", leases)
+		}
+		if out := n.ctr(t, "tasks", "exec", "--exec-id", "x", "stays", "/bin/busybox", "echo", "lives"); !strings.Contains(out, "lives") {
+			t.Errorf("the container after the agent's end: %q", out)
+		}
+		n.runs(t, world.refs[2])
+		n.ctr(t, "tasks", "kill", "-s", "SIGKILL", "stays")
+
+		// By its environment alone, as in kubectl exec.
+		env := []string{"env", "SELKIES_RUNTIME=containerd", "SELKIES_CACHE=" + cacheDir, "SELKIES_OUTPUT=text", program}
+		for _, args := range [][]string{{"status"}, {"plan"}, {"plan", world.refs[0]}} {
+			if out := n.Output(t, slices.Concat(env, args)...); !strings.Contains(out, world.refs[0]) {
+				t.Errorf("%v: %s", args, out)
+			}
+		}
+		n.Refused(t, 2, []string{"env", "SELKIES_RUNTIME=podman", program, "status"}, "podman")
+	})
+}
+
+// TestHeal takes labels and images away and has them back, or reported.
+func TestHeal(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		n.attach(t)
+		pin, removed := world.refs[0], world.refs[1]
+		a := n.start(t)
+		n.waitReady(t)
+
+		n.ctr(t, "images", "label", pin, "io.cri-containerd.pinned=")
+		waitFor(t, "the pin", func() bool { return n.pinned(t, pin) })
+		n.waitMetric(t, `heals_total{reason="pin"}`, is(1))
+		// What imagePullPolicy: Always does. containerd 2 replaces all labels by it.
+		n.pull(t, pin)
+		waitFor(t, "the pin after a pull", func() bool { return n.pinned(t, pin) })
+
+		n.remove(t, removed)
+		n.waitMetric(t, `images{state="removed"}`, is(1))
+		// Another pass, for another reason, leaves it alone.
+		n.ctr(t, "images", "label", pin, "io.cri-containerd.pinned=")
+		waitFor(t, "the pin again", func() bool { return n.pinned(t, pin) })
+		if n.has(t, removed) {
+			t.Errorf("%s was removed and is back", removed)
+		}
+		if !strings.Contains(a.log.String(), "ImageRemoved") {
+			t.Error("the log does not say that an image was removed")
+		}
+		n.pull(t, removed)
+		n.waitMetric(t, `images{state="removed"}`, is(0))
+		a.stop(t)
+
+		n.remove(t, removed)
+		n.start(t, "--restore-removed")
+		n.waitReady(t)
+		if !n.has(t, removed) {
+			t.Error("what was removed is not registered at start")
+		}
+		n.remove(t, removed)
+		waitFor(t, "the removed image", func() bool { return n.has(t, removed) })
+		n.waitMetric(t, `heals_total{reason="removed"}`, atLeast(1))
+		n.runs(t, removed)
+	})
+}
+
+// TestRestart restarts containerd, stops it for a while, and empties its state.
+func TestRestart(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		n.attach(t)
+		n.Output(t, "systemctl", "stop", "containerd")
+		n.start(t)
+		n.waitMetric(t, "ready", is(0))
+		n.Output(t, "systemctl", "start", "containerd")
+		n.waitReady(t)
+
+		n.Output(t, "systemctl", "restart", "containerd")
+		n.cri(t)
+		// The watch is back when this is answered.
+		waitFor(t, "the pin", func() bool {
+			if n.pinned(t, world.refs[0]) {
+				n.ctr(t, "images", "label", world.refs[0], "io.cri-containerd.pinned=")
+			}
+			return n.metric(t, `heals_total{reason="pin"}`) > 0
+		})
+
+		n.Output(t, "systemctl", "stop", "containerd")
+		// The disk's mount is below it and cannot be removed: it is read-only.
+		if _, err := n.Run(t.Context(), "sh", "-c", "rm -rf "+stateDir+"/*"); err == nil {
+			t.Log("nothing was mounted below containerd's directory")
+		}
+		n.Output(t, "systemctl", "start", "containerd")
+		n.cri(t)
+		n.waitMetric(t, `heals_total{reason="runtime"}`, is(chains+1))
+		for _, ref := range world.refs[:chains] {
+			n.runs(t, ref)
+		}
+		if out := n.Output(t, "sh", "-c", "grep -c "+stateDir+"/io.containerd.snapshotter /proc/self/mountinfo"); strings.TrimSpace(out) != "1" {
+			t.Errorf("%s mounts below containerd's directory, want 1", strings.TrimSpace(out))
+		}
+	})
+}
+
+// TestLate starts the agent before the disk is there: the gate opens at its deadline,
+// and the disk's images come when it does.
+func TestLate(t *testing.T) {
+	n := newNode(t, machine.Upstream)
+	a := n.start(t, "--gate-deadline=4s")
+	n.waitMetric(t, "gate_open", is(0))
+	n.waitMetric(t, "gate_open", is(1))
+	if n.metric(t, "ready") != 0 || !strings.Contains(a.log.String(), "NoCacheDisk") {
+		t.Errorf("without a disk: ready is %v", n.metric(t, "ready"))
+	}
+	if status, _, _ := n.get(t, "/readyz"); status != http.StatusServiceUnavailable {
+		t.Errorf("/readyz without a disk: %d", status)
+	}
+	n.pull(t, world.refs[0])
+	n.runs(t, world.refs[0])
+	n.attach(t)
+	n.waitReady(t)
+	n.runs(t, world.refs[1])
+	// What the node has wins.
+	if got := n.metric(t, `image_layers_cached_ratio{image="`+world.refs[0]+`"}`); got != 0 {
+		t.Errorf("share of the layers of an image that was pulled: %v", got)
+	}
+}
+
+// TestBroken opens the gate at its deadline though nothing can be registered.
+func TestBroken(t *testing.T) {
+	for name, c := range map[string]struct {
+		spoil  func(t *testing.T, n *node)
+		reason string
+	}{
+		"manifest": {func(t *testing.T, n *node) {
+			n.MountDisk(t, copyDisk(t), cacheDir, "rw")
+			n.Output(t, "truncate", "-s", "100", filepath.Join(cacheDir, manifest.Path))
+		}, "BrokenManifest"},
+		"snapshotter": {func(t *testing.T, n *node) {
+			n.attach(t)
+			err := n.StartContainerd(t.Context(), machine.Containerd{Release: machine.Upstream, Sandbox: world.pause, Snapshotter: "native"})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}, "UnsupportedSnapshotter"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, machine.Upstream)
+			c.spoil(t, n)
+			a := n.start(t, "--gate-deadline=2s")
+			n.waitMetric(t, "gate_open", is(1))
+			waitFor(t, "the log", func() bool { return strings.Contains(a.log.String(), "reason="+c.reason) })
+			n.pull(t, world.refs[0])
+		})
+	}
+}
+
+// TestGone has the disk fail: what was registered is taken back, except what a
+// container uses, and pods pull. When the disk is there again, so are its images.
+func TestGone(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		image := copyDisk(t)
+		n.MountDisk(t, image, cacheDir, "ro,noload")
+		used := world.refs[0]
+		n.start(t, "--gone-after=3s")
+		n.waitReady(t)
+		n.background(t, used, "user")
+
+		// The kernel goes on answering from memory, the device fails every read.
+		if err := os.Truncate(image, 0); err != nil {
+			t.Fatal(err)
+		}
+		n.waitMetric(t, `disk_readable{cache_id="`+cacheID(t)+`"}`, is(0))
+		if status, _, _ := n.get(t, "/readyz"); status != http.StatusServiceUnavailable {
+			t.Errorf("/readyz without the disk: %d", status)
+		}
+		waitFor(t, "the images to be taken back", func() bool { return !n.has(t, world.refs[1]) })
+		if !n.has(t, used) {
+			t.Errorf("%s is used and was taken back", used)
+		}
+		for _, ref := range world.refs[1:chains] {
+			if n.has(t, ref) {
+				t.Errorf("%s was not taken back", ref)
+			}
+		}
+		n.ctr(t, "tasks", "kill", "-s", "SIGKILL", "user")
+		waitFor(t, "the container's end", func() bool { return strings.Contains(n.ctr(t, "tasks", "ls"), "STOPPED") })
+		n.ctr(t, "tasks", "rm", "user")
+		n.ctr(t, "containers", "rm", "user")
+		waitFor(t, "the last image to be taken back", func() bool { return !n.has(t, used) })
+		n.waitMetric(t, `disk_readable{cache_id="`+cacheID(t)+`"}`, is(-1))
+		if out, _ := n.Run(t.Context(), "grep", stateDir+"/io.containerd.snapshotter", "/proc/self/mountinfo"); out != "" {
+			t.Errorf("still mounted: %s", out)
+		}
+		for _, ref := range []string{used, world.refs[1]} {
+			n.pull(t, ref)
+			n.runs(t, ref)
+		}
+
+		// A disk that is put in its place.
+		n.Output(t, "umount", "-l", cacheDir)
+		n.attach(t)
+		n.waitReady(t)
+		n.runs(t, world.refs[2])
+	})
+}
+
+// TestMount unmounts the disk under the containers' feet: as long as it is anywhere,
+// it is mounted again.
+func TestMount(t *testing.T) {
+	n := newNode(t, machine.Upstream)
+	n.attach(t)
+	n.start(t)
+	n.waitReady(t)
+	n.Output(t, "sh", "-c", "umount "+stateDir+"/io.containerd.snapshotter.v1.overlayfs/snapshots/*/fs")
+	n.waitMetric(t, `heals_total{reason="mount"}`, is(1))
+	n.runs(t, world.refs[0])
+	// Its own directory may go: the mount that containers use serves as well.
+	n.Output(t, "umount", cacheDir)
+	n.ctr(t, "images", "label", world.refs[0], "io.cri-containerd.pinned=")
+	waitFor(t, "the pin", func() bool { return n.pinned(t, world.refs[0]) })
+	n.waitReady(t)
+}
+
+// TestReboot has systemd start the agent: after a reboot it waits for the disk and
+// mounts it, and nothing is registered anew.
+func TestReboot(t *testing.T) {
+	onEach(t, func(t *testing.T, n *node) {
+		detach := n.attach(t)
+		unit := "[Unit]\nAfter=containerd.service\n[Service]\nExecStart=" + program + " " + strings.Join(n.args("--gone-after=10m"), " ") +
+			"\n[Install]\nWantedBy=multi-user.target\n"
+		if err := n.WriteFile("/etc/systemd/system/agent.service", []byte(unit), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		n.Output(t, "systemctl", "-q", "enable", "--now", "agent")
+		n.waitReady(t)
+		before := n.ctr(t, "images", "ls")
+		if err := n.Reboot(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		detach()
+		n.waitMetric(t, "ready", is(0))
+		if _, err := n.Run(t.Context(), "ctr", "-n", "k8s.io", "run", "--rm", world.refs[0], "early", "/bin/busybox", "true"); err == nil {
+			t.Error("a container started without the disk")
+		}
+		n.attach(t)
+		n.waitReady(t)
+		n.runs(t, world.refs[0])
+		if diff := cmp.Diff(before, n.ctr(t, "images", "ls")); diff != "" {
+			t.Errorf("the reboot changed: %s", diff)
+		}
+		if log := n.Output(t, "journalctl", "-q", "-b", "-u", "agent", "-o", "cat"); !strings.Contains(log, "mounted the cache disk") && !strings.Contains(log, "ready") {
+			t.Errorf("log after the reboot: %s", log)
+		}
+	})
+}
+
+// TestKill kills the agent at random moments: the next one ends where an undisturbed
+// one would.
+func TestKill(t *testing.T) {
+	n := newNode(t, machine.Upstream)
+	n.attach(t)
+	start := time.Now()
+	a := n.start(t)
+	n.waitReady(t)
+	took := time.Since(start)
+	a.kill(t)
+	want := n.ctr(t, "images", "ls", "-q")
+	for range 10 {
+		n.Output(t, program, "eject", "--runtime=containerd")
+		a := n.start(t)
+		time.Sleep(time.Duration(rand.Int64N(int64(took)))) // the moment, not a wait
+		a.kill(t)
+		a = n.start(t)
+		n.waitReady(t)
+		if diff := cmp.Diff(want, n.ctr(t, "images", "ls", "-q")); diff != "" {
+			t.Fatalf("killed and started again: %s", diff)
+		}
+		if leases := n.ctr(t, "leases", "ls", "-q"); leases != "" {
+			t.Errorf("leases: %s", leases)
+		}
+		n.runs(t, world.refs[rand.IntN(chains)])
+		a.stop(t)
+	}
+}
+
+// copyDisk is a cache disk of one's own.
+func copyDisk(t testing.TB) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "disk")
+	info, err := os.Stat(world.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := host.NewDisk(name, info.Size()); err != nil {
+		t.Fatal(err)
+	}
+	in, err := os.Open(world.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	out, err := os.OpenFile(name, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	if _, err := io.Copy(out, in); err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
+func cacheID(t testing.TB) string {
+	t.Helper()
+	id, err := world.cache.ID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id.String()
+}
+
+// layersOf is the length of the image's chain.
+func layersOf(t testing.TB, ref string) int {
+	t.Helper()
+	for _, img := range world.cache.Images {
+		if slices.Contains(img.Names, ref) {
+			chain, err := img.ChainIDs()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return len(chain)
+		}
+	}
+	t.Fatalf("no %s on the disk", ref)
+	return 0
+}
