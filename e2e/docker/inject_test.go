@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"golang.org/x/sys/unix"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
@@ -22,14 +23,14 @@ import (
 // TestLife is the life of the catalogue's images on a node: registered, used in
 // every way, removed, taken back.
 func TestLife(t *testing.T) {
-	sum := checksum(t, world.first.image)
+	sum := cachedisk.Checksum(t, world.first.image)
 	for _, r := range releases {
 		t.Run(r.name, func(t *testing.T) {
 			n := newNode(t, r.docker)
 			life(t, n)
 		})
 	}
-	if checksum(t, world.first.image) != sum {
+	if cachedisk.Checksum(t, world.first.image) != sum {
 		t.Error("the cache disk was written to")
 	}
 }

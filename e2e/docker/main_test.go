@@ -6,10 +6,7 @@
 package docker_test
 
 import (
-	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -22,7 +19,6 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
@@ -174,34 +170,3 @@ func renameHub(ctx context.Context, d disk, dir string) error {
 
 // ref is a reference in the test registry.
 func ref(image string) string { return world.reg.Addr + "/" + image }
-
-// checksum is of a disk image's contents. Zeros are not read where the file has
-// holes, and not hashed where it has none, since that may change by itself.
-func checksum(t *testing.T, file string) string {
-	t.Helper()
-	f, err := os.Open(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	h := sha256.New()
-	block, zeros := make([]byte, 4096), make([]byte, 4096)
-	for end := int64(0); ; {
-		start, err := f.Seek(end, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			return hex.EncodeToString(h.Sum(nil))
-		}
-		if err == nil {
-			end, err = f.Seek(start, unix.SEEK_HOLE)
-		}
-		for at := start; err == nil && at < end; at += int64(len(block)) {
-			if _, err = f.ReadAt(block, at); err == nil && !bytes.Equal(block, zeros) {
-				fmt.Fprintf(h, "%d:", at)
-				h.Write(block)
-			}
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-}

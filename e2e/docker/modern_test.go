@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
 )
@@ -21,7 +22,7 @@ import (
 // TestModernDisk registers images of a disk that Moby 29 has filled: one with zstd
 // layers, which Docker 20.10 could not pull but runs, and one of Docker Hub.
 func TestModernDisk(t *testing.T) {
-	sum := checksum(t, world.modern.image)
+	sum := cachedisk.Checksum(t, world.modern.image)
 	var zstd treediff.Tree
 	// Moby first: its pull of the zstd image is what both are compared with.
 	for _, r := range slices.Backward(releases) {
@@ -63,7 +64,7 @@ func TestModernDisk(t *testing.T) {
 			same(t, "after eject", before, n.store(t))
 		})
 	}
-	if checksum(t, world.modern.image) != sum {
+	if cachedisk.Checksum(t, world.modern.image) != sum {
 		t.Error("the cache disk was written to")
 	}
 }
@@ -81,7 +82,7 @@ func TestImageStore(t *testing.T) {
 		{"without blobs", world.first, world.refs, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			sum := checksum(t, tt.disk.image)
+			sum := cachedisk.Checksum(t, tt.disk.image)
 			n := newNode(t, machine.Upstream)
 			n.docker.ImageStore = true
 			n.start(t)
@@ -147,7 +148,7 @@ func TestImageStore(t *testing.T) {
 			if t.Failed() {
 				t.Logf("before: %q; now: %q", empty, n.containerd(t))
 			}
-			if checksum(t, tt.disk.image) != sum {
+			if cachedisk.Checksum(t, tt.disk.image) != sum {
 				t.Error("the cache disk was written to")
 			}
 		})

@@ -74,33 +74,11 @@ func (n *node) fresh(t *testing.T) {
 	n.start(t)
 }
 
-// attach attaches a disk image read-only and mounts it at dir, as GKE does. The
-// returned function takes both away.
+// attach attaches a disk image read-only and mounts it at dir, as GKE does. detach
+// takes the disk away again.
 func (n *node) attach(t *testing.T, image, dir string) (detach func()) {
 	t.Helper()
-	loop, err := host.AttachLoop(image, true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	name := filepath.Base(loop.Path)
-	if err := n.AttachDisk(loop.Path, name); err != nil {
-		t.Fatal(err)
-	}
-	n.Output(t, "mkdir", "-p", dir)
-	n.Output(t, "mount", "-o", "ro,noload", loop.Path, dir)
-	done := false
-	detach = func() {
-		if done {
-			return
-		}
-		done = true
-		if err := n.DetachDisk(loop.Path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			t.Log(err)
-		}
-		loop.Close()
-	}
-	t.Cleanup(detach)
-	return detach
+	return n.MountDisk(t, image, dir, "ro,noload")
 }
 
 // emptyDisk attaches a new disk of 64 MiB and returns its device.
@@ -161,32 +139,12 @@ func (n *node) eject(t *testing.T, args ...string) *report.Eject {
 func (n *node) refused(t *testing.T, args []string, words ...string) {
 	t.Helper()
 	before := n.state(t)
-	n.fails(t, append([]string{"selkies-image-injector", "--runtime", "docker"}, args...), words...)
+	n.Refused(t, 1, append([]string{"selkies-image-injector", "--runtime", "docker"}, args...), words...)
 	after := n.state(t)
 	same(t, "after a refusal", before.files, after.files)
 	before.files, after.files = nil, nil
 	if diff := cmp.Diff(before, after, cmp.AllowUnexported(state{})); diff != "" {
 		t.Errorf("after a refusal (-before +after):\n%s", diff)
-	}
-}
-
-// fails runs a command that must fail with status 1 and one line that has every word.
-func (n *node) fails(t *testing.T, command []string, words ...string) {
-	t.Helper()
-	cmd := n.Command(t.Context(), command[0], command[1:]...)
-	var stdout, stderr strings.Builder
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	err := cmd.Run()
-	if cmd.ProcessState.ExitCode() != 1 {
-		t.Fatalf("%q: %v, want exit status 1; it said %s%s", command, err, &stdout, &stderr)
-	}
-	for _, w := range words {
-		if !strings.Contains(stderr.String(), w) {
-			t.Errorf("%q: %q does not say %q", command, &stderr, w)
-		}
-	}
-	if strings.Count(stderr.String(), "\n") != 1 || stdout.Len() > 0 {
-		t.Errorf("%q: not one line on stderr: %q; on stdout: %q", command, &stderr, &stdout)
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
@@ -252,7 +253,7 @@ func TestStopped(t *testing.T) {
 func TestBind(t *testing.T) {
 	n := newNode(t, releases[0].docker)
 	before := n.store(t)
-	sum := checksum(t, world.first.image)
+	sum := cachedisk.Checksum(t, world.first.image)
 	n.attach(t, world.first.image, cacheDir)
 	n.inject(t, "--link", "bind")
 	for _, image := range world.refs {
@@ -296,7 +297,7 @@ func TestBind(t *testing.T) {
 		t.Errorf("%d bind mounts after eject", got)
 	}
 	same(t, "after eject", before, n.store(t))
-	if checksum(t, world.first.image) != sum {
+	if cachedisk.Checksum(t, world.first.image) != sum {
 		t.Error("the cache disk was written to")
 	}
 }
@@ -309,7 +310,7 @@ func TestRefused(t *testing.T) {
 
 	t.Run("not root", func(t *testing.T) {
 		before := n.state(t)
-		n.fails(t, []string{"setpriv", "--reuid", "1000", "--clear-groups", "selkies-image-injector", "--runtime", "docker", "inject"}, "not root")
+		n.Refused(t, 1, []string{"setpriv", "--reuid", "1000", "--clear-groups", "selkies-image-injector", "--runtime", "docker", "inject"}, "not root")
 		same(t, "after a refusal", before.files, n.state(t).files)
 	})
 	t.Run("running containers", func(t *testing.T) {
@@ -434,7 +435,7 @@ func TestRefused(t *testing.T) {
 		before := n.store(t)
 		pid := n.pid(t)
 		n.Output(t, "sh", "-ec", "chattr +i "+dataRoot+"/image/overlay2/imagedb/content/sha256")
-		n.fails(t, []string{"selkies-image-injector", "--runtime", "docker", "inject"}, "registering image")
+		n.Refused(t, 1, []string{"selkies-image-injector", "--runtime", "docker", "inject"}, "registering image")
 		n.Output(t, "chattr", "-i", dataRoot+"/image/overlay2/imagedb/content/sha256")
 		if n.pid(t) == pid || n.pid(t) == "0" {
 			t.Error("docker was not started again")
