@@ -1,0 +1,78 @@
+//go:build e2e
+
+package cluster_test
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+)
+
+// secondaryDisks is where GKE mounts secondary boot disks in data mode.
+const secondaryDisks = "/mnt/disks/gke-secondary-disks/"
+
+// mountSecondary mounts an attached disk as GKE does.
+func mountSecondary(t *testing.T, n *cluster.Node, d cluster.Disk) {
+	t.Helper()
+	n.Output(t, "mkdir", "-p", secondaryDisks+d.Name)
+	n.Output(t, "mount", "-o", "ro,noload", d.Device(), secondaryDisks+d.Name)
+}
+
+// TestGateOpensAtDeadline has nodes whose images cannot be registered: pods start all
+// the same, by a pull.
+func TestGateOpensAtDeadline(t *testing.T) {
+	c := world.cluster
+	disk := cluster.Disk{Name: firstDevice, Image: world.first}
+	tests := []struct {
+		name, reason string
+		node         cluster.NodeConfig
+		prepare      func(t *testing.T, n *cluster.Node)
+	}{
+		{"no disk", "NoCacheDisk", cluster.NodeConfig{}, func(*testing.T, *cluster.Node) {}},
+		{"broken manifest", "BrokenManifest", cluster.NodeConfig{}, func(t *testing.T, n *cluster.Node) {
+			if err := n.WriteFile(secondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}},
+		{"another snapshotter", "UnsupportedSnapshotter", cluster.NodeConfig{Snapshotter: "native", Disks: []cluster.Disk{disk}},
+			func(t *testing.T, n *cluster.Node) { mountSecondary(t, n, disk) }},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			tt.node.Taints = []corev1.Taint{startupTaint}
+			n := c.Node(t, tt.node)
+			tt.prepare(t, n)
+			ns := c.Namespace(t)
+			c.Run(t, podOn(n, ns, "pod", ref(app)))
+			c.WaitPodUnschedulable(t, ns, "pod")
+			world.reg.Reset()
+			deploy(t, agentConfig{component: "secondary-boot-disk", env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}})
+			n.WaitTaint(t, startupTaint.Key, false)
+			c.WaitPodReady(t, ns, "pod")
+			fetched := world.reg.Count().Blobs
+			for _, b := range blobsOf(t, app) {
+				if !slices.Contains(fetched, b) && !slices.Contains(blobsOf(t, sandbox), b) {
+					t.Errorf("blob %s was not fetched", b)
+				}
+			}
+			n.Wait(t, "say why", func(node *corev1.Node) error {
+				for _, c := range node.Status.Conditions {
+					if c.Type == agentCondition && c.Status == corev1.ConditionFalse && c.Reason == tt.reason {
+						return nil
+					}
+				}
+				return fmt.Errorf("its conditions are %+v", node.Status.Conditions)
+			})
+			n.Wait(t, "not be called initialized", func(node *corev1.Node) error {
+				if got := node.Labels["app.broker/image-load-initialized"]; got == "true" {
+					return fmt.Errorf("its labels are %v", node.Labels)
+				}
+				return nil
+			})
+		})
+	}
+}
