@@ -1,0 +1,190 @@
+//go:build e2e
+
+package kustomize_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/util/yaml"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/version"
+)
+
+// TestApply has the API server take both set-ups whole.
+func TestApply(t *testing.T) {
+	for _, variant := range []string{"pvc", "secondary-boot-disk"} {
+		t.Run(variant, func(t *testing.T) {
+			out := world.cluster.Output(t, "apply", "-k", examples+variant)
+			defer world.cluster.Output(t, "delete", "--wait=true", "-k", examples+variant)
+			if n := strings.Count(out, "daemonset.apps/"); n != len(daemonSets(t, variant)) {
+				t.Errorf("%d daemon sets were made: %s", n, out)
+			}
+			for _, placeholder := range []string{"PROJECT", "ZONE", "DISK"} {
+				if text := world.cluster.Output(t, "kustomize", examples+variant); strings.Contains(text, placeholder) {
+					t.Errorf("the placeholder %s is left", placeholder)
+				}
+			}
+		})
+	}
+}
+
+// daemonSets are those of a rendered set-up.
+func daemonSets(t *testing.T, variant string) []appsv1.DaemonSet {
+	t.Helper()
+	var found []appsv1.DaemonSet
+	d := yaml.NewYAMLOrJSONDecoder(strings.NewReader(world.cluster.Output(t, "kustomize", examples+variant)), 4096)
+	for {
+		var object map[string]any
+		err := d.Decode(&object)
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if object["kind"] != "DaemonSet" {
+			continue
+		}
+		var set appsv1.DaemonSet
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructuredWithValidation(object, &set, true); err != nil {
+			t.Fatal(err)
+		}
+		found = append(found, set)
+	}
+	if len(found) == 0 {
+		t.Fatalf("%s has no daemon set", variant)
+	}
+	return found
+}
+
+// TestPrivileges runs the injector's commands once each in pods like the daemon
+// set's, with all of its privileges and with each capability taken away.
+func TestPrivileges(t *testing.T) {
+	world.cluster.Apply(t, examples+"base/access")
+	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
+		t.Run(string(release), func(t *testing.T) { testPrivileges(t, release) })
+	}
+}
+
+func testPrivileges(t *testing.T, release machine.Release) {
+	disk := cluster.Disk{Name: "image-cache", Image: world.disk}
+	n := world.cluster.Node(t, cluster.NodeConfig{Release: release, Disks: []cluster.Disk{disk}})
+	const gke = "/mnt/disks/gke-secondary-disks/gke-image-cache-disk"
+	n.Output(t, "mkdir", "-p", gke)
+	n.Output(t, "mount", "-o", "ro,noload", disk.Device(), gke)
+
+	set := daemonSets(t, "secondary-boot-disk")[0]
+	run := func(t *testing.T, change func(*corev1.Container), args ...string) (bool, string) {
+		t.Helper()
+		return runPod(t, n, set.Spec.Template.Spec, change, args...)
+	}
+	must := func(t *testing.T, args ...string) string {
+		t.Helper()
+		ok, said := run(t, nil, args...)
+		if !ok {
+			t.Fatalf("%v: %s", args, said)
+		}
+		return said
+	}
+
+	if said := must(t, "version"); !strings.Contains(said, version.String()) {
+		t.Errorf("version says %q, want %s", said, version.String())
+	}
+	for _, c := range set.Spec.Template.Spec.Containers[0].SecurityContext.Capabilities.Add {
+		t.Run("without "+string(c), func(t *testing.T) {
+			ok, said := run(t, func(container *corev1.Container) {
+				caps := container.SecurityContext.Capabilities
+				caps.Add = slices.DeleteFunc(slices.Clone(caps.Add), func(o corev1.Capability) bool { return o == c })
+			}, "inject")
+			t.Log(said)
+			if ok {
+				t.Errorf("inject does without %s: do not give it", c)
+			}
+			if strings.Count(said, "\n") != 1 {
+				t.Errorf("more than a line: %s", said)
+			}
+			must(t, "eject")
+		})
+	}
+	for _, args := range [][]string{{"plan"}, {"plan", world.cached}, {"inject"}, {"status"}, {"inject"}} {
+		t.Log(args, must(t, args...))
+	}
+	ok, said := run(t, func(container *corev1.Container) {
+		container.SecurityContext.Capabilities.Add = append(container.SecurityContext.Capabilities.Add, "DAC_READ_SEARCH")
+	}, "verify")
+	if !ok {
+		t.Errorf("verify with CAP_DAC_READ_SEARCH: %s", said)
+	}
+	if out := n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", world.cached, "test", "/bin/echo", "hello"); out != "hello\n" {
+		t.Errorf("the cached image said %q", out)
+	}
+	t.Log(must(t, "eject"))
+
+	t.Run("claim", func(t *testing.T) {
+		spec := daemonSets(t, "pvc")[0].Spec.Template.Spec
+		// Of the test's own disk, which is in no zone.
+		spec.Affinity = nil
+		for i := range spec.Volumes {
+			if claim := spec.Volumes[i].PersistentVolumeClaim; claim != nil {
+				world.cluster.Claim(t, namespace, claim.ClaimName, disk, n)
+			}
+		}
+		if ok, said := runPod(t, n, spec, nil, "inject"); !ok {
+			t.Fatal(said)
+		}
+		// The pod has ended, and with it kubelet's mounts of the claim.
+		if out := n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", world.cached, "test", "/bin/echo", "hello"); out != "hello\n" {
+			t.Errorf("the cached image said %q", out)
+		}
+		if ok, said := runPod(t, n, spec, nil, "eject"); !ok {
+			t.Fatal(said)
+		}
+	})
+}
+
+// runPod runs a command of the injector in a pod of the daemon set's, changed where a
+// pod that ends differs from one that stays, and says whether it succeeded and what
+// it printed.
+func runPod(t *testing.T, n *cluster.Node, spec corev1.PodSpec, change func(*corev1.Container), args ...string) (bool, string) {
+	t.Helper()
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, GenerateName: args[0] + "-"}, Spec: *spec.DeepCopy()}
+	pod.Spec.NodeSelector = map[string]string{corev1.LabelHostname: n.Name}
+	pod.Spec.RestartPolicy = corev1.RestartPolicyNever
+	c := &pod.Spec.Containers[0]
+	c.Image, c.Args = world.injector, args
+	c.LivenessProbe, c.ReadinessProbe = nil, nil
+	if change != nil {
+		change(c)
+	}
+	pods := world.cluster.Client.CoreV1().Pods(namespace)
+	pod, err := pods.Create(t.Context(), pod, metav1.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := pods.Delete(context.Background(), pod.Name, metav1.DeleteOptions{}); err != nil {
+			t.Error(err)
+		}
+		world.cluster.WaitPodGone(t, namespace, pod.Name)
+	}()
+	ended := world.cluster.WaitPod(t, namespace, pod.Name, "end", func(p *corev1.Pod) error {
+		if p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed {
+			return nil
+		}
+		return fmt.Errorf("it is %s: %+v", p.Status.Phase, p.Status.ContainerStatuses)
+	})
+	said := world.cluster.Output(t, "logs", "-n", namespace, pod.Name)
+	return ended.Status.Phase == corev1.PodSucceeded, said
+}
