@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
@@ -146,7 +147,8 @@ func life(t *testing.T, n *node) {
 		n.Output(t, "docker", "builder", "prune", "-af")
 	})
 	t.Run("rmi", func(t *testing.T) {
-		// Moby 29's save and BuildKit hold layers until it restarts, pulled ones too.
+		// Moby 29's save and BuildKit hold layers until it restarts, pulled ones too
+		// (see TestSaveKeepsLayers).
 		n.Output(t, "systemctl", "restart", "docker.service")
 		for _, image := range world.refs {
 			n.Output(t, "docker", "rmi", image)
@@ -280,6 +282,29 @@ func TestEjectClean(t *testing.T) {
 	r := n.eject(t)
 	if r.Layers != len(world.first.manifest.Layers) || len(r.Kept) != 0 {
 		t.Errorf("%d layers taken back and %v kept, want %d and nothing", r.Layers, r.Kept, len(world.first.manifest.Layers))
+	}
+	same(t, "after eject", before, n.store(t))
+}
+
+// TestSaveKeepsLayers saves an image that has a layer twice. Moby 29 does not release
+// the second one (saveLayer in its daemon/internal/image/tarexport/save.go), so that
+// eject cannot remove it: its remedy has to work.
+func TestSaveKeepsLayers(t *testing.T) {
+	n := newNode(t, machine.Upstream)
+	before := n.store(t)
+	n.attach(t, world.first.image, cacheDir)
+	n.inject(t)
+	n.saves(t, ref("same-layer-twice:latest"))
+	if r := n.eject(t); len(r.Kept) > 0 {
+		t.Logf("kept: %q", r.Kept)
+		if !strings.Contains(r.Kept[0], "restart docker and inject") {
+			t.Error("that does not say what to do")
+		}
+		n.Output(t, "systemctl", "restart", "docker.service")
+		n.inject(t)
+		if r := n.eject(t); len(r.Kept) > 0 {
+			t.Errorf("still kept: %q", r.Kept)
+		}
 	}
 	same(t, "after eject", before, n.store(t))
 }

@@ -281,7 +281,7 @@ func (e *ejection) retire(rec *record, left map[digest.Digest]string) error {
 	}
 	if kept > 0 || slices.ContainsFunc(rec.Images, e.remains) {
 		if kept > 0 {
-			e.keep("cache %s: %d of its layers are used by other images or the build cache", short(rec.CacheID), kept)
+			e.keep("cache %s: %d of its layers are used by other images, the build cache or an earlier docker save; remove the images, prune the cache, or restart docker and inject, and then eject again", short(rec.CacheID), kept)
 		}
 		return nil
 	}
