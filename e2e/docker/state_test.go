@@ -389,8 +389,8 @@ func TestRefused(t *testing.T) {
 		n.refused(t, inject, "process "+pid, config, "stop it")
 		n.Output(t, "systemctl", "stop", "other")
 
-		// One with a store of its own does not matter.
-		n.otherDocker(t, append(elsewhere, "--data-root=/var/lib/docker-other", "--exec-root=/run/docker-other")...)
+		// One with a store of its own, which may not lie on an overlay, does not matter.
+		n.otherDocker(t, append(elsewhere, "--data-root=/var/lib/kubelet/docker", "--exec-root=/run/docker-other")...)
 		before := n.store(t)
 		n.inject(t)
 		n.Output(t, "systemctl", "stop", "other")
