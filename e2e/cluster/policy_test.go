@@ -1,6 +1,6 @@
 //go:build e2e
 
-package kustomize_test
+package cluster_test
 
 import (
 	"context"
@@ -21,21 +21,15 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
 
-const (
-	examples  = "../../example/kustomize/"
-	namespace = "selkies-image-cache"
-	account   = "selkies-image-injector"
-	taint     = "startup-taint.cluster-autoscaler.kubernetes.io/selkies-image-cache"
-)
+const agentAccount = "selkies-image-injector"
 
 // TestPolicy asks the API server, with the token of a pod of the agent, for what the
 // agent does and for what it must not be able to do.
 func TestPolicy(t *testing.T) {
 	c := world.cluster
-	c.Apply(t, examples+"base/access")
-	own, other := node(t), node(t)
-	agent := client(t, token(t, own))
-	anywhere := client(t, token(t, ""))
+	own, foreign := nodeObject(t), nodeObject(t)
+	agent := clientOf(t, agentToken(t, own))
+	anywhere := clientOf(t, agentToken(t, ""))
 
 	patch := func(as kubernetes.Interface, typ types.PatchType, node, body string, sub ...string) error {
 		_, err := as.CoreV1().Nodes().Patch(t.Context(), node, typ, []byte(body), metav1.PatchOptions{}, sub...)
@@ -51,7 +45,7 @@ func TestPolicy(t *testing.T) {
 		return fmt.Sprintf(`{"status":{"conditions":[{"type":%q,"status":"True","reason":"Test"}]}}`, typ)
 	}
 	event := func(namespace string) error {
-		_, err := agent.CoreV1().Events(namespace).Create(t.Context(), &corev1.Event{
+		_, err := agent.CoreV1().Events(agentNamespace).Create(t.Context(), &corev1.Event{
 			ObjectMeta:     metav1.ObjectMeta{GenerateName: "test-"},
 			InvolvedObject: corev1.ObjectReference{Kind: "Node", Name: own, Namespace: namespace},
 		}, metav1.CreateOptions{})
@@ -59,7 +53,7 @@ func TestPolicy(t *testing.T) {
 	}
 	// The API server takes a while to know a new policy.
 	cluster.Wait(t, "the policy to be in force", func(context.Context) error {
-		if err := merge(other, `{"metadata":{"labels":{"app.broker/test":"1"}}}`); err == nil {
+		if err := merge(foreign, `{"metadata":{"labels":{"app.broker/test":"1"}}}`); err == nil {
 			return errors.New("nothing is refused")
 		}
 		return nil
@@ -88,11 +82,11 @@ func TestPolicy(t *testing.T) {
 		}},
 		{"taint added", "changes no other", func() error { return changeTaints(t, agent, own, `[{"key":"new","effect":"NoSchedule"}]`, "") }},
 		{"other taint removed", "changes no other", func() error { return changeTaints(t, agent, own, `[]`, "other") }},
-		{"startup taint removed", "", func() error { return changeTaints(t, agent, own, `[]`, taint) }},
+		{"startup taint removed", "", func() error { return changeTaints(t, agent, own, `[]`, startupTaint.Key) }},
 
-		{"other node's label", "may not change node " + other, func() error { return merge(other, `{"metadata":{"labels":{"app.broker/test":"1"}}}`) }},
-		{"other node's condition", "may not change node " + other, func() error { return strategic(other, condition("SelkiesImageCacheReady"), "status") }},
-		{"other node's taint", "may not change node " + other, func() error { return changeTaints(t, agent, other, `[]`, taint) }},
+		{"other node's label", "may not change node " + foreign, func() error { return merge(foreign, `{"metadata":{"labels":{"app.broker/test":"1"}}}`) }},
+		{"other node's condition", "may not change node " + foreign, func() error { return strategic(foreign, condition("SelkiesImageCacheReady"), "status") }},
+		{"other node's taint", "may not change node " + foreign, func() error { return changeTaints(t, agent, foreign, `[]`, startupTaint.Key) }},
 		{"token without a node", "does not say which node", func() error {
 			return patch(anywhere, types.MergePatchType, own, `{"metadata":{"labels":{"app.broker/test":"1"}}}`)
 		}},
@@ -110,12 +104,12 @@ func TestPolicy(t *testing.T) {
 		{"changed condition", "SelkiesImageCacheReady only", func() error { return strategic(own, condition("MemoryPressure"), "status") }},
 		{"conditions removed", "SelkiesImageCacheReady only", func() error { return merge(own, `{"status":{"conditions":null}}`, "status") }},
 		{"capacity", "conditions only", func() error { return merge(own, `{"status":{"capacity":{"selkies.io/free":"1"}}}`, "status") }},
-		{"event elsewhere", "cannot create resource", func() error { return event(namespace) }},
+		{"event elsewhere", "cannot create resource", func() error { return event(agentNamespace) }},
 		{"node deleted", "cannot delete resource", func() error {
 			return agent.CoreV1().Nodes().Delete(t.Context(), own, metav1.DeleteOptions{})
 		}},
 		{"pod of others", "cannot delete resource", func() error {
-			return agent.CoreV1().Pods(namespace).Delete(t.Context(), "any", metav1.DeleteOptions{})
+			return agent.CoreV1().Pods(agentNamespace).Delete(t.Context(), "any", metav1.DeleteOptions{})
 		}},
 		{"secrets", "cannot list resource", func() error {
 			_, err := agent.CoreV1().Secrets("").List(t.Context(), metav1.ListOptions{})
@@ -135,7 +129,7 @@ func TestPolicy(t *testing.T) {
 		})
 	}
 	// Others are not the policy's concern.
-	if err := patch(c.Client, types.MergePatchType, other, `{"metadata":{"labels":{"keep":"other"}}}`); err != nil {
+	if err := patch(c.Client, types.MergePatchType, foreign, `{"metadata":{"labels":{"keep":"other"}}}`); err != nil {
 		t.Error(err)
 	}
 }
@@ -166,14 +160,14 @@ func changeTaints(t *testing.T, as kubernetes.Interface, name, added, without st
 	}
 }
 
-// node makes a Node object that no kubelet cares for.
-func node(t *testing.T) string {
+// nodeObject makes a Node object that no kubelet cares for.
+func nodeObject(t *testing.T) string {
 	t.Helper()
 	nodes := world.cluster.Client.CoreV1().Nodes()
 	n, err := nodes.Create(t.Context(), &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "object-", Labels: map[string]string{"keep": "this"}},
 		Spec: corev1.NodeSpec{Taints: []corev1.Taint{
-			{Key: taint, Effect: corev1.TaintEffectNoSchedule},
+			{Key: startupTaint.Key, Effect: corev1.TaintEffectNoSchedule},
 			{Key: "other", Effect: corev1.TaintEffectNoSchedule},
 		}},
 		Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{
@@ -191,21 +185,21 @@ func node(t *testing.T) string {
 	return n.Name
 }
 
-// token is one of the agent's account, as a pod on the node has it, or without a
+// agentToken is one of the agent's agentAccount, as a pod on the node has it, or without a
 // node's name bound to nothing.
-func token(t *testing.T, node string) string {
+func agentToken(t *testing.T, node string) string {
 	t.Helper()
 	core := world.cluster.Client.CoreV1()
 	cluster.Wait(t, "the agent's account", func(ctx context.Context) error {
-		_, err := core.ServiceAccounts(namespace).Get(ctx, account, metav1.GetOptions{})
+		_, err := core.ServiceAccounts(agentNamespace).Get(ctx, agentAccount, metav1.GetOptions{})
 		return err
 	})
 	request := &authenticationv1.TokenRequest{}
 	if node != "" {
-		pod, err := core.Pods(namespace).Create(t.Context(), &corev1.Pod{
+		pod, err := core.Pods(agentNamespace).Create(t.Context(), &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{GenerateName: "agent-"},
 			Spec: corev1.PodSpec{
-				NodeName: node, ServiceAccountName: account,
+				NodeName: node, ServiceAccountName: agentAccount,
 				Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
 				Containers:  []corev1.Container{{Name: "agent", Image: "none"}},
 			},
@@ -214,22 +208,22 @@ func token(t *testing.T, node string) string {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			err := core.Pods(namespace).Delete(context.Background(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64)})
+			err := core.Pods(agentNamespace).Delete(context.Background(), pod.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64)})
 			if err != nil && !apierrors.IsNotFound(err) {
 				t.Error(err)
 			}
 		})
 		request.Spec.BoundObjectRef = &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: pod.Name, UID: pod.UID}
 	}
-	made, err := core.ServiceAccounts(namespace).CreateToken(t.Context(), account, request, metav1.CreateOptions{})
+	made, err := core.ServiceAccounts(agentNamespace).CreateToken(t.Context(), agentAccount, request, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return made.Status.Token
 }
 
-// client is one of whoever has the token.
-func client(t *testing.T, token string) kubernetes.Interface {
+// clientOf is the client of whoever has the token.
+func clientOf(t *testing.T, token string) kubernetes.Interface {
 	t.Helper()
 	config, err := clientcmd.BuildConfigFromFlags("", world.cluster.Kubeconfig)
 	if err != nil {
@@ -248,9 +242,8 @@ func client(t *testing.T, token string) kubernetes.Interface {
 // of a node.
 func TestPolicyTypes(t *testing.T) {
 	c := world.cluster
-	c.Apply(t, examples+"base/access")
 	cluster.Wait(t, "the policy's check", func(ctx context.Context) error {
-		p, err := c.Client.AdmissionregistrationV1().ValidatingAdmissionPolicies().Get(ctx, account, metav1.GetOptions{})
+		p, err := c.Client.AdmissionregistrationV1().ValidatingAdmissionPolicies().Get(ctx, agentAccount, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}

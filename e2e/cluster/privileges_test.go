@@ -1,6 +1,6 @@
 //go:build e2e
 
-package kustomize_test
+package cluster_test
 
 import (
 	"context"
@@ -22,17 +22,20 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
-// TestApply has the API server take both set-ups whole.
-func TestApply(t *testing.T) {
+// examples are the manifests as users have them.
+const examples = "../../example/kustomize/"
+
+// TestExamples has the API server check both set-ups whole.
+func TestExamples(t *testing.T) {
 	for _, variant := range []string{"pvc", "secondary-boot-disk"} {
 		t.Run(variant, func(t *testing.T) {
-			out := world.cluster.Output(t, "apply", "-k", examples+variant)
-			defer world.cluster.Output(t, "delete", "--wait=true", "-k", examples+variant)
+			out := world.cluster.Output(t, "apply", "--dry-run=server", "-k", examples+variant)
 			if n := strings.Count(out, "daemonset.apps/"); n != len(daemonSets(t, variant)) {
-				t.Errorf("%d daemon sets were made: %s", n, out)
+				t.Errorf("%d daemon sets would be made: %s", n, out)
 			}
+			text := world.cluster.Output(t, "kustomize", examples+variant)
 			for _, placeholder := range []string{"PROJECT", "ZONE", "DISK"} {
-				if text := world.cluster.Output(t, "kustomize", examples+variant); strings.Contains(text, placeholder) {
+				if strings.Contains(text, placeholder) {
 					t.Errorf("the placeholder %s is left", placeholder)
 				}
 			}
@@ -72,23 +75,20 @@ func daemonSets(t *testing.T, variant string) []appsv1.DaemonSet {
 // TestPrivileges runs the injector's commands once each in pods like the daemon
 // set's, with all of its privileges and with each capability taken away.
 func TestPrivileges(t *testing.T) {
-	world.cluster.Apply(t, examples+"base/access")
 	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
 		t.Run(string(release), func(t *testing.T) { testPrivileges(t, release) })
 	}
 }
 
 func testPrivileges(t *testing.T, release machine.Release) {
-	disk := cluster.Disk{Name: "image-cache", Image: world.disk}
+	disk := cluster.Disk{Name: firstDevice, Image: world.first}
 	n := world.cluster.Node(t, cluster.NodeConfig{Release: release, Disks: []cluster.Disk{disk}})
-	const gke = "/mnt/disks/gke-secondary-disks/gke-image-cache-disk"
-	n.Output(t, "mkdir", "-p", gke)
-	n.Output(t, "mount", "-o", "ro,noload", disk.Device(), gke)
+	mountSecondary(t, n, disk)
 
 	set := daemonSets(t, "secondary-boot-disk")[0]
 	run := func(t *testing.T, change func(*corev1.Container), args ...string) (bool, string) {
 		t.Helper()
-		return runPod(t, n, set.Spec.Template.Spec, change, args...)
+		return runOnce(t, n, set.Spec.Template.Spec, change, args...)
 	}
 	must := func(t *testing.T, args ...string) string {
 		t.Helper()
@@ -115,19 +115,14 @@ func testPrivileges(t *testing.T, release machine.Release) {
 			if strings.Count(said, "\n") != 1 {
 				t.Errorf("more than a line: %s", said)
 			}
+			// What it began before it failed.
 			must(t, "eject")
 		})
 	}
-	for _, args := range [][]string{{"plan"}, {"plan", world.cached}, {"inject"}, {"status"}, {"inject"}} {
+	for _, args := range [][]string{{"plan"}, {"plan", ref(app)}, {"inject"}, {"status"}, {"inject"}} {
 		t.Log(args, must(t, args...))
 	}
-	ok, said := run(t, func(container *corev1.Container) {
-		container.SecurityContext.Capabilities.Add = append(container.SecurityContext.Capabilities.Add, "DAC_READ_SEARCH")
-	}, "verify")
-	if !ok {
-		t.Errorf("verify with CAP_DAC_READ_SEARCH: %s", said)
-	}
-	if out := n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", world.cached, "test", "/bin/echo", "hello"); out != "hello\n" {
+	if out := n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", ref(app), "test", "/bin/echo", "hello"); out != "hello\n" {
 		t.Errorf("the cached image said %q", out)
 	}
 	t.Log(must(t, "eject"))
@@ -138,37 +133,37 @@ func testPrivileges(t *testing.T, release machine.Release) {
 		spec.Affinity = nil
 		for i := range spec.Volumes {
 			if claim := spec.Volumes[i].PersistentVolumeClaim; claim != nil {
-				world.cluster.Claim(t, namespace, claim.ClaimName, disk, n)
+				world.cluster.Claim(t, agentNamespace, claim.ClaimName, disk, n)
 			}
 		}
-		if ok, said := runPod(t, n, spec, nil, "inject"); !ok {
+		if ok, said := runOnce(t, n, spec, nil, "inject"); !ok {
 			t.Fatal(said)
 		}
 		// The pod has ended, and with it kubelet's mounts of the claim.
-		if out := n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", world.cached, "test", "/bin/echo", "hello"); out != "hello\n" {
+		if out := n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", ref(app), "test", "/bin/echo", "hello"); out != "hello\n" {
 			t.Errorf("the cached image said %q", out)
 		}
-		if ok, said := runPod(t, n, spec, nil, "eject"); !ok {
+		if ok, said := runOnce(t, n, spec, nil, "eject"); !ok {
 			t.Fatal(said)
 		}
 	})
 }
 
-// runPod runs a command of the injector in a pod of the daemon set's, changed where a
+// runOnce runs a command of the injector in a pod of the daemon set's, changed where a
 // pod that ends differs from one that stays, and says whether it succeeded and what
 // it printed.
-func runPod(t *testing.T, n *cluster.Node, spec corev1.PodSpec, change func(*corev1.Container), args ...string) (bool, string) {
+func runOnce(t *testing.T, n *cluster.Node, spec corev1.PodSpec, change func(*corev1.Container), args ...string) (bool, string) {
 	t.Helper()
-	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, GenerateName: args[0] + "-"}, Spec: *spec.DeepCopy()}
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: agentNamespace, GenerateName: args[0] + "-"}, Spec: *spec.DeepCopy()}
 	pod.Spec.NodeSelector = map[string]string{corev1.LabelHostname: n.Name}
 	pod.Spec.RestartPolicy = corev1.RestartPolicyNever
 	c := &pod.Spec.Containers[0]
-	c.Image, c.Args = world.injector, args
+	c.Image, c.Args = ref(injector), args
 	c.LivenessProbe, c.ReadinessProbe = nil, nil
 	if change != nil {
 		change(c)
 	}
-	pods := world.cluster.Client.CoreV1().Pods(namespace)
+	pods := world.cluster.Client.CoreV1().Pods(agentNamespace)
 	pod, err := pods.Create(t.Context(), pod, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -177,14 +172,14 @@ func runPod(t *testing.T, n *cluster.Node, spec corev1.PodSpec, change func(*cor
 		if err := pods.Delete(context.Background(), pod.Name, metav1.DeleteOptions{}); err != nil {
 			t.Error(err)
 		}
-		world.cluster.WaitPodGone(t, namespace, pod.Name)
+		world.cluster.WaitPodGone(t, agentNamespace, pod.Name)
 	}()
-	ended := world.cluster.WaitPod(t, namespace, pod.Name, "end", func(p *corev1.Pod) error {
+	ended := world.cluster.WaitPod(t, agentNamespace, pod.Name, "end", func(p *corev1.Pod) error {
 		if p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed {
 			return nil
 		}
 		return fmt.Errorf("it is %s: %+v", p.Status.Phase, p.Status.ContainerStatuses)
 	})
-	said := world.cluster.Output(t, "logs", "-n", namespace, pod.Name)
+	said := world.cluster.Output(t, "logs", "-n", agentNamespace, pod.Name)
 	return ended.Status.Phase == corev1.PodSucceeded, said
 }
