@@ -12,7 +12,7 @@ import (
 // packages are in every machine, besides Debian's essential ones.
 var packages = []string{
 	"systemd", "systemd-sysv", "dbus", "iproute2", "ca-certificates", "openssh-server",
-	"containerd", "runc", "docker.io", "iptables", "e2fsprogs", "busybox-static",
+	"containerd", "runc", "docker.io", "iptables", "e2fsprogs", "busybox-static", "sudo",
 }
 
 // rootVersion changes whenever finishRoot does.
