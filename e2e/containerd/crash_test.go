@@ -3,6 +3,7 @@
 package containerd_test
 
 import (
+	"bytes"
 	"context"
 	"math/rand/v2"
 	"os/exec"
@@ -80,6 +81,8 @@ func kill(t *testing.T, n *node) {
 func (n *node) runAndKill(t *testing.T, after time.Duration, args ...string) bool {
 	t.Helper()
 	cmd := n.Command(context.Background(), "selkies-image-injector", append([]string{"--runtime", "containerd"}, args...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -94,7 +97,7 @@ func (n *node) runAndKill(t *testing.T, after time.Duration, args ...string) boo
 		exit = e
 	}
 	if exit == nil || exit.ExitCode() == 1 {
-		t.Errorf("%v failed by itself: %v", args, err)
+		t.Errorf("%v failed by itself: %v: %s", args, err, stderr.String())
 	}
 	return true
 }

@@ -2,7 +2,9 @@ package containerd
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"regexp"
 
@@ -57,6 +59,13 @@ func (r *Runtime) clearStrays(ctx context.Context) error {
 		r.opt.Log.Warn("unmounting a cache disk that containerd has forgotten", "dir", m)
 		if err := cachedisk.UnmountOnHost(r.opt.HostRoot, m); err != nil {
 			return err
+		}
+		// Until containerd cleans up, the directory itself stands in the way. Only
+		// what is empty goes.
+		for _, dir := range []string{m, filepath.Join(filepath.Dir(m), "work"), filepath.Dir(m)} {
+			if err := os.Remove(r.host(dir)); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return fmt.Errorf("removing a snapshot's directory that containerd has forgotten: %w", err)
+			}
 		}
 	}
 	return nil
