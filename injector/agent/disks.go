@@ -59,6 +59,7 @@ func (a *Agent) findDisks() error {
 	if errors.Is(err, cachedisk.ErrAbsent) && len(disks) >= max(1, len(a.Caches)) {
 		err = nil // its mount is there all the same
 	}
+	disks, foreign := cachedisk.Runnable(disks)
 	names := map[string]bool{}
 	for _, d := range disks {
 		if !has(a.disks, d.ID) {
@@ -72,7 +73,7 @@ func (a *Agent) findDisks() error {
 	}
 	a.disks = disks
 	a.changes.follow(names)
-	return err
+	return errors.Join(err, foreign)
 }
 
 func has(disks []*cachedisk.Disk, id digest.Digest) bool {
