@@ -417,6 +417,7 @@ func TestOwnDaemon(t *testing.T) {
 		t.Fatal(err)
 	}
 	v.Output(t, "docker", "pull", mine)
+	v.Output(t, "docker", "create", "--network", "none", mine, "/none")
 
 	v.mustBuild(t, imagesOption(first))
 	v.mustBuild(t, imagesOption(second), `docker_host = "unix:///run/docker.sock"`)
@@ -438,6 +439,29 @@ func TestOwnDaemon(t *testing.T) {
 			}
 		}
 	})
+
+	// The same store under a daemon of its own: the container's layers have no image,
+	// and stay.
+	directories := func() (names []string) {
+		d.mount(t, func(dir string) {
+			paths, err := filepath.Glob(filepath.Join(dir, "var/lib/docker/overlay2/*/diff"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, p := range paths {
+				names = append(names, filepath.Base(filepath.Dir(p)))
+			}
+		})
+		return names
+	}
+	before := directories()
+	out := v.mustBuild(t, imagesOption(second), d.block(`docker_root = "var/lib/docker"`))
+	if !strings.Contains(out, "kept "+mine+", which is in use") {
+		t.Errorf("does not say that %s stays:\n%s", mine, out)
+	}
+	if diff := cmp.Diff(before, directories()); diff != "" || len(before) != 4 {
+		t.Errorf("layer directories: %s", diff)
+	}
 }
 
 // TestTwoRegistries has one image in two registries, of which pods may name either.

@@ -11,6 +11,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -97,30 +98,43 @@ var endings = []ending{
 	{"SIGKILL to all of Packer", syscall.SIGKILL, true},
 }
 
-// cancel ends a build when it has come to a point, and waits for Packer to end and for
-// the VM to be as it was.
-func (v *vm) cancel(t *testing.T, e ending, reached func() bool, options ...string) {
+// building is a build that is under way.
+type building struct {
+	*exec.Cmd
+	// out is what it said, once it has ended.
+	out   bytes.Buffer
+	ended chan error
+}
+
+// start starts a build and waits until it has come to a point.
+func (v *vm) start(t *testing.T, reached func() bool, options ...string) *building {
 	t.Helper()
-	before := v.state(t)
-	cmd := v.packerBuild(t, options...)
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
+	b := &building{Cmd: v.packerBuild(t, options...), ended: make(chan error, 1)}
+	b.Stdout, b.Stderr = &b.out, &b.out
+	if err := b.Start(); err != nil {
 		t.Fatal(err)
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
+	go func() { b.ended <- b.Wait() }()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for !reached() {
 		select {
 		case <-tick.C:
-		case err := <-ended:
-			t.Fatalf("the build ended too soon: %v\n%s", err, out.String())
+		case err := <-b.ended:
+			t.Fatalf("the build ended too soon: %v\n%s", err, b.out.String())
 		}
 	}
+	return b
+}
+
+// cancel ends a build when it has come to a point, and waits for Packer to end and for
+// the VM to be as it was.
+func (v *vm) cancel(t *testing.T, e ending, reached func() bool, options ...string) {
+	t.Helper()
+	before := v.state(t)
+	b := v.start(t, reached, options...)
 	started := time.Now()
-	pid := cmd.Process.Pid
+	pid := b.Process.Pid
 	if e.group {
 		pid = -pid
 	}
@@ -128,9 +142,9 @@ func (v *vm) cancel(t *testing.T, e ending, reached func() bool, options ...stri
 		t.Fatal(err)
 	}
 	select {
-	case err := <-ended:
+	case err := <-b.ended:
 		if err == nil {
-			t.Errorf("the build succeeded:\n%s", out.String())
+			t.Errorf("the build succeeded:\n%s", b.out.String())
 		}
 	case <-time.After(cancelLimit):
 		t.Fatalf("Packer goes on %s after the signal", cancelLimit)
@@ -142,7 +156,7 @@ func (v *vm) cancel(t *testing.T, e ending, reached func() bool, options ...stri
 		after = v.state(t)
 	}
 	if diff := cmp.Diff(before, after); diff != "" {
-		t.Errorf("%s after the signal the VM is not as it was: %s\n%s", cancelLimit, diff, out.String())
+		t.Errorf("%s after the signal the VM is not as it was: %s\n%s", cancelLimit, diff, b.out.String())
 	}
 	t.Logf("the VM was clean after %s", time.Since(started).Round(time.Millisecond))
 }
@@ -244,28 +258,15 @@ func TestKilledDaemon(t *testing.T) {
 	slow := newStalling(t, reg, layerDigest(t, image, 1))
 	d := newDisk(t, v, 256)
 	before := v.state(t)
-	cmd := v.packerBuild(t, imagesOption(slow.addr+"/app:1"), d.block(), "max_pull_attempts = 1")
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
+	registered := func() bool {
+		return slow.hasStalled() && len(v.inStore(t, "image/overlay2/layerdb/sha256/*/cache-id")) > 0
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Wait() }()
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for !slow.hasStalled() || len(v.inStore(t, "image/overlay2/layerdb/sha256/*/cache-id")) == 0 {
-		select {
-		case <-tick.C:
-		case err := <-ended:
-			t.Fatalf("the build ended too soon: %v\n%s", err, out.String())
-		}
-	}
+	b := v.start(t, registered, imagesOption(slow.addr+"/app:1"), d.block(), "max_pull_attempts = 1")
 	v.Output(t, "systemctl", "kill", "--signal=SIGKILL", "selkies-image-cache-dockerd.service")
-	if err := <-ended; err == nil {
-		t.Fatalf("the build succeeded:\n%s", out.String())
+	if err := <-b.ended; err == nil {
+		t.Fatalf("the build succeeded:\n%s", b.out.String())
 	}
-	t.Log(errorLine(t, out.String()))
+	t.Log(errorLine(t, b.out.String()))
 	if diff := cmp.Diff(before, v.state(t)); diff != "" {
 		t.Errorf("the VM is not as it was: %s", diff)
 	}
@@ -297,11 +298,7 @@ func TestLeftovers(t *testing.T) {
 	slow := newStalling(t, reg, layerDigest(t, image, 0))
 	d := newDisk(t, v, 256)
 	before := v.state(t)
-	first := v.packerBuild(t, imagesOption(slow.addr+"/app:1"), d.block())
-	if err := first.Start(); err != nil {
-		t.Fatal(err)
-	}
-	<-slow.stalled
+	first := v.start(t, slow.hasStalled, imagesOption(slow.addr+"/app:1"), d.block())
 	// Stopped, Packer keeps its connection and answers nothing any more.
 	if err := syscall.Kill(-first.Process.Pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
@@ -310,7 +307,7 @@ func TestLeftovers(t *testing.T) {
 	if err := syscall.Kill(-first.Process.Pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	first.Wait()
+	<-first.ended
 	if !strings.Contains(out, "which an earlier build left running") {
 		t.Errorf("does not say that it stopped the earlier build:\n%s", out)
 	}

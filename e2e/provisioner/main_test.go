@@ -226,7 +226,7 @@ echo units:; systemctl list-units --all --plain --no-legend 'selkies-image-cache
 echo runtime directories:; find /run -maxdepth 1 -name 'selkies*'
 echo daemons:; cat /proc/[0-9]*/comm 2>/dev/null | grep -E '^(dockerd|containerd)' | sort
 echo images:; docker images --all --quiet
-echo namespaces:; ctr namespaces list --quiet
+echo namespaces:; ctr namespaces list --quiet 2>/dev/null
 echo configuration:; find /etc -type f -exec sha256sum {} + | sort -k 2
 echo stores:; find /var/lib/docker /var/lib/containerd | sort
 echo files:; find / -xdev '(' -path /var/log -o -path /var/lib/systemd -o -path '/tmp/systemd-private-*' ')' -prune \

@@ -42,8 +42,11 @@ func (d *cacheDisk) removeOrphans(ctx context.Context) error {
 		// A connection that breaks can pass for the end of a list. Only status 1 says
 		// that nothing names the directory.
 		_, err := d.vm.run(ctx, "grep", "--recursive", "--quiet", "--fixed-strings", "--include=*-id", "--regexp="+dir, metadata)
+		if err == nil {
+			return fmt.Errorf("reading Docker's layer metadata on %s: it was read in part; build again", d.option())
+		}
 		if exitStatus(err) != 1 {
-			return fmt.Errorf("reading Docker's layer metadata on %s: what names %s changes; build again", d.option(), dir)
+			return fmt.Errorf("reading Docker's layer metadata on %s: %w", d.option(), err)
 		}
 		d.say("removing the half-unpacked layer %s of an earlier build", dir)
 		if _, err := d.vm.run(ctx, "rm", "--recursive", "--one-file-system", path.Join(store, dir)); err != nil {
@@ -58,7 +61,8 @@ func (d *cacheDisk) removeOrphans(ctx context.Context) error {
 }
 
 // usedDirectories are the directories of layers (sha256/*/cache-id) and of containers
-// (mounts/*/mount-id and init-id). The Engine API tells only those of complete images.
+// (mounts/*/mount-id and init-id; their parent is one of the layers). The Engine API
+// tells only those of complete images.
 func (d *cacheDisk) usedDirectories(ctx context.Context, metadata string) (map[string]bool, error) {
 	// The files have one line without an end. Serial paste makes it a line of its output.
 	out, err := d.vm.run(ctx, "find", metadata, "-mindepth", "3", "-maxdepth", "3",
