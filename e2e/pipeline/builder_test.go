@@ -1,0 +1,111 @@
+//go:build e2e
+
+package pipeline_test
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	compute "cloud.google.com/go/compute/apiv1"
+	"cloud.google.com/go/compute/apiv1/computepb"
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/oauth2"
+	"google.golang.org/api/option"
+)
+
+// TestSourceOfImage pins down what of the googlecompute builder docs/incremental.md
+// rests on: which disk an image is made from, and what the disk is made from.
+func TestSourceOfImage(t *testing.T) {
+	attachment := func(more string) string {
+		return `
+  disk_attachment {
+    create_image = true
+    volume_type  = "pd-balanced"
+    volume_size  = 30
+    disk_name    = "data"
+    ` + more + `
+  }`
+	}
+	const last = "projects/broker/global/images/last"
+	tests := []struct {
+		name    string
+		options string
+		disk    string // of which the image is made
+		kept    string // the image that a disk which is kept was made from
+	}{
+		{"boot disk", "", "boot", "-"},
+		{"boot disk from the last image", `source_image = "last"`, "boot", "-"},
+		{"blank disk", attachment(`source_image = ""`), "data", "-"},
+		{"blank disk that is kept", attachment(`keep_device = true`), "data", ""},
+		{"disk from the last image", attachment(`source_image = "` + last + `"`), "data", "-"},
+		{"disk from the last image that is kept", attachment("keep_device = true\nsource_image = \"" + last + `"`), "data", last},
+		// The trap: the image is made from the boot disk.
+		{"source_volume", `disk_attachment {
+			source_volume = "projects/broker/zones/us-central1-a/disks/seed"
+			create_image  = true
+		}`, "boot", "-"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newRecords(t)
+			images, disks := c.clients(t)
+			op, err := disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: &computepb.Disk{Name: new("seed"), SizeGb: new(int64(20))}})
+			wait(t, op, err)
+			op, err = images.Insert(t.Context(), &computepb.InsertImageRequest{Project: project, ImageResource: &computepb.Image{Name: new("last"), SourceDisk: new("zones/" + zone + "/disks/seed")}})
+			wait(t, op, err)
+			want := append(c.Resources(), "projects/broker/global/images/new")
+
+			c.mustBuild(t, "communicator = \"none\"\ndisk_name = \"boot\"\nimage_name = \"new\"\n"+tt.options, "")
+
+			image, err := images.Get(t.Context(), &computepb.GetImageRequest{Project: project, Image: "new"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := image.GetSourceDisk(); !strings.HasSuffix(got, "/disks/"+tt.disk) {
+				t.Errorf("the image is made from %s", got)
+			}
+			if tt.kept != "-" {
+				want = append(want, "projects/broker/zones/us-central1-a/disks/data")
+				disk, err := disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "data"})
+				if err != nil || !strings.HasSuffix(disk.GetSourceImage(), tt.kept) || disk.GetSizeGb() != 30 {
+					t.Errorf("the kept disk is %v: %v", disk, err)
+				}
+			}
+			slices.Sort(want)
+			if diff := cmp.Diff(want, c.Resources()); diff != "" {
+				t.Errorf("left over (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// wait waits for an operation to end well.
+func wait(t *testing.T, op *compute.Operation, err error) {
+	t.Helper()
+	if err == nil {
+		err = op.Wait(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (c *cloud) clients(t *testing.T) (*compute.ImagesClient, *compute.DisksClient) {
+	t.Helper()
+	options := []option.ClientOption{
+		option.WithEndpoint(c.URL),
+		option.WithTokenSource(oauth2.StaticTokenSource(&oauth2.Token{AccessToken: token})),
+	}
+	images, err := compute.NewImagesRESTClient(t.Context(), options...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { images.Close() })
+	disks, err := compute.NewDisksRESTClient(t.Context(), options...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { disks.Close() })
+	return images, disks
+}
