@@ -147,7 +147,7 @@ func mayPass(err error) bool {
 		return false
 	}
 	// Errors in the stream of a pull that has begun have no type.
-	for _, final := range []string{"unauthorized", "denied", "manifest unknown", "not found", "unsupported", "does not match the specified platform"} {
+	for _, final := range []string{"unauthorized", "denied", "manifest unknown", "not found", "unsupported", "does not match the specified platform", plainHTTP, unknownCertificate} {
 		if strings.Contains(err.Error(), final) {
 			return false
 		}
