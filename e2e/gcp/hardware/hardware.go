@@ -3,10 +3,10 @@
 // appear by the names that Compute Engine gives them.
 //
 // A machine's root is Debian's whatever it was booted from. Of its boot disk only
-// Docker's store is real: the disk is an ext4 file system mounted on
-// /var/lib/docker, so that an image made from it, and what boots from that, have the
-// images that were pulled. Each machine's sshd listens on a loopback address of its
-// own.
+// Docker's store is real: the disk is an ext4 file system with that in
+// var/lib/docker, as on any machine, but mounted beside the root. So an image made
+// from it, and what boots from that, have the images that were pulled. Each machine's
+// sshd listens on a loopback address of its own.
 package hardware
 
 import (
@@ -52,6 +52,9 @@ type instance struct {
 }
 
 var _ gcp.Hardware = (*Hardware)(nil)
+
+// bootDisk is where the boot disk is mounted in a machine.
+const bootDisk = "/mnt/boot-disk"
 
 // shutdownTimeout is how long Compute Engine waits for a machine to shut down before
 // it pulls the plug.
@@ -243,14 +246,17 @@ func (h *Hardware) equip(ctx context.Context, name string, i *instance, metadata
 				return err
 			}
 		}
-		if _, err := i.Run(ctx, "mount", device, "/var/lib/docker"); err != nil {
+		if _, err := i.Run(ctx, "mkdir", "-p", bootDisk); err != nil {
+			return err
+		}
+		if _, err := i.Run(ctx, "mount", device, bootDisk); err != nil {
 			return err
 		}
 	}
 	if err := i.StartContainerd(ctx, machine.Containerd{Release: machine.Debian}); err != nil {
 		return err
 	}
-	if err := i.StartDocker(ctx, machine.Docker{Release: machine.Debian}); err != nil {
+	if err := i.StartDocker(ctx, machine.Docker{Release: machine.Debian, Config: map[string]any{"data-root": bootDisk + "/var/lib/docker"}}); err != nil {
 		return err
 	}
 	if _, err := i.Run(ctx, "groupadd", "google-sudoers"); err != nil {
