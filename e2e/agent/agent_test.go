@@ -203,7 +203,9 @@ func TestBroken(t *testing.T) {
 			a := n.start(t, "--gate-deadline=2s")
 			n.waitMetric(t, "gate_open", is(1))
 			waitFor(t, "the log", func() bool { return strings.Contains(a.log.String(), "reason="+c.reason) })
-			n.pull(t, world.refs[0])
+			if out := n.ctr(t, "images", "ls", "-q"); out != "" {
+				t.Errorf("registered all the same: %s", out)
+			}
 		})
 	}
 }
@@ -236,7 +238,8 @@ func TestGone(t *testing.T) {
 				t.Errorf("%s was not taken back", ref)
 			}
 		}
-		n.ctr(t, "tasks", "kill", "-s", "SIGKILL", "user")
+		// It may have died by itself, of a page of its program that could not be read.
+		_, _ = n.Run(t.Context(), "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", "user")
 		waitFor(t, "the container's end", func() bool { return strings.Contains(n.ctr(t, "tasks", "ls"), "STOPPED") })
 		n.ctr(t, "tasks", "rm", "user")
 		n.ctr(t, "containers", "rm", "user")

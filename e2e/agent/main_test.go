@@ -1,7 +1,8 @@
 //go:build e2e
 
-// Package agent_test runs the node agent without a cluster, in machines with real
-// containerds: Debian 12's 1.6 and the pinned 2.4.
+// Package agent_test runs the node agent in machines with real containerds, Debian
+// 12's 1.6 and the pinned 2.4, without a cluster, and with an API server that knows
+// the machine as a node. e2e/cluster has whole clusters.
 package agent_test
 
 import (
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
@@ -34,11 +36,12 @@ var world struct {
 const chains, depth = 6, 5
 
 func TestMain(m *testing.M) {
-	host.Main(func(ctx context.Context, dir string) (int, error) {
+	build := func(ctx context.Context, dir string) error {
+		return host.Build(ctx, "./injector", filepath.Join(dir, "selkies-image-injector"))
+	}
+	// In a network namespace of its own, for the API server's address.
+	cluster.Main(build, func(ctx context.Context, dir string) (int, error) {
 		world.injector = filepath.Join(dir, "selkies-image-injector")
-		if err := host.Build(ctx, "./injector", world.injector); err != nil {
-			return 1, err
-		}
 		var err error
 		if world.reg, err = registry.Start(registry.Config{Dir: filepath.Join(dir, "blobs")}); err != nil {
 			return 1, err

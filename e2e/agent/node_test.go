@@ -90,7 +90,8 @@ func (b *lockedBuffer) String() string {
 	return b.buf.String()
 }
 
-// args are those of an agent without a cluster, with times for tests.
+// args are those of an agent with times for tests, without a cluster unless more
+// says otherwise.
 func (n *node) args(more ...string) []string {
 	return append([]string{"run", "--kubernetes=false", "--runtime=containerd", "--cache", cacheDir,
 		"--metrics-address", n.addr(), "--check-interval=2s"}, more...)

@@ -195,3 +195,52 @@ func TestNotRunning(t *testing.T) {
 		}
 	}
 }
+
+func TestOrder(t *testing.T) {
+	id := func(s string) digest.Digest { return digest.FromString(s) }
+	newJob := func(name string, chain ...string) *job {
+		j := &job{image: manifest.Image{Names: []string{"example.com/" + name + ":1", "example.com/" + name + "@" + id(name).String()}}}
+		for _, c := range chain {
+			j.chain = append(j.chain, id(c))
+		}
+		return j
+	}
+	jobs := []*job{newJob("alone", "x"), newJob("some", "a", "c"), newJob("most", "a", "b", "d"), newJob("more", "a", "b")}
+	for name, c := range map[string]struct {
+		first []string
+		want  []int
+	}{
+		"most shared":      {nil, []int{2, 3, 1, 0}},
+		"wanted":           {[]string{"example.com/alone:1", "example.com/some:1"}, []int{0, 1, 2, 3}},
+		"wanted by digest": {[]string{"example.com/some:9@" + id("some").String()}, []int{1, 2, 3, 0}},
+		"twice":            {[]string{"example.com/alone:1", "example.com/some:1", "example.com/alone:1"}, []int{0, 1, 2, 3}},
+		"not on the disk":  {[]string{"debian", "sha256:no", "example.com/more"}, []int{2, 3, 1, 0}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if diff := cmp.Diff(c.want, order(jobs, c.first)); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+func TestChangeTo(t *testing.T) {
+	ours := map[string]string{labelPinned: pinned, labelCache: "sha256:x"}
+	for name, c := range map[string]struct {
+		image  string
+		labels map[string]string
+		want   bool
+	}{
+		"ours":        {"example.com/a:1", ours, false},
+		"pulled":      {"example.com/a:1", nil, true},
+		"pinned only": {"example.com/a:1", map[string]string{labelPinned: pinned}, true},
+		"not pinned":  {"example.com/a:1", map[string]string{labelCache: "sha256:x"}, true},
+		"an image ID": {digest.FromString("a").String(), nil, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if got := changeTo(c.image, c.labels); (got != nil) != c.want {
+				t.Errorf("change %v, want one: %v", got, c.want)
+			}
+		})
+	}
+}

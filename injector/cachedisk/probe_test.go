@@ -1,0 +1,44 @@
+package cachedisk_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+func TestProbe(t *testing.T) {
+	dir := t.TempDir()
+	if err := cachedisk.Probe(dir); !errors.Is(err, fs.ErrNotExist) || errors.Is(err, cachedisk.ErrUnreadable) {
+		t.Errorf("without a manifest: %v", err)
+	}
+	newDisk(t, dir)
+	for range 2 {
+		if err := cachedisk.Probe(dir); err != nil {
+			t.Error(err)
+		}
+	}
+	file := filepath.Join(dir, manifest.Path)
+	if err := os.Truncate(file, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := cachedisk.Probe(dir); !errors.Is(err, cachedisk.ErrUnreadable) {
+		t.Errorf("empty: %v", err)
+	}
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(file, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := cachedisk.Probe(dir); !errors.Is(err, cachedisk.ErrUnreadable) {
+		t.Errorf("a directory: %v", err)
+	}
+	if _, err := cachedisk.Open(dir); !errors.Is(err, cachedisk.ErrUnreadable) {
+		t.Errorf("Open: %v", err)
+	}
+}
