@@ -14,6 +14,21 @@ integration {
     url  = "https://github.com/selkies-project/packer-plugin-selkies/blob/main/LICENSE"
   }
   component {
+    type = "data-source"
+    name = "Selkies image cache"
+    slug = "image-cache"
+  }
+  component {
+    type = "data-source"
+    name = "Selkies apps"
+    slug = "apps"
+  }
+  component {
+    type = "post-processor"
+    name = "Selkies image cache"
+    slug = "image-cache"
+  }
+  component {
     type = "provisioner"
     name = "Selkies image cache"
     slug = "image-cache"
