@@ -11,12 +11,13 @@ require (
 	cloud.google.com/go/compute v1.75.0 // images, disks, instances: its REST client, which custom_endpoints can lead elsewhere
 	cloud.google.com/go/container v1.56.1 // GKE clusters: it has a REST client too, so no second kind of transport
 	github.com/containerd/containerd/api v1.12.0 // containerd's events
+	github.com/container-storage-interface/spec v1.12.0 // tests: what kubelet asks of a storage driver
 	github.com/containerd/containerd/v2 v2.4.2 // its client: registering on nodes
 	github.com/containerd/errdefs v1.0.0 // containerd's errors by kind
 	github.com/containerd/errdefs/pkg v0.3.0 // the same for gRPC clients that are not containerd's (the CRI)
 	github.com/containerd/platforms v1.0.0-rc.5 // how containerd matches platforms
-	github.com/coreos/go-systemd/v22 v22.7.0 // dockerd is stopped and started over D-Bus
 	github.com/containerd/typeurl/v2 v2.3.0 // what an event holds
+	github.com/coreos/go-systemd/v22 v22.7.0 // dockerd is stopped and started over D-Bus
 	github.com/distribution/reference v0.6.0 // normalised image references, as containerd and Docker have them
 	github.com/docker/docker v28.5.2+incompatible // the Engine API client, on both sides
 	github.com/docker/go-units v0.5.0 // sizes in the way docker prints them
@@ -45,6 +46,7 @@ require (
 	k8s.io/apimachinery v0.37.2 // the same as unstructured objects, and errors by kind
 	k8s.io/client-go v0.37.2 // clusters: server-side apply; the agent's node
 	k8s.io/cri-api v0.37.2 // which snapshotter the CRI uses
+	k8s.io/kubelet v0.37.2 // tests: how a storage driver makes itself known to kubelet
 	k8s.io/klog/v2 v2.140.0 // what client-go logs goes to the agent's own log
 	sigs.k8s.io/yaml v1.6.0 // the roll-out's manifests as files
 )
