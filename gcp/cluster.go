@@ -39,7 +39,17 @@ type Cluster struct {
 	Name     string
 	Location string // a zone or a region; "" of a kubeconfig's
 	Zones    []string
-	Config   *rest.Config
+
+	config *rest.Config
+	err    error // why there is none
+}
+
+// Config is the way to the cluster's API server. Callers get one of their own.
+func (c *Cluster) Config() (*rest.Config, error) {
+	if c.err != nil {
+		return nil, c.err
+	}
+	return rest.CopyConfig(c.config), nil
 }
 
 // String is LOCATION/NAME, or a kubeconfig's context.
@@ -92,10 +102,7 @@ func (a *Auth) Clusters(ctx context.Context, project, endpoint string) ([]*Clust
 			continue
 		}
 		config, err := a.restConfig(c, endpoint)
-		if err != nil {
-			return nil, fmt.Errorf("cluster %s/%s: %w", c.GetLocation(), c.GetName(), err)
-		}
-		clusters = append(clusters, &Cluster{Name: c.GetName(), Location: c.GetLocation(), Zones: zones(c), Config: config})
+		clusters = append(clusters, &Cluster{Name: c.GetName(), Location: c.GetLocation(), Zones: zones(c), config: config, err: err})
 	}
 	slices.SortFunc(clusters, func(a, b *Cluster) int { return strings.Compare(a.String(), b.String()) })
 	return clusters, nil
@@ -188,7 +195,7 @@ func Kubeconfig(file, context string) (*Cluster, error) {
 	if name == "" {
 		name = "in-cluster"
 	}
-	return &Cluster{Name: name, Config: config}, nil
+	return &Cluster{Name: name, config: config}, nil
 }
 
 // IsUnreachable tells whether a cluster gave no answer at all.

@@ -134,7 +134,7 @@ func (d *Datasource) read(ctx context.Context) (*Output, error) {
 	if err != nil {
 		return nil, err
 	}
-	client, err := dynamic.NewForConfig(cluster.Config)
+	client, err := connect(cluster)
 	if err != nil {
 		return nil, fmt.Errorf("connecting to cluster %s: %w", cluster, err)
 	}
@@ -167,6 +167,14 @@ func (d *Datasource) read(ctx context.Context) (*Output, error) {
 	slices.Sort(out.Images)
 	out.Images = slices.Compact(out.Images)
 	return out, nil
+}
+
+func connect(cluster *gcp.Cluster) (*dynamic.DynamicClient, error) {
+	config, err := cluster.Config()
+	if err != nil {
+		return nil, err
+	}
+	return dynamic.NewForConfig(config)
 }
 
 func (d *Datasource) cluster(ctx context.Context) (*gcp.Cluster, error) {

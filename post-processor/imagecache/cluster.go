@@ -34,6 +34,7 @@ type cluster struct {
 	run   *run
 	zones []string // that get a disk
 	err   error    // of the last step
+	errs  []error  // of all steps
 
 	typed   *kubernetes.Clientset
 	dynamic *dynamic.DynamicClient
@@ -51,13 +52,16 @@ type cluster struct {
 
 // connect makes sure that the cluster answers and finds out what it serves.
 func (k *cluster) connect(ctx context.Context) error {
-	// This is for a few dozen requests in a row, which the default would slow down.
-	k.Config.QPS, k.Config.Burst = 50, 100
-	var err error
-	if k.typed, err = kubernetes.NewForConfig(k.Config); err != nil {
+	config, err := k.Config()
+	if err != nil {
 		return err
 	}
-	if k.dynamic, err = dynamic.NewForConfig(k.Config); err != nil {
+	// There are a few dozen requests in a row, which the default would slow down.
+	config.QPS, config.Burst = 50, 100
+	if k.typed, err = kubernetes.NewForConfig(config); err != nil {
+		return err
+	}
+	if k.dynamic, err = dynamic.NewForConfig(config); err != nil {
 		return err
 	}
 	var groups []*restmapper.APIGroupResources

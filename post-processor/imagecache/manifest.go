@@ -209,11 +209,19 @@ func kustomization(dir string) ([]*unstructured.Unstructured, error) {
 	return objects, nil
 }
 
-func decodeFile(file string) (objects []*unstructured.Unstructured, err error) {
+func decodeFile(file string) ([]*unstructured.Unstructured, error) {
 	data, err := fs.ReadFile(kustomize.Files, file)
 	if err != nil {
 		return nil, err
 	}
+	objects, err := decode(data)
+	if err != nil {
+		return nil, fmt.Errorf("reading %s: %w", file, err)
+	}
+	return objects, nil
+}
+
+func decode(data []byte) (objects []*unstructured.Unstructured, err error) {
 	decoder := yaml.NewYAMLOrJSONDecoder(bytes.NewReader(data), 4096)
 	for {
 		o := &unstructured.Unstructured{}
@@ -222,7 +230,7 @@ func decodeFile(file string) (objects []*unstructured.Unstructured, err error) {
 			return objects, nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("reading %s: %w", file, err)
+			return nil, err
 		}
 		objects = append(objects, o)
 	}

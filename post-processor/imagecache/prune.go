@@ -17,7 +17,7 @@ import (
 // makeRoom prunes what failed builds have left, before new disks need the quota. The
 // generation that is about to be rolled out comes on top of those to keep.
 func (r *run) makeRoom(ctx context.Context) error {
-	if !r.prunes() {
+	if !r.prunes() || r.config.DryRun { // which tells of it at the end
 		return nil
 	}
 	_, err := r.pruneGenerations(ctx, r.config.Keep+1)
@@ -31,7 +31,7 @@ func (r *run) prune(ctx context.Context) error {
 		return nil
 	}
 	onDisks, err := r.pruneGenerations(ctx, r.config.Keep)
-	if err != nil || len(r.failures) > 0 {
+	if err != nil || r.failed() != nil {
 		return err // a cluster that failed may need the image yet
 	}
 	return r.pruneImages(ctx, kept(r.family, r.generation, r.config.Keep), onDisks)

@@ -31,7 +31,6 @@ type run struct {
 	clusters   []*cluster    // those that answer
 	absent     []*cluster    // those that do not
 	zones      []string      // that get a disk
-	failures   []error       // of clusters
 
 	sizesMu sync.Mutex
 	sizes   map[string]int64 // of the disks, by zone, in GB
@@ -103,14 +102,6 @@ func (r *run) operate(ctx context.Context, what string, start func() (operation,
 
 // tellInterval is how often progress is told.
 const tellInterval = 5 * time.Second
-
-// failed is one error that names every cluster that went wrong.
-func (r *run) failed() error {
-	if len(r.failures) == 0 {
-		return nil
-	}
-	return fmt.Errorf("%d of %d clusters failed: %w", len(r.failures), len(r.clusters)+len(r.absent), join(r.failures))
-}
 
 // join is errors.Join in one line.
 func join(errs []error) error {

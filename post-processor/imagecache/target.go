@@ -129,19 +129,29 @@ func (r *run) each(ctx context.Context, f func(context.Context, *cluster) error)
 	group.SetLimit(parallelClusters)
 	for _, k := range r.clusters {
 		group.Go(func() error {
-			k.err = f(ctx, k)
+			if k.err = f(ctx, k); k.err != nil {
+				k.errs = append(k.errs, k.err)
+			}
 			return nil
 		})
 	}
 	_ = group.Wait() // they all return nil
-	var failed []*cluster
-	for _, k := range r.clusters {
-		if k.err != nil {
-			failed = append(failed, k)
-			r.failures = append(r.failures, fmt.Errorf("cluster %s: %w", k, k.err))
+	return slices.DeleteFunc(slices.Clone(r.clusters), func(k *cluster) bool { return k.err == nil })
+}
+
+// failed is one error that names every cluster that went wrong.
+func (r *run) failed() error {
+	all := slices.Concat(r.absent, r.clusters)
+	var errs []error
+	for _, k := range all {
+		if len(k.errs) > 0 {
+			errs = append(errs, fmt.Errorf("cluster %s: %w", k, join(k.errs)))
 		}
 	}
-	return failed
+	if len(errs) == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d of %d clusters failed: %w", len(errs), len(all), join(errs))
 }
 
 // rollOut brings the generation to all clusters.
