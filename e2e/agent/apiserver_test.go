@@ -123,13 +123,14 @@ func TestKubernetes(t *testing.T) {
 	}
 	// The image that a pod waits for would be the last otherwise.
 	wanted := world.refs[chains-1]
-	_, err = c.Client.CoreV1().Pods(c.Namespace(t)).Create(t.Context(), &corev1.Pod{
+	pod := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Name: "waits"},
 		Spec:       corev1.PodSpec{NodeName: nodeName, Containers: []corev1.Container{{Name: "main", Image: wanted}}},
-	}, metav1.CreateOptions{})
-	if err != nil {
-		t.Fatal(err)
 	}
+	wait(t, "the pod, which needs the service account of its namespace", func() error {
+		_, err := c.Client.CoreV1().Pods("default").Create(t.Context(), pod, metav1.CreateOptions{})
+		return err
+	})
 	until := func(what string, f func(node *corev1.Node) error) {
 		t.Helper()
 		wait(t, what, func() error {
