@@ -35,8 +35,10 @@ func Probe(dir string) error {
 	}
 	done := make(chan error, 1)
 	go func() {
-		defer probing.Delete(dir)
-		done <- readBlock(filepath.Join(dir, manifest.Path))
+		err := readBlock(filepath.Join(dir, manifest.Path))
+		// First, so that who has the answer can ask again.
+		probing.Delete(dir)
+		done <- err
 	}()
 	timeout := time.NewTimer(probeTime)
 	defer timeout.Stop()

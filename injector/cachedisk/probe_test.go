@@ -42,3 +42,20 @@ func TestProbe(t *testing.T) {
 		t.Errorf("Open: %v", err)
 	}
 }
+
+// TestProbeAgain asks as soon as there is an answer.
+func TestProbeAgain(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, manifest.Path)
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(file, []byte("{}"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for range 5000 {
+		if err := cachedisk.Probe(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
