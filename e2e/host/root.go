@@ -27,7 +27,7 @@ func Root(ctx context.Context, packages []string, version string, finish func(di
 	dir := filepath.Join(cache, fmt.Sprintf("%s-%.8x", Suite, key))
 
 	// Test packages run as processes of their own, at the same time.
-	lock, err := Lock(filepath.Join(cache, ".lock"))
+	lock, err := Lock(dir + ".lock")
 	if err != nil {
 		return "", err
 	}
