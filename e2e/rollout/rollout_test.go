@@ -1,0 +1,301 @@
+//go:build e2e
+
+package rollout_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"cloud.google.com/go/auth"
+	compute "cloud.google.com/go/compute/apiv1"
+	"cloud.google.com/go/compute/apiv1/computepb"
+	"cloud.google.com/go/container/apiv1/containerpb"
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/api/option"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// Token implements auth.TokenProvider.
+func (c *cloud) Token(context.Context) (*auth.Token, error) {
+	return &auth.Token{Value: c.token, Type: "Bearer"}, nil
+}
+
+// attach has an instance use a zone's disk, as a node does.
+func (c *cloud) attach(instance, zone string, stamp int) (detach func()) {
+	c.t.Helper()
+	client, err := compute.NewInstancesRESTClient(c.t.Context(), option.WithEndpoint(c.URL),
+		option.WithAuthCredentials(auth.NewCredentials(&auth.CredentialsOptions{TokenProvider: c})))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() { client.Close() })
+	c.AddImage("debian-cloud", &computepb.Image{Name: new("debian"), Family: new("debian")})
+	op, err := client.Insert(c.t.Context(), &computepb.InsertInstanceRequest{Project: project, Zone: zone, InstanceResource: &computepb.Instance{
+		Name:        &instance,
+		MachineType: new("zones/" + zone + "/machineTypes/e2-standard-2"),
+		Disks: []*computepb.AttachedDisk{
+			{Boot: new(true), AutoDelete: new(true), InitializeParams: &computepb.AttachedDiskInitializeParams{
+				SourceImage: new("projects/debian-cloud/global/images/debian"), DiskName: new(instance)}},
+			{Source: new(fmt.Sprintf("projects/%s/zones/%s/disks/%s", project, zone, c.diskName(zone, stamp))), Mode: new("READ_ONLY")},
+		},
+		NetworkInterfaces: []*computepb.NetworkInterface{{Network: new("global/networks/default")}},
+	}})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	if err := op.Wait(c.t.Context()); err != nil {
+		c.t.Fatal(err)
+	}
+	return func() {
+		op, err := client.Delete(c.t.Context(), &computepb.DeleteInstanceRequest{Project: project, Zone: zone, Instance: instance})
+		if err != nil {
+			c.t.Fatal(err)
+		}
+		if err := op.Wait(c.t.Context()); err != nil {
+			c.t.Fatal(err)
+		}
+	}
+}
+
+// resources are the images and disks of the cache.
+func (c *cloud) resources() []string {
+	return slices.DeleteFunc(c.Resources(), func(r string) bool {
+		return !strings.Contains(r, "selkies-image-cache-17") && !strings.Contains(r, "/disks/"+c.name+"-")
+	})
+}
+
+func (c *cloud) wantResources(want ...string) {
+	c.t.Helper()
+	slices.Sort(want)
+	if diff := cmp.Diff(want, c.resources()); diff != "" {
+		c.t.Errorf("images and disks: %s", diff)
+	}
+}
+
+func (c *cloud) disk(zone string, stamp int) string {
+	return fmt.Sprintf("projects/%s/zones/%s/disks/%s", project, zone, c.diskName(zone, stamp))
+}
+
+func image(stamp int) string { return "projects/" + project + "/global/images/" + imageName(stamp) }
+
+func TestGenerations(t *testing.T) {
+	c := newCloud(t, "generations", administrator(t))
+	c.tidy()
+	addNode(t, "a1", zoneA)
+	addNode(t, "a2", zoneA)
+	addNode(t, "b1", zoneB)
+
+	// The first generation comes to all nodes.
+	first := c.build(1)
+	c.must(first)
+	old := map[string]string{"a1": c.diskName(zoneA, 1), "a2": c.diskName(zoneA, 1), "b1": c.diskName(zoneB, 1)}
+	c.waitGenerations(old)
+	c.waitObjects(slices.Concat(c.three(zoneA, 1), c.three(zoneB, 1))...)
+	c.wantResources(image(1), c.disk(zoneA, 1), c.disk(zoneB, 1))
+	if err := c.working(); err != nil {
+		t.Error(err)
+	}
+
+	// Once more, nothing changes.
+	versions, changed := c.objects(true), c.changes()
+	c.must(first)
+	if diff := cmp.Diff(versions, c.objects(true)); diff != "" {
+		t.Errorf("a second run changed objects: %s", diff)
+	}
+	if diff := cmp.Diff(changed, c.changes()); diff != "" {
+		t.Errorf("a second run changed something: %s", diff)
+	}
+
+	// A dry run of the second generation changes nothing and says what it would do.
+	second := c.build(2)
+	u := c.must(second, "dry_run", true)
+	if diff := cmp.Diff(versions, c.objects(true)); diff != "" {
+		t.Errorf("a dry run changed objects: %s", diff)
+	}
+	if diff := cmp.Diff(changed, c.changes()); diff != "" {
+		t.Errorf("a dry run changed something: %s", diff)
+	}
+	for _, want := range []string{
+		"dry run: would make disk generations-us-central1-a-1700000002, pd-balanced of 20 GB, from image selkies-image-cache-1700000002",
+		"dry run: would apply PersistentVolume generations-us-central1-b-1700000002 to cluster us-central1/broker-us-central1",
+		"dry run: would label node a1 of cluster us-central1/broker-us-central1 with generations-us-central1-a-1700000001",
+		"dry run: would apply DaemonSet generations-us-central1-a-1700000001 to cluster us-central1/broker-us-central1",
+	} {
+		if !slices.Contains(u.lines, want) {
+			t.Errorf("the dry run does not say %q, but %q", want, u.lines)
+		}
+	}
+
+	// The second generation serves new nodes, and the first those that have it, whose
+	// pods go on.
+	pods := podsOf(t, c.name)
+	c.must(second)
+	addNode(t, "a3", zoneA)
+	c.waitGenerations(with(old, "a3", c.diskName(zoneA, 2)))
+	for _, p := range pods {
+		if !slices.Contains(podsOf(t, c.name), p) {
+			t.Errorf("pod %s has not gone on", p)
+		}
+	}
+	c.waitObjects(slices.Concat(c.three(zoneA, 1), c.three(zoneB, 1), c.three(zoneA, 2), c.three(zoneB, 2))...)
+
+	// With the third, the first is one too many, but in use.
+	detach := c.attach("a1", zoneA, 1)
+	c.must(c.build(3))
+	addNode(t, "b2", zoneB)
+	c.waitGenerations(with(old, "a3", c.diskName(zoneA, 2), "b2", c.diskName(zoneB, 3)))
+	c.waitObjects(slices.Concat(c.three(zoneA, 1), c.three(zoneB, 1), c.three(zoneA, 2), c.two(zoneB, 2), c.three(zoneA, 3), c.three(zoneB, 3))...)
+
+	// The nodes of the first go, but an instance still has its disk in one zone. The
+	// second has a node in one zone only.
+	for _, n := range []string{"a1", "a2", "b1"} {
+		removeNode(t, n)
+	}
+	c.must(c.build(4))
+	c.waitObjects(slices.Concat(c.three(zoneA, 2), c.two(zoneA, 3), c.three(zoneB, 3), c.three(zoneA, 4), c.three(zoneB, 4))...)
+	c.wantResources(image(1), image(2), image(3), image(4),
+		c.disk(zoneA, 1), c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 4), c.disk(zoneB, 4))
+	detach()
+	c.must(artifact(imageName(4)))
+	c.wantResources(image(2), image(3), image(4),
+		c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 4), c.disk(zoneB, 4))
+
+	// The way back.
+	c.must(artifact(imageName(4)), "image_name", imageName(3))
+	addNode(t, "a4", zoneA)
+	c.waitGenerations(map[string]string{"a3": c.diskName(zoneA, 2), "b2": c.diskName(zoneB, 3), "a4": c.diskName(zoneA, 3)})
+	if err := c.working(); err != nil {
+		t.Error(err)
+	}
+	c.wantResources(image(2), image(3), image(4),
+		c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 4), c.disk(zoneB, 4))
+}
+
+func with(m map[string]string, kv ...string) map[string]string {
+	out := map[string]string{}
+	for k, v := range m {
+		out[k] = v
+	}
+	for i := 0; i < len(kv); i += 2 {
+		out[kv[i]] = kv[i+1]
+	}
+	return out
+}
+
+// podsOf are the IDs of a cache's pods.
+func podsOf(t *testing.T, name string) []string {
+	t.Helper()
+	pods, err := world.Client.CoreV1().Pods(namespace).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/instance=" + name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ids []string
+	for _, p := range pods.Items {
+		if p.DeletionTimestamp == nil {
+			ids = append(ids, string(p.UID))
+		}
+	}
+	return ids
+}
+
+// TestInterrupted ends runs at each thing that they do. At every moment some
+// generation takes new nodes, and the last run leaves what one that was never
+// interrupted would have left.
+func TestInterrupted(t *testing.T) {
+	c := newCloud(t, "interrupted", administrator(t))
+	c.tidy()
+	addNode(t, "ia", zoneA)
+	addNode(t, "ib", zoneB)
+	c.must(c.build(1))
+	c.waitGenerations(map[string]string{"ia": c.diskName(zoneA, 1), "ib": c.diskName(zoneB, 1)})
+
+	interrupted := errors.New("interrupted by the test")
+	stamp, steps := 1, 0
+	for n := 1; ; n++ {
+		stamp++
+		ctx, cancel := context.WithCancelCause(t.Context())
+		u := &ui{}
+		u.said = func(string) {
+			if len(u.lines) == n {
+				cancel(interrupted)
+			}
+		}
+		err := c.process(ctx, u, c.build(stamp))
+		if wrong := c.working(); wrong != nil {
+			t.Fatalf("interrupted after %q: %v", u.lines[len(u.lines)-1], wrong)
+		}
+		if len(u.lines) < n {
+			if err != nil {
+				t.Fatal(err)
+			}
+			steps = n - 1
+			break
+		}
+		if err != nil && !errors.Is(err, interrupted) {
+			t.Fatalf("interrupted after %q: %v", u.lines[len(u.lines)-1], err)
+		}
+	}
+	t.Logf("interrupted at %d steps", steps)
+	if steps < 20 {
+		t.Errorf("a run has %d steps only", steps)
+	}
+	// Nodes have kept what they had, and everything between is gone but the last one
+	// that was rolled out.
+	c.waitGenerations(map[string]string{"ia": c.diskName(zoneA, 1), "ib": c.diskName(zoneB, 1)})
+	last := stamp
+	c.must(artifact(imageName(last)))
+	var left []int
+	for s := 1; s <= last; s++ {
+		if slices.Contains(c.resources(), image(s)) {
+			left = append(left, s)
+		}
+	}
+	if len(left) != 3 || left[0] != 1 || left[2] != last {
+		t.Errorf("images of the generations %v are left; want the first, which is in use, the last and one before it", left)
+	}
+	var want []string
+	for _, s := range left {
+		want = append(want, image(s), c.disk(zoneA, s), c.disk(zoneB, s))
+	}
+	c.wantResources(want...)
+	c.waitObjects(slices.Concat(c.three(zoneA, 1), c.three(zoneB, 1), c.two(zoneA, left[1]), c.two(zoneB, left[1]), c.three(zoneA, last), c.three(zoneB, last))...)
+}
+
+// TestAbsentCluster has one cluster that does not answer.
+func TestAbsentCluster(t *testing.T) {
+	c := newCloud(t, "absent", administrator(t))
+	c.tidy()
+	addNode(t, "xa", zoneA)
+	c.AddCluster(project, &containerpb.Cluster{
+		Name: "broker-europe-west4", Location: "europe-west4", Endpoint: "127.0.0.1:1",
+		NodePools: []*containerpb.NodePool{{Locations: []string{"europe-west4-a"}}},
+	})
+	u := &ui{}
+	err := c.process(t.Context(), u, c.build(1))
+	if err == nil || !strings.HasPrefix(err.Error(), "1 of 2 clusters failed: cluster europe-west4/broker-europe-west4: it does not answer: ") {
+		t.Errorf("error is %v", err)
+	}
+	c.waitGenerations(map[string]string{"xa": c.diskName(zoneA, 1)})
+	c.wantResources(image(1), c.disk(zoneA, 1), c.disk(zoneB, 1))
+
+	// Left out, nothing is wrong.
+	c.must(artifact(imageName(1)), "exclude_regions", []string{"europe-west4"})
+
+	if err := c.process(t.Context(), u, artifact(imageName(1)), "zones", []string{zoneA, "europe-west4-b"}); err == nil ||
+		err.Error() != `no cluster with a name like "^broker-" has nodes in europe-west4-b; drop it from zones, or check cluster_pattern and exclude_regions` {
+		t.Errorf("error is %v", err)
+	}
+	if err := c.process(t.Context(), u, artifact(imageName(1)), "cluster_pattern", "^none"); err == nil ||
+		!strings.Contains(err.Error(), `project p has no running cluster with a name like "^none"`) {
+		t.Errorf("error is %v", err)
+	}
+	c.Deny("container.clusters.list")
+	if err := c.process(t.Context(), u, artifact(imageName(1))); err == nil ||
+		!strings.Contains(err.Error(), "the permission container.clusters.list is missing, grant roles/container.clusterViewer (403)") {
+		t.Errorf("error is %v", err)
+	}
+}
