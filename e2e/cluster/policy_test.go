@@ -44,10 +44,10 @@ func TestPolicy(t *testing.T) {
 	condition := func(typ string) string {
 		return fmt.Sprintf(`{"status":{"conditions":[{"type":%q,"status":"True","reason":"Test"}]}}`, typ)
 	}
-	event := func(namespace string) error {
-		_, err := agent.CoreV1().Events(agentNamespace).Create(t.Context(), &corev1.Event{
+	event := func(in string) error {
+		_, err := agent.CoreV1().Events(in).Create(t.Context(), &corev1.Event{
 			ObjectMeta:     metav1.ObjectMeta{GenerateName: "test-"},
-			InvolvedObject: corev1.ObjectReference{Kind: "Node", Name: own, Namespace: namespace},
+			InvolvedObject: corev1.ObjectReference{Kind: "Node", Name: own, Namespace: in},
 		}, metav1.CreateOptions{})
 		return err
 	}
