@@ -84,10 +84,13 @@ const (
 	kubeletUnit = `[Unit]
 Description=kubelet
 After=containerd.service
+StartLimitIntervalSec=0
 
 [Service]
 # kubelet reads of out-of-memory kills there; a machine has no kernel log.
 ExecStartPre=/bin/ln -sf null /dev/kmsg
+# kubelet sets what it does not find set, which is the host's and read-only here.
+ExecStartPre=/bin/sh -c 'cd ` + sysctlDir + `; for f in */*; do mountpoint -q /proc/sys/$$f || mount --bind $$f /proc/sys/$$f; done'
 ExecStart=` + programsDir + `/kubelet --config=` + kubeletDir + `/kubelet.json --kubeconfig=` + kubeletDir + `/kubelet.kubeconfig \
 	--hostname-override=%s --node-ip=%s --node-labels=%s
 Restart=always
@@ -96,11 +99,12 @@ RestartSec=1
 [Install]
 WantedBy=multi-user.target
 `
+	sysctlDir = kubeletDir + "/sysctl"
 	disksFile = "/etc/tmpfiles.d/disks.conf"
 )
 
 // kubeletConfig is for a kubelet that shares its host, which may lack what kubelet
-// wants: cgroups of version 2, kernel settings that it may change, room on the disk.
+// wants: cgroups of version 2, room on the disk.
 func (n *Node) kubeletConfig() map[string]any {
 	config := map[string]any{
 		"apiVersion":               "kubelet.config.k8s.io/v1beta1",
@@ -200,6 +204,9 @@ func (n *Node) files() (map[string]string, error) {
 		"/etc/systemd/system/kubelet.service": fmt.Sprintf(kubeletUnit, n.Name, n.IP, strings.Join(labels, ",")),
 		kubeletDir + "/kubelet.json":          string(config),
 		kubeletDir + "/kubelet.kubeconfig":    string(kubeconfig),
+		sysctlDir + "/vm/overcommit_memory":   "1\n",
+		sysctlDir + "/kernel/panic":           "10\n",
+		sysctlDir + "/kernel/panic_on_oops":   "1\n",
 		kubeletDir + "/ca.crt":                string(n.cluster.ca.pem),
 		kubeletDir + "/kubelet.crt":           string(server.cert),
 		kubeletDir + "/kubelet.key":           string(server.key),
