@@ -17,11 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/kubernetes/scheme"
-	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
-	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
-	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
 )
@@ -45,8 +41,6 @@ const (
 const (
 	// heartbeat is how old the condition's heartbeat may become.
 	heartbeat = 10 * time.Minute
-	// requestTime bounds one request to the API server.
-	requestTime = 30 * time.Second
 	// wantedTime bounds how long registration waits to hear what pods wait for.
 	wantedTime = 3 * time.Second
 	// firstDelay and lastDelay bound the wait before a request that failed is repeated.
@@ -62,7 +56,7 @@ type node struct {
 	taint    string
 	cachePD  string
 	log      *slog.Logger
-	client   typedcorev1.CoreV1Interface
+	client   client
 	recorder record.EventRecorder
 	sink     func(context.Context)
 
@@ -81,10 +75,6 @@ type desired struct {
 }
 
 func newNode(c Config) (*node, error) {
-	config, err := clientConfig(c.Kubeconfig)
-	if err != nil {
-		return nil, err
-	}
 	// Of an idle watch, client-go asks every 30 seconds whether the server still
 	// lives, and offers no other way to change that.
 	const idle = "HTTP2_READ_IDLE_TIMEOUT_SECONDS"
@@ -94,11 +84,9 @@ func newNode(c Config) (*node, error) {
 		}
 	}
 	klog.SetSlogLogger(c.Log)
-	config.UserAgent = component
-	config.AcceptContentTypes = "application/vnd.kubernetes.protobuf,application/json"
-	client, err := typedcorev1.NewForConfig(config)
+	client, err := newClient(c.Kubeconfig)
 	if err != nil {
-		return nil, fmt.Errorf("making a client of the API server at %s: %w", config.Host, err)
+		return nil, err
 	}
 	n := &node{
 		name: c.NodeName, taint: c.StartupTaint, cachePD: c.CachePD, log: c.Log, client: client,
@@ -106,28 +94,13 @@ func newNode(c Config) (*node, error) {
 		wanted: make(chan []string, 1),
 	}
 	events := record.NewBroadcaster()
-	n.recorder = events.NewRecorder(scheme.Scheme, corev1.EventSource{Component: component, Host: n.name})
+	n.recorder = events.NewRecorder(scheme, corev1.EventSource{Component: component, Host: n.name})
 	n.sink = func(ctx context.Context) {
-		events.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: client.Events("")})
+		events.StartRecordingToSink(eventSink{client})
 		<-ctx.Done()
 		events.Shutdown()
 	}
 	return n, nil
-}
-
-func clientConfig(kubeconfig string) (*rest.Config, error) {
-	if kubeconfig != "" {
-		config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-		if err != nil {
-			return nil, fmt.Errorf("reading --kubeconfig %s: %w", kubeconfig, err)
-		}
-		return config, nil
-	}
-	config, err := rest.InClusterConfig()
-	if err != nil {
-		return nil, fmt.Errorf("not in a pod with a service account (%w): give --kubeconfig, or --kubernetes=false without a cluster", err)
-	}
-	return config, nil
 }
 
 // run keeps the node as it is to be until the context ends.
@@ -203,7 +176,7 @@ func (n *node) follow(ctx context.Context) {
 		}
 	}
 	_, informer := cache.NewInformerWithOptions(cache.InformerOptions{
-		ListerWatcher: cache.NewListWatchFromClient(n.client.RESTClient(), "nodes", "", fields.OneTermEqualSelector("metadata.name", n.name)),
+		ListerWatcher: cache.NewListWatchFromClient(n.client, "nodes", "", fields.OneTermEqualSelector("metadata.name", n.name)),
 		ObjectType:    &corev1.Node{},
 		Transform:     slim,
 		Handler: cache.ResourceEventHandlerFuncs{
@@ -265,9 +238,7 @@ func (n *node) writeCondition(ctx context.Context, now *corev1.Node, want *desir
 }
 
 func (n *node) patch(ctx context.Context, typ types.PatchType, patch []byte, subresources ...string) error {
-	ctx, cancel := context.WithTimeout(ctx, requestTime)
-	defer cancel()
-	node, err := n.client.Nodes().Patch(ctx, n.name, typ, patch, metav1.PatchOptions{FieldManager: component}, subresources...)
+	node, err := n.client.patchNode(ctx, n.name, typ, patch, subresources...)
 	if err != nil {
 		return err
 	}
@@ -361,9 +332,7 @@ func (n *node) event(warning bool, reason, message string) {
 // askWanted asks, once, which images the pods of this node need.
 func (n *node) askWanted(ctx context.Context) {
 	defer close(n.wanted)
-	ctx, cancel := context.WithTimeout(ctx, requestTime)
-	defer cancel()
-	pods, err := n.client.Pods("").List(ctx, metav1.ListOptions{
+	pods, err := n.client.listPods(ctx, metav1.ListOptions{
 		FieldSelector:   fields.OneTermEqualSelector("spec.nodeName", n.name).String(),
 		ResourceVersion: "0", // from the API server's memory
 	})
@@ -371,7 +340,7 @@ func (n *node) askWanted(ctx context.Context) {
 		n.log.Warn("cannot list the node's pods; their images are not registered before the others", "error", err)
 		return
 	}
-	n.wanted <- imagesOf(pods.Items)
+	n.wanted <- imagesOf(pods)
 }
 
 // wantedImages are the images that pods wait for, if the API server tells soon.
