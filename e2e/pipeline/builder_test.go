@@ -10,8 +10,6 @@ import (
 	compute "cloud.google.com/go/compute/apiv1"
 	"cloud.google.com/go/compute/apiv1/computepb"
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/oauth2"
-	"google.golang.org/api/option"
 )
 
 // TestSourceOfImage pins down what of the googlecompute builder docs/incremental.md
@@ -49,16 +47,16 @@ func TestSourceOfImage(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			c := newRecords(t)
-			images, disks := c.clients(t)
-			op, err := disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: &computepb.Disk{Name: new("seed"), SizeGb: new(int64(20))}})
+			google := c.clients(t)
+			op, err := google.disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: &computepb.Disk{Name: new("seed"), SizeGb: new(int64(20))}})
 			wait(t, op, err)
-			op, err = images.Insert(t.Context(), &computepb.InsertImageRequest{Project: project, ImageResource: &computepb.Image{Name: new("last"), SourceDisk: new("zones/" + zone + "/disks/seed")}})
+			op, err = google.images.Insert(t.Context(), &computepb.InsertImageRequest{Project: project, ImageResource: &computepb.Image{Name: new("last"), SourceDisk: new("zones/" + zone + "/disks/seed")}})
 			wait(t, op, err)
 			want := append(c.Resources(), "projects/broker/global/images/new")
 
 			c.mustBuild(t, "communicator = \"none\"\ndisk_name = \"boot\"\nimage_name = \"new\"\n"+tt.options, "")
 
-			image, err := images.Get(t.Context(), &computepb.GetImageRequest{Project: project, Image: "new"})
+			image, err := google.images.Get(t.Context(), &computepb.GetImageRequest{Project: project, Image: "new"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -67,7 +65,7 @@ func TestSourceOfImage(t *testing.T) {
 			}
 			if tt.kept != "-" {
 				want = append(want, "projects/broker/zones/us-central1-a/disks/data")
-				disk, err := disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "data"})
+				disk, err := google.disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "data"})
 				if err != nil || !strings.HasSuffix(disk.GetSourceImage(), tt.kept) || disk.GetSizeGb() != 30 {
 					t.Errorf("the kept disk is %v: %v", disk, err)
 				}
@@ -89,23 +87,4 @@ func wait(t *testing.T, op *compute.Operation, err error) {
 	if err != nil {
 		t.Fatal(err)
 	}
-}
-
-func (c *cloud) clients(t *testing.T) (*compute.ImagesClient, *compute.DisksClient) {
-	t.Helper()
-	options := []option.ClientOption{
-		option.WithEndpoint(c.URL),
-		option.WithTokenSource(oauth2.StaticTokenSource(&oauth2.Token{AccessToken: token})),
-	}
-	images, err := compute.NewImagesRESTClient(t.Context(), options...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { images.Close() })
-	disks, err := compute.NewDisksRESTClient(t.Context(), options...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { disks.Close() })
-	return images, disks
 }

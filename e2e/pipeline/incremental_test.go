@@ -48,7 +48,7 @@ func TestIncremental(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			c := newCloud(t)
+			c := newCloud(t, "ya29.incremental")
 			reg := registry.New(t, registry.Config{})
 			base := newLayer(t)
 			stable := push(t, reg, "stable:1", base, newLayer(t))
@@ -83,16 +83,21 @@ func newLayer(t *testing.T) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
+	data, err := stream(l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+// stream is the tar stream of a layer.
+func stream(l v1.Layer) ([]byte, error) {
 	r, err := l.Uncompressed()
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	defer r.Close()
-	stream, err := io.ReadAll(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return stream
+	return io.ReadAll(r)
 }
 
 // push pushes an image for linux/amd64.

@@ -1,7 +1,8 @@
 //go:build e2e
 
 // Package pipeline_test runs whole builds: the real Packer with the real
-// googlecompute builder and this plugin, on machines that package gcp hands out.
+// googlecompute builder and this plugin, on machines that package gcp hands out, and
+// with a real cluster that gets what was built.
 package pipeline_test
 
 import (
@@ -14,70 +15,154 @@ import (
 	"syscall"
 	"testing"
 
+	compute "cloud.google.com/go/compute/apiv1"
 	"cloud.google.com/go/compute/apiv1/computepb"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"golang.org/x/oauth2"
+	"google.golang.org/api/option"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp/hardware"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
 const (
 	project = "broker"
 	zone    = "us-central1-a"
-	// token is the access token that the cloud asks for.
-	token = "ya29.pipeline"
 )
 
-// packer is the real one, with both plugins installed.
-var packer struct{ program, home string }
-
-func TestMain(m *testing.M) {
-	status, err := setUp(context.Background(), m)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, "pipeline tests:", err)
-		status = 1
-	}
-	os.Exit(status)
+// world is what all tests share.
+var world struct {
+	*cluster.Cluster
+	config   *rest.Config
+	registry *registry.Registry
+	packer   string
+	home     string // of Packer, with both plugins
+	busybox  []byte // a layer that a container needs to run
 }
 
-func setUp(ctx context.Context, m *testing.M) (status int, err error) {
-	if err := host.Check(); err != nil {
-		return 1, err
-	}
-	if packer.home, err = os.MkdirTemp("", "pipeline-e2e-"); err != nil {
-		return 1, err
-	}
-	defer os.RemoveAll(packer.home)
-	tools, err := host.Tool(ctx, "packer")
-	if err != nil {
-		return 1, err
-	}
-	packer.program = filepath.Join(tools, "packer")
-	builder, err := host.Tool(ctx, "googlecompute")
-	if err != nil {
-		return 1, err
-	}
-	plugin := filepath.Join(packer.home, "packer-plugin-selkies")
-	if err := host.Build(ctx, ".", plugin); err != nil {
-		return 1, err
-	}
-	for source, program := range map[string]string{
-		"github.com/hashicorp/googlecompute": filepath.Join(builder, "packer-plugin-googlecompute"),
-		"github.com/selkies-project/selkies": plugin,
-	} {
-		if _, err := host.Output(packerCommand(ctx, "plugins", "install", "--path", program, source)); err != nil {
+func TestMain(m *testing.M) {
+	cluster.Main(build, func(ctx context.Context, dir string) (int, error) {
+		stop, err := setUp(ctx, dir)
+		defer stop()
+		if err != nil {
 			return 1, err
 		}
+		return m.Run(), nil
+	})
+}
+
+// build builds what the tests run.
+func build(ctx context.Context, dir string) error {
+	for _, tool := range []string{"packer", "googlecompute"} {
+		if _, err := host.Tool(ctx, tool); err != nil {
+			return err
+		}
 	}
-	return m.Run(), nil
+	if err := host.Build(ctx, ".", filepath.Join(dir, "packer-plugin-selkies")); err != nil {
+		return err
+	}
+	src, err := host.Source(ctx)
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, "go", "run", "./injector/image", "-platforms", "linux/amd64", "-output", filepath.Join(dir, "injector"))
+	cmd.Dir = src
+	_, err = host.Output(cmd)
+	return err
+}
+
+// setUp installs the plugins, fills the registry and starts a control plane. stop is
+// never nil.
+func setUp(ctx context.Context, dir string) (stop func(), err error) {
+	stop = func() {}
+	if err := installPlugins(ctx, dir); err != nil {
+		return stop, err
+	}
+	if world.registry, err = registry.Start(registry.Config{Dir: filepath.Join(dir, "blobs")}); err != nil {
+		return stop, err
+	}
+	stop = func() { world.registry.Stop() }
+	sandbox, err := pushBasics(ctx, dir)
+	if err != nil {
+		return stop, err
+	}
+	if world.Cluster, err = cluster.Start(ctx, cluster.Config{Dir: dir, Sandbox: sandbox}); err != nil {
+		return stop, err
+	}
+	stop = func() { world.Cluster.Stop(); world.registry.Stop() }
+	world.config, err = clientcmd.BuildConfigFromFlags("", world.Kubeconfig)
+	return stop, err
+}
+
+func installPlugins(ctx context.Context, dir string) error {
+	tools, err := host.Tool(ctx, "packer")
+	if err != nil {
+		return err
+	}
+	builder, err := host.Tool(ctx, "googlecompute")
+	if err != nil {
+		return err
+	}
+	world.packer, world.home = filepath.Join(tools, "packer"), filepath.Join(dir, "packer")
+	for source, program := range map[string]string{
+		"github.com/hashicorp/googlecompute": filepath.Join(builder, "packer-plugin-googlecompute"),
+		"github.com/selkies-project/selkies": filepath.Join(dir, "packer-plugin-selkies"),
+	} {
+		if _, err := host.Output(packerCommand(ctx, "plugins", "install", "--path", program, source)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pushBasics pushes what nodes pull themselves, the image of pod sandboxes and the
+// injector's, and returns the former.
+func pushBasics(ctx context.Context, dir string) (sandbox string, err error) {
+	busybox, err := machine.Busybox(ctx)
+	if err != nil {
+		return "", err
+	}
+	pause, err := images.Pause(busybox)
+	if err != nil {
+		return "", err
+	}
+	layers, err := pause.Image.Layers()
+	if err != nil {
+		return "", err
+	}
+	if world.busybox, err = stream(layers[0]); err != nil {
+		return "", err
+	}
+	refs, err := images.Push(ctx, world.registry.Addr, []images.Image{pause})
+	if err != nil {
+		return "", err
+	}
+	index, err := layout.ImageIndexFromPath(filepath.Join(dir, "injector"))
+	if err != nil {
+		return "", err
+	}
+	injector, err := name.ParseReference(world.registry.Addr + "/injector:1")
+	if err != nil {
+		return "", err
+	}
+	return refs[0], remote.WriteIndex(injector, index, remote.WithContext(ctx))
 }
 
 // packerCommand is a Packer that sees nothing of the user's own configuration and
 // runs in a process group of its own, as in a shell.
 func packerCommand(ctx context.Context, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, packer.program, args...)
-	cmd.Env = append(os.Environ(), "PACKER_CONFIG_DIR="+packer.home, "PACKER_PLUGIN_PATH="+filepath.Join(packer.home, "plugins"),
-		"CHECKPOINT_DISABLE=1", "PACKER_NO_COLOR=1", "DOCKER_CONFIG="+packer.home)
+	cmd := exec.CommandContext(ctx, world.packer, args...)
+	cmd.Env = append(os.Environ(), "PACKER_CONFIG_DIR="+world.home, "PACKER_PLUGIN_PATH="+filepath.Join(world.home, "plugins"),
+		"CHECKPOINT_DISABLE=1", "PACKER_NO_COLOR=1", "DOCKER_CONFIG="+world.home)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	return cmd
@@ -86,11 +171,12 @@ func packerCommand(ctx context.Context, args ...string) *exec.Cmd {
 // cloud is a Google project with the public image debian-12.
 type cloud struct {
 	*gcp.Server
+	token    string
 	hardware *hardware.Hardware // nil if nothing is real
 }
 
 // newCloud starts a cloud whose disks and machines are real.
-func newCloud(t *testing.T) *cloud {
+func newCloud(t *testing.T, token string) *cloud {
 	t.Helper()
 	h := &hardware.Hardware{Dir: t.TempDir()}
 	t.Cleanup(func() {
@@ -98,19 +184,49 @@ func newCloud(t *testing.T) *cloud {
 			t.Error(err)
 		}
 	})
-	return startCloud(t, gcp.Config{Token: token, Hardware: h}, h)
+	return start(t, gcp.Config{Token: token, Hardware: h}, h)
 }
 
 // newRecords starts a cloud that keeps records only.
 func newRecords(t *testing.T) *cloud {
 	t.Helper()
-	return startCloud(t, gcp.Config{Token: token}, nil)
+	return start(t, gcp.Config{Token: "ya29.records"}, nil)
 }
 
-func startCloud(t *testing.T, config gcp.Config, h *hardware.Hardware) *cloud {
+func start(t *testing.T, config gcp.Config, h *hardware.Hardware) *cloud {
 	t.Helper()
-	c := &cloud{Server: gcp.New(t, config), hardware: h}
+	c := &cloud{Server: gcp.New(t, config), token: config.Token, hardware: h}
 	c.AddImage("debian-cloud", &computepb.Image{Name: new("debian-12-bookworm-v20261110"), Family: new("debian-12")})
+	return c
+}
+
+// google has the real clients of a cloud.
+type google struct {
+	images    *compute.ImagesClient
+	disks     *compute.DisksClient
+	instances *compute.InstancesClient
+}
+
+func (c *cloud) clients(t *testing.T) *google {
+	t.Helper()
+	options := []option.ClientOption{
+		option.WithEndpoint(c.URL),
+		option.WithTokenSource(oauth2.StaticTokenSource(&oauth2.Token{AccessToken: c.token})),
+	}
+	return &google{
+		images:    client(t, compute.NewImagesRESTClient, options),
+		disks:     client(t, compute.NewDisksRESTClient, options),
+		instances: client(t, compute.NewInstancesRESTClient, options),
+	}
+}
+
+func client[C interface{ Close() error }](t *testing.T, f func(context.Context, ...option.ClientOption) (C, error), options []option.ClientOption) C {
+	t.Helper()
+	c, err := f(t.Context(), options...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
 	return c
 }
 
@@ -135,7 +251,7 @@ build {
   sources = ["source.googlecompute.cache"]
   %s
 }
-`, project, zone, token, c.URL, options, steps)
+`, project, zone, c.token, c.URL, options, steps)
 	if err := os.WriteFile(template, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

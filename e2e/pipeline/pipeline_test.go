@@ -1,0 +1,184 @@
+//go:build e2e
+
+package pipeline_test
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"cloud.google.com/go/container/apiv1/containerpb"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+)
+
+// TestPipeline runs the whole template three times: the first generation comes to a
+// node, the second, with one image changed, to a later node while the first goes on,
+// and the third starts from nothing. Pods of the cached images start without a pull.
+func TestPipeline(t *testing.T) {
+	c := newBroker(t)
+	c.attachVolumes(t)
+	stable := push(t, world.registry, "stable:1", world.busybox, newLayer(t))
+	app := push(t, world.registry, "app:1", world.busybox, newLayer(t))
+
+	world.registry.Reset()
+	c.run(t)
+	checkFetched(t, world.registry.Reset(), stable, app)
+	first := c.node(t)
+	c.startPod(t, first, "stable:1")
+	c.startPod(t, first, "app:1")
+	checkNotFetched(t, stable, app)
+
+	changed := push(t, world.registry, "app:1", world.busybox, newLayer(t))
+	world.registry.Reset()
+	c.run(t)
+	checkFetched(t, world.registry.Reset(), layersOf(t, changed)[1])
+	second := c.node(t)
+	c.startPod(t, second, "stable:1")
+	c.startPod(t, second, "app:1")
+	checkNotFetched(t, stable, changed)
+	// The first node keeps what it began with.
+	if a, b := c.diskOf(t, first), c.diskOf(t, second); a == b || a == "" || b == "" {
+		t.Errorf("the nodes have the disks %q and %q", a, b)
+	}
+	pods, err := world.Client.CoreV1().Pods("default").List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + first.Name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range pods.Items {
+		if p.Status.Phase != corev1.PodRunning || p.Status.ContainerStatuses[0].RestartCount > 0 {
+			t.Errorf("pod %s on the first node is %+v", p.Name, p.Status)
+		}
+	}
+	before := c.Resources()
+
+	world.registry.Reset()
+	c.run(t, "-var", "rebuild=true")
+	checkFetched(t, world.registry.Reset(), stable, changed)
+	// The first generation is one more than is kept, but in use.
+	for _, r := range before {
+		if !slices.Contains(c.Resources(), r) {
+			t.Errorf("%s is gone", r)
+		}
+	}
+}
+
+// newBroker is a cloud with a GKE cluster, which is the real one.
+func newBroker(t *testing.T) *cloud {
+	t.Helper()
+	account := "packer"
+	world.Output(t, "create", "serviceaccount", account)
+	world.Output(t, "create", "clusterrolebinding", account, "--clusterrole=cluster-admin", "--serviceaccount=default:"+account)
+	// Google's access tokens are good for the clusters too.
+	c := newCloud(t, strings.TrimSpace(world.Output(t, "create", "token", account)))
+	c.AddCluster(project, &containerpb.Cluster{
+		Name: "broker-us-central1", Location: "us-central1",
+		Endpoint:   strings.TrimPrefix(world.config.Host, "https://"),
+		MasterAuth: &containerpb.MasterAuth{ClusterCaCertificate: base64.StdEncoding.EncodeToString(world.config.CAData)},
+		NodePools:  []*containerpb.NodePool{{Name: "tier1", Locations: []string{zone}}},
+	})
+	return c
+}
+
+// run runs the template.
+func (c *cloud) run(t *testing.T, args ...string) {
+	t.Helper()
+	template, err := filepath.Abs("testdata/pipeline.pkr.hcl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	images, err := json.Marshal([]string{world.registry.Addr + "/stable:1", world.registry.Addr + "/app:1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	args = append([]string{"build", "-var", "compute=" + c.URL + "/compute/v1/", "-var", "container=" + c.URL + "/", "-var", "access_token=" + c.token,
+		"-var", "images=" + string(images), "-var", "injector_image=" + world.registry.Addr + "/injector:1"}, args...)
+	cmd := packerCommand(t.Context(), append(args, template)...)
+	cmd.Dir = t.TempDir()
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("packer build: %v\n%s", err, out)
+	}
+	if strings.Contains(string(out), c.token) {
+		t.Error("the access token is in the output")
+	}
+	t.Logf("packer build:\n%s", out)
+}
+
+// node is a node of the zone, which waits for its images before it takes pods.
+func (c *cloud) node(t *testing.T) *cluster.Node {
+	t.Helper()
+	const taint = "startup-taint.cluster-autoscaler.kubernetes.io/selkies-image-cache"
+	n := world.Node(t, cluster.NodeConfig{
+		Taints: []corev1.Taint{{Key: taint, Value: "true", Effect: corev1.TaintEffectNoSchedule}},
+		Labels: map[string]string{corev1.LabelTopologyZone: zone},
+	})
+	c.serveDisks(t, n, zone)
+	n.WaitTaint(t, taint, false)
+	return n
+}
+
+// diskOf is the cache disk that a node says it has.
+func (c *cloud) diskOf(t *testing.T, n *cluster.Node) string {
+	t.Helper()
+	node, err := world.Client.CoreV1().Nodes().Get(t.Context(), n.Name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return node.Labels["app.broker/cache-pd"]
+}
+
+// startPod starts a pod of an image on a node and waits for it to be ready.
+func (c *cloud) startPod(t *testing.T, n *cluster.Node, image string) {
+	t.Helper()
+	name := n.Name + "-" + strings.ReplaceAll(image, ":", "-")
+	world.Run(t, &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "default"},
+		Spec: corev1.PodSpec{
+			NodeName: n.Name,
+			Containers: []corev1.Container{{
+				Name: "main", Image: world.registry.Addr + "/" + image, ImagePullPolicy: corev1.PullIfNotPresent,
+				Command: []string{"/bin/busybox", "sleep", "infinity"},
+			}},
+			TerminationGracePeriodSeconds: new(int64),
+		},
+	})
+	world.WaitPodReady(t, "default", name)
+}
+
+// checkNotFetched fails the test if a layer of the images was fetched since the last
+// Reset of the registry.
+func checkNotFetched(t *testing.T, images ...v1.Image) {
+	t.Helper()
+	count := world.registry.Reset()
+	for _, i := range images {
+		for _, l := range layersOf(t, i) {
+			if slices.Contains(count.Blobs, l) {
+				t.Errorf("a node fetched layer %s", l)
+			}
+		}
+	}
+}
+
+// TestTemplates has Packer look at every template of the project.
+func TestTemplates(t *testing.T) {
+	templates, err := filepath.Glob("../../example/*/*.pkr.hcl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, template := range append(templates, "testdata/pipeline.pkr.hcl") {
+		t.Run(filepath.Base(filepath.Dir(template)), func(t *testing.T) {
+			for _, args := range [][]string{{"fmt", "-check", "-diff"}, {"validate", "-syntax-only"}} {
+				if out, err := packerCommand(t.Context(), append(args, template)...).CombinedOutput(); err != nil {
+					t.Errorf("packer %v: %v\n%s", args, err, out)
+				}
+			}
+		})
+	}
+}
