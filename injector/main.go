@@ -14,8 +14,9 @@
 // --cache it is looked for in /cache and in every directory below
 // /mnt/disks/gke-secondary-disks. The disk is only read.
 //
-// It needs root on the node. In a container it needs the host's root at
-// --host-root, CAP_SYS_ADMIN, the host's PID namespace, and the runtime's socket.
+// It needs root on the node. In a container it needs CAP_SYS_ADMIN, CAP_SYS_CHROOT,
+// CAP_SYS_PTRACE and the host's /proc: as proc below --host-root, or its own in the
+// host's PID namespace. The runtime's socket is then below proc/1/root as well.
 // The node's own mounts are the only thing it leaves running: none of its
 // processes is needed once it has ended.
 //

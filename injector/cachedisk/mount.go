@@ -165,7 +165,7 @@ func explain(err error) error {
 	case errors.Is(err, unix.ENOSYS):
 		return fmt.Errorf("%w: the kernel is too old; Linux 5.12 or newer is needed", err)
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
-		return fmt.Errorf("%w: run as root, in a container with CAP_SYS_ADMIN and CAP_SYS_PTRACE", err)
+		return fmt.Errorf("%w: run as root, in a container with CAP_SYS_ADMIN, CAP_SYS_CHROOT and CAP_SYS_PTRACE", err)
 	case errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("%w: mount the host's root, with what is mounted below it, and name it with --host-root", err)
 	}

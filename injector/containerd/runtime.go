@@ -248,7 +248,7 @@ func dial(ctx context.Context, address string) error {
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("%w at %s: start it, or name its socket with --containerd-address", ErrNotRunning, address)
 	case errors.Is(err, os.ErrPermission):
-		return fmt.Errorf("containerd's socket %s is not ours to use: run as root", address)
+		return fmt.Errorf("containerd's socket %s is not ours to use: run as root, and in a container, where it is reached below /proc/1/root, with CAP_SYS_PTRACE", address)
 	}
 	return fmt.Errorf("connecting to containerd at %s: %w", address, err)
 }
