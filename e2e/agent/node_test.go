@@ -34,7 +34,8 @@ const (
 // node is a machine with a running containerd.
 type node struct {
 	*machine.Machine
-	port int // of the agent's metrics
+	port    int // of the agent's metrics
+	runtime string
 }
 
 func newNode(t testing.TB, release machine.Release) *node {
@@ -43,7 +44,7 @@ func newNode(t testing.TB, release machine.Release) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &node{Machine: machine.New(t, machine.Config{Name: "node"}), port: port}
+	n := &node{Machine: machine.New(t, machine.Config{Name: "node"}), port: port, runtime: "containerd"}
 	if err := n.Install(world.injector, program); err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +94,7 @@ func (b *lockedBuffer) String() string {
 // args are those of an agent with times for tests, without a cluster unless more
 // says otherwise.
 func (n *node) args(more ...string) []string {
-	return append([]string{"run", "--kubernetes=false", "--runtime=containerd", "--cache", cacheDir,
+	return append([]string{"run", "--kubernetes=false", "--runtime=" + n.runtime, "--cache", cacheDir,
 		"--metrics-address", n.addr(), "--check-interval=2s"}, more...)
 }
 

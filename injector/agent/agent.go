@@ -68,7 +68,7 @@ type Agent struct {
 	registerError error
 	generations   map[digest.Digest]*generation
 	// removed are the image names that others removed, ejected those that the agent
-	// did and whose events have not come yet.
+	// removed in its last pass.
 	removed, ejected map[string]bool
 	// told are the removed names that were reported, published the reason that was.
 	told      map[string]bool

@@ -91,13 +91,12 @@ func (a *Agent) takeChanges() {
 		a.need(reasonPin)
 	}
 	for _, name := range removed {
-		if a.ejected[name] {
-			delete(a.ejected, name)
-			continue
+		if !a.ejected[name] {
+			a.removed[name] = true
+			a.need(reasonRemoved)
 		}
-		a.removed[name] = true
-		a.need(reasonRemoved)
 	}
+	clear(a.ejected) // their events came long before this pass
 }
 
 // need has images registered in this pass. The first reason counts.

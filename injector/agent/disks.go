@@ -27,6 +27,9 @@ type generation struct {
 	kept string
 }
 
+// alive says that its disk can be read.
+func (g *generation) alive() { g.dead, g.problem, g.seen = time.Time{}, nil, true }
+
 // sorted are the registered generations in a fixed order.
 func (a *Agent) sorted() []*generation {
 	return slices.SortedFunc(maps.Values(a.generations), func(x, y *generation) int {
@@ -49,7 +52,7 @@ func (a *Agent) findDisks() error {
 		}
 		switch {
 		case g.problem == nil:
-			g.dead, g.seen = time.Time{}, true
+			g.alive()
 		case found:
 			a.need(reasonMount)
 		case g.dead.IsZero():
@@ -138,12 +141,12 @@ func (a *Agent) takeBackOne(ctx context.Context, g *generation) error {
 	}
 	if len(r.Images) > 0 || a.generations[g.CacheID] == nil {
 		a.metrics.takenBack.Inc()
-		a.warn(eventTakenBack, "cache %s: its disk is gone (%v): took back %d images", short(g.CacheID), g.problem, len(r.Images))
+		a.warn(eventTakenBack, "cache %s: its disk is gone: took back %d image names: %v", short(g.CacheID), len(r.Images), g.problem)
 		// Another disk may have some of them.
 		a.registered = nil
 		a.need(reasonDisk)
 	}
-	if kept := strings.Join(r.Kept, "; "); kept != g.kept {
+	if kept := strings.Join(r.Kept, "; "); kept != g.kept && kept != "" {
 		g.kept = kept
 		a.Log.Warn("containers use layers of a disk that is gone; they are taken back when those are removed", "cache", g.CacheID, "kept", kept)
 	}

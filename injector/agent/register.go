@@ -80,8 +80,14 @@ func (a *Agent) register(ctx context.Context) error {
 	a.tell(r, time.Since(start))
 	a.noteRemoved(r)
 	a.registered = r
-	if err == nil {
-		a.pending = ""
+	if err != nil {
+		return nil // said by registerError; the next pass tries again
+	}
+	a.pending = ""
+	for _, d := range a.disks {
+		if g := a.generations[d.ID]; g != nil {
+			g.alive()
+		}
 	}
 	return nil
 }
