@@ -103,7 +103,7 @@ func explain(err error) error {
 
 // selector finds the objects of this cache.
 func (k *cluster) selector() metav1.ListOptions {
-	return metav1.ListOptions{LabelSelector: labelManagedBy + "=" + fieldManager + "," + labelInstance + "=" + k.run.config.Name}
+	return metav1.ListOptions{LabelSelector: labelManagedBy + "=" + fieldManager + "," + labelInstance + "=" + k.run.config.CacheName}
 }
 
 // survey finds all objects of this cache and the nodes that use its disks.

@@ -36,7 +36,7 @@ type Config struct {
 	// The name of the cache: what the names of its disks and Kubernetes objects begin
 	// with, and the value of their label `selkies-image-cache`. Caches that share a
 	// project need different ones. Defaults to `selkies-image-cache`.
-	Name string `mapstructure:"name"`
+	CacheName string `mapstructure:"cache_name"`
 	// The zones that get a disk. Defaults to all zones in which the clusters have node
 	// pools.
 	Zones []string `mapstructure:"zones"`
@@ -112,11 +112,11 @@ func (c *Config) prepare(raws ...any) error {
 	fail := func(format string, a ...any) {
 		errs = packersdk.MultiErrorAppend(errs, fmt.Errorf(format, a...))
 	}
-	if !nameRE.MatchString(c.Name) {
-		fail("name %q is not lower case letters, digits and dashes", c.Name)
+	if !nameRE.MatchString(c.CacheName) {
+		fail("cache_name %q is not lower case letters, digits and dashes", c.CacheName)
 	}
-	if longest := maxName - longestZone - stampLength - 2; len(c.Name) > longest {
-		fail("name %q is too long: with zone and time the names of disks would have more than %d characters; choose one of at most %d", c.Name, maxName, longest)
+	if longest := maxName - longestZone - stampLength - 2; len(c.CacheName) > longest {
+		fail("cache_name %q is too long: with zone and time the names of disks would have more than %d characters; choose one of at most %d", c.CacheName, maxName, longest)
 	}
 	for i, z := range c.Zones {
 		if !zoneRE.MatchString(z) {
@@ -176,7 +176,7 @@ func (c *Config) prepareTargets() error {
 }
 
 func (c *Config) setDefaults() {
-	c.Name = cmp.Or(c.Name, defaultName)
+	c.CacheName = cmp.Or(c.CacheName, defaultName)
 	c.ClusterPattern = cmp.Or(c.ClusterPattern, "^broker-")
 	c.ClusterEndpoint = cmp.Or(c.ClusterEndpoint, gcp.EndpointPublic)
 	c.DiskType = cmp.Or(c.DiskType, "pd-balanced")

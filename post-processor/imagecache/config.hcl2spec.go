@@ -26,7 +26,7 @@ type FlatConfig struct {
 	ProjectID                 *string           `mapstructure:"project_id" cty:"project_id" hcl:"project_id"`
 	ImageProjectID            *string           `mapstructure:"image_project_id" cty:"image_project_id" hcl:"image_project_id"`
 	ImageName                 *string           `mapstructure:"image_name" cty:"image_name" hcl:"image_name"`
-	Name                      *string           `mapstructure:"name" cty:"name" hcl:"name"`
+	CacheName                 *string           `mapstructure:"cache_name" cty:"cache_name" hcl:"cache_name"`
 	Zones                     []string          `mapstructure:"zones" cty:"zones" hcl:"zones"`
 	ClusterPattern            *string           `mapstructure:"cluster_pattern" cty:"cluster_pattern" hcl:"cluster_pattern"`
 	ExcludeRegions            []string          `mapstructure:"exclude_regions" cty:"exclude_regions" hcl:"exclude_regions"`
@@ -72,7 +72,7 @@ func (*FlatConfig) HCL2Spec() map[string]hcldec.Spec {
 		"project_id":                  &hcldec.AttrSpec{Name: "project_id", Type: cty.String, Required: false},
 		"image_project_id":            &hcldec.AttrSpec{Name: "image_project_id", Type: cty.String, Required: false},
 		"image_name":                  &hcldec.AttrSpec{Name: "image_name", Type: cty.String, Required: false},
-		"name":                        &hcldec.AttrSpec{Name: "name", Type: cty.String, Required: false},
+		"cache_name":                  &hcldec.AttrSpec{Name: "cache_name", Type: cty.String, Required: false},
 		"zones":                       &hcldec.AttrSpec{Name: "zones", Type: cty.List(cty.String), Required: false},
 		"cluster_pattern":             &hcldec.AttrSpec{Name: "cluster_pattern", Type: cty.String, Required: false},
 		"exclude_regions":             &hcldec.AttrSpec{Name: "exclude_regions", Type: cty.List(cty.String), Required: false},

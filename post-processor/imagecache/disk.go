@@ -46,7 +46,7 @@ func (r *run) makeDisks(ctx context.Context) error {
 	return join(errs)
 }
 
-func (r *run) diskName(zone string) string { return r.generation.diskName(r.config.Name, zone) }
+func (r *run) diskName(zone string) string { return r.generation.diskName(r.config.CacheName, zone) }
 
 // makeDisk makes a disk, or adopts the one that an earlier run made or began to
 // make.
@@ -120,7 +120,7 @@ func (r *run) insertDisk(ctx context.Context, zone string) error {
 	if labels == nil {
 		labels = map[string]string{}
 	}
-	labels[labelName], labels[labelImage] = r.config.Name, r.generation.name()
+	labels[labelName], labels[labelImage] = r.config.CacheName, r.generation.name()
 	request := &computepb.InsertDiskRequest{
 		Project: r.config.ProjectID, Zone: zone,
 		DiskResource: &computepb.Disk{
@@ -143,8 +143,8 @@ func (r *run) insertDisk(ctx context.Context, zone string) error {
 // ready. It is not done if the disk has to be made.
 func (r *run) adopt(ctx context.Context, zone string, disk *computepb.Disk) (done bool, err error) {
 	name := disk.GetName()
-	if disk.GetLabels()[labelName] != r.config.Name || disk.GetSourceImageId() != fmt.Sprint(r.generation.image.GetId()) {
-		return false, fmt.Errorf("there is one that was not made from image %s for this cache; delete it or choose another name", r.generation.name())
+	if disk.GetLabels()[labelName] != r.config.CacheName || disk.GetSourceImageId() != fmt.Sprint(r.generation.image.GetId()) {
+		return false, fmt.Errorf("there is one that was not made from image %s for this cache; delete it or choose another cache_name", r.generation.name())
 	}
 	for {
 		switch disk.GetStatus() {

@@ -239,7 +239,7 @@ func TestDryRunOfDisks(t *testing.T) {
 func TestDiskErrors(t *testing.T) {
 	s := google(t, gcp.Config{})
 	s.AddImage(project, cacheImage("selkies-image-cache-1700000001"))
-	if _, err := postProcess(t, t.Context(), diskOptions(s, "name", "other"), builderArtifact("selkies-image-cache-1700000001")); err != nil {
+	if _, err := postProcess(t, t.Context(), diskOptions(s, "cache_name", "other"), builderArtifact("selkies-image-cache-1700000001")); err != nil {
 		t.Fatal(err)
 	}
 	stranger := cacheImage("stranger-1700000001")
@@ -252,7 +252,7 @@ func TestDiskErrors(t *testing.T) {
 	}{
 		{"disk smaller than the image", diskOptions(s, "disk_size_gb", 19), builderArtifact(built),
 			"disk_size_gb is 19, but image selkies-image-cache-1700000000 has 20 GB; set at least that"},
-		{"disk of another image", diskOptions(s, "name", "other"), builderArtifact("stranger-1700000001"),
+		{"disk of another image", diskOptions(s, "cache_name", "other"), builderArtifact("stranger-1700000001"),
 			"disk other-europe-west4-a-1700000001: there is one that was not made from image stranger-1700000001 for this cache"},
 		{"no such image", diskOptions(s, "image_name", "none"), builderArtifact(built), "project p has no image none"},
 		{"other builder", diskOptions(s), &packersdk.MockArtifact{BuilderIdValue: "null"}, "the artifact comes from null, not from the googlecompute builder; set image_name"},

@@ -89,7 +89,7 @@ func (r *run) mark(ctx context.Context) error {
 		if labels == nil {
 			labels = map[string]string{}
 		}
-		labels[labelName], labels[labelRolledOut] = r.config.Name, strconv.FormatInt(time.Now().Unix(), 10)
+		labels[labelName], labels[labelRolledOut] = r.config.CacheName, strconv.FormatInt(time.Now().Unix(), 10)
 		err = r.do(fmt.Sprintf("label image %s as rolled out", image.GetName()), func() error {
 			return r.operate(ctx, "image "+image.GetName(), func() (operation, error) {
 				return r.images.SetLabels(ctx, &computepb.SetLabelsImageRequest{

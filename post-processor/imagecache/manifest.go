@@ -54,7 +54,7 @@ type zoneDisk struct {
 
 func (d *zoneDisk) labels() map[string]string {
 	return map[string]string{
-		labelManagedBy: fieldManager, labelInstance: d.config.Name,
+		labelManagedBy: fieldManager, labelInstance: d.config.CacheName,
 		labelDisk: d.name, labelSource: d.image, labelZone: d.zone,
 	}
 }
@@ -118,7 +118,7 @@ func (d *zoneDisk) daemonSet() (*unstructured.Unstructured, error) {
 	maps.Copy(ds.Labels, d.labels())
 	ds.Spec.Selector.MatchLabels[labelDisk] = d.name
 	template := &ds.Spec.Template
-	maps.Copy(template.Labels, map[string]string{labelDisk: d.name, labelInstance: d.config.Name})
+	maps.Copy(template.Labels, map[string]string{labelDisk: d.name, labelInstance: d.config.CacheName})
 
 	pod := &template.Spec
 	maps.Copy(pod.NodeSelector, d.config.NodeSelector)
@@ -176,7 +176,7 @@ func (d *zoneDisk) alone(app map[string]string) *corev1.PodAntiAffinity {
 	return &corev1.PodAntiAffinity{RequiredDuringSchedulingIgnoredDuringExecution: []corev1.PodAffinityTerm{{
 		TopologyKey: corev1.LabelHostname,
 		LabelSelector: &metav1.LabelSelector{
-			MatchLabels: map[string]string{labelInstance: d.config.Name, "app.kubernetes.io/name": app["app.kubernetes.io/name"]},
+			MatchLabels: map[string]string{labelInstance: d.config.CacheName, "app.kubernetes.io/name": app["app.kubernetes.io/name"]},
 			MatchExpressions: []metav1.LabelSelectorRequirement{
 				{Key: labelDisk, Operator: metav1.LabelSelectorOpNotIn, Values: []string{d.name}},
 			},

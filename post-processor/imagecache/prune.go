@@ -92,7 +92,7 @@ func (k *cluster) prune(ctx context.Context, keep map[string]bool) error {
 }
 
 func (k *cluster) ours(v *corev1.PersistentVolume) bool {
-	return v.Labels[labelManagedBy] == fieldManager && v.Labels[labelInstance] == k.run.config.Name
+	return v.Labels[labelManagedBy] == fieldManager && v.Labels[labelInstance] == k.run.config.CacheName
 }
 
 // used tells whether a node has a disk or may get it.
@@ -172,7 +172,7 @@ func (r *run) named(zone, disk string) bool {
 func (r *run) listDisks(ctx context.Context) (disks []*computepb.Disk, err error) {
 	request := &computepb.AggregatedListDisksRequest{
 		Project: r.config.ProjectID,
-		Filter:  new(fmt.Sprintf("labels.%s = %s", labelName, r.config.Name)),
+		Filter:  new(fmt.Sprintf("labels.%s = %s", labelName, r.config.CacheName)),
 	}
 	err = gcp.Retry(ctx, func() error {
 		disks = nil
@@ -181,7 +181,7 @@ func (r *run) listDisks(ctx context.Context) (disks []*computepb.Disk, err error
 				return err
 			}
 			for _, d := range pair.Value.GetDisks() {
-				if d.GetLabels()[labelName] == r.config.Name && d.GetZone() != "" { // the filter matches patterns
+				if d.GetLabels()[labelName] == r.config.CacheName && d.GetZone() != "" { // the filter matches patterns
 					disks = append(disks, d)
 				}
 			}

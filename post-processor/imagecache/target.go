@@ -95,7 +95,7 @@ func (r *run) settleZones() error {
 	}
 	for z := range covered {
 		if name := r.diskName(z); len(name) > maxName {
-			return fmt.Errorf("the disk's name %s has more than %d characters; choose a shorter name", name, maxName)
+			return fmt.Errorf("the disk's name %s has more than %d characters; choose a shorter cache_name", name, maxName)
 		}
 	}
 	r.clusters = slices.DeleteFunc(r.clusters, func(k *cluster) bool { return len(k.zones) == 0 })
