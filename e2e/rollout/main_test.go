@@ -12,6 +12,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -28,6 +30,7 @@ import (
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/post-processor/imagecache"
 )
 
@@ -44,15 +47,29 @@ const (
 var world struct {
 	*cluster.Cluster
 	config *rest.Config
+	// packer is Packer's program, plugin the one that it has installed.
+	packer, plugin string
 }
 
 func TestMain(m *testing.M) {
 	cluster.Main(
-		func(context.Context, string) error { return nil },
+		func(ctx context.Context, dir string) error { return host.Build(ctx, ".", pluginIn(dir)) },
 		func(ctx context.Context, dir string) (int, error) { return run(ctx, dir, m) })
 }
 
+func pluginIn(dir string) string { return filepath.Join(dir, "packer-plugin-selkies") }
+
 func run(ctx context.Context, dir string, m *testing.M) (int, error) {
+	tools, err := host.Tool(ctx, "packer")
+	if err != nil {
+		return 1, err
+	}
+	world.packer, world.plugin = filepath.Join(tools, "packer"), pluginIn(dir)
+	install := exec.CommandContext(ctx, world.packer, "plugins", "install", "--path", world.plugin, "github.com/selkies-project/selkies")
+	install.Env = packerEnv()
+	if _, err := host.Output(install); err != nil {
+		return 1, err
+	}
 	c, err := cluster.Start(ctx, cluster.Config{Dir: dir})
 	if err != nil {
 		return 1, err
@@ -135,7 +152,7 @@ func (u *ui) Say(line string) {
 
 func (c *cloud) options(kv ...any) map[string]any {
 	o := map[string]any{
-		"name": c.name, "access_token": c.token, "injector_image": "registry.example/injector:1",
+		"cache_name": c.name, "access_token": c.token, "injector_image": "registry.example/injector:1",
 		"custom_endpoints": map[string]string{"compute": c.URL + "/compute/v1/", "container": c.URL},
 	}
 	for i := 0; i < len(kv); i += 2 {
