@@ -632,6 +632,28 @@ func (h *slow) CreateDisk(context.Context, string, string, int64) error {
 	return nil
 }
 
+// TestMaxRunDuration has an instance whose time is up, and one that has time.
+func TestMaxRunDuration(t *testing.T) {
+	h := &hardware{}
+	g := start(t, gcp.Config{Hardware: h})
+	addDebian(g.Server)
+	for name, seconds := range map[string]int64{"short": 3600, "long": 7200} {
+		i := newInstance(name)
+		i.Scheduling = &computepb.Scheduling{MaxRunDuration: &computepb.Duration{Seconds: &seconds}, InstanceTerminationAction: new("DELETE")}
+		if err := g.insertInstance(t, i); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.Forward(time.Hour)
+	want := []string{"projects/debian-cloud/global/images/debian-12-v1", "projects/p/zones/us-central1-a/disks/long", "projects/p/zones/us-central1-a/instances/long"}
+	if diff := cmp.Diff(want, g.Resources()); diff != "" {
+		t.Error(diff)
+	}
+	if !slices.Contains(h.did, "delete projects/p/zones/us-central1-a/instances/short") {
+		t.Errorf("the hardware did %q", h.did)
+	}
+}
+
 // TestReadOnly attaches a disk to several nodes.
 func TestReadOnly(t *testing.T) {
 	g := start(t, gcp.Config{})

@@ -6,6 +6,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"cloud.google.com/go/compute/apiv1/computepb"
 	"google.golang.org/protobuf/proto"
@@ -321,6 +322,11 @@ func (c *call) deleteInstance() (proto.Message, error) {
 	if instance.GetStatus() != "RUNNING" && instance.GetStatus() != "TERMINATED" {
 		return nil, notReady(name)
 	}
+	return c.end(name, instance), nil
+}
+
+// end starts the end of an instance.
+func (c *call) end(name string, instance *computepb.Instance) *computepb.Operation {
 	before := instance.Status
 	instance.Status = new("STOPPING")
 	var doomed []string
@@ -354,7 +360,24 @@ func (c *call) deleteInstance() (proto.Message, error) {
 			delete(c.instances, name)
 			return nil
 		},
-	}), nil
+	})
+}
+
+// endOverdue starts the end of the instances whose time is up, if that is how they
+// were made: maxRunDuration with the action DELETE.
+func (c *call) endOverdue() (started []*operation) {
+	for name, i := range c.instances {
+		limit := i.GetScheduling().GetMaxRunDuration().GetSeconds()
+		if limit == 0 || i.GetScheduling().GetInstanceTerminationAction() != "DELETE" || i.GetStatus() != "RUNNING" {
+			continue
+		}
+		if time.Duration(age(i)+c.now().UnixNano()) < time.Duration(limit)*time.Second {
+			continue
+		}
+		link := c.end(name, i).GetSelfLink()
+		started = append(started, c.operations[c.parseLink(link)])
+	}
+	return started
 }
 
 func (c *call) attachDisk() (proto.Message, error) {

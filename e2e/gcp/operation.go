@@ -38,7 +38,7 @@ type task struct {
 func (c *call) start(t task) *computepb.Operation {
 	id := c.newID()
 	scope := path.Dir(path.Dir(t.target))
-	name := fmt.Sprintf("operation-%d-%d", c.config.Now().UnixMilli(), *id)
+	name := fmt.Sprintf("operation-%d-%d", c.now().UnixMilli(), *id)
 	record := &computepb.Operation{
 		Kind: new("compute#operation"), Id: id, Name: &name, OperationType: &t.kind,
 		TargetLink: selfLink(t.target), TargetId: &t.id, SelfLink: selfLink(scope + "/operations/" + name),

@@ -78,6 +78,7 @@ type Server struct {
 	needed     map[string]bool
 	calls      []string
 	lastID     uint64
+	forward    time.Duration // of the clock
 }
 
 // Start starts a server.
@@ -278,10 +279,25 @@ func withoutNull(v any) any {
 	return v
 }
 
+// now is the time on the server's clock.
+func (s *Server) now() time.Time { return s.config.Now().Add(s.forward) }
+
+// Forward puts the server's clock forward, and does what is due by then: instances
+// whose time is up end, if that is how they were made.
+func (s *Server) Forward(d time.Duration) {
+	s.mu.Lock()
+	s.forward += d
+	started := (&call{Server: s, Request: new(http.Request)}).endOverdue()
+	s.mu.Unlock()
+	for _, op := range started {
+		<-op.done
+	}
+}
+
 // timestamp is the time in Google's form: in the time of its headquarters, so that
 // comparing it with others as text goes wrong.
 func (s *Server) timestamp() *string {
-	return new(s.config.Now().In(time.FixedZone("PST", -8*60*60)).Format("2006-01-02T15:04:05.000-07:00"))
+	return new(s.now().In(time.FixedZone("PST", -8*60*60)).Format("2006-01-02T15:04:05.000-07:00"))
 }
 
 func (s *Server) newID() *uint64 {
