@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
@@ -278,22 +279,7 @@ func (n *node) background(t testing.TB, ref, id string) {
 // wait asks f until it gives no error.
 func wait(t testing.TB, what string, f func() error) {
 	t.Helper()
-	deadline := time.After(2 * time.Minute)
-	tick := time.NewTicker(100 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := f()
-		if err == nil {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatalf("waiting for %s: %v", what, err)
-		case <-t.Context().Done():
-			t.Fatalf("waiting for %s: %v", what, t.Context().Err())
-		}
-	}
+	cluster.Wait(t, what, func(context.Context) error { return f() })
 }
 
 func waitFor(t testing.TB, what string, f func() bool) {
