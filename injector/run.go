@@ -31,9 +31,6 @@ Logs at level info by default. SIGTERM ends it at once and changes nothing on th
 node.`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if err := checkRoot(); err != nil {
-				return err
-			}
 			if !cmd.Flags().Changed("log-level") {
 				f.log = newLogger(slog.LevelInfo)
 			}
@@ -41,6 +38,9 @@ node.`,
 			c.Open = opener(f)
 			if err := c.Validate(); err != nil {
 				return usageError{err}
+			}
+			if err := checkRoot(); err != nil {
+				return err
 			}
 			return agent.Run(cmd.Context(), c)
 		},
