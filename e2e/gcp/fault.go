@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Fault makes calls go wrong. Of Error, Operation, LoseRequest and LoseAnswer one
-// is set; a Delay may come with any of them or alone.
+// Fault makes calls go wrong. Of Error, Operation, LoseRequest and LoseAnswer at most
+// one is set; Delay and Hold may come with any of them or alone.
 type Fault struct {
 	// Call is the method, as in "disks.insert" or "disks.*".
 	Call string
@@ -21,6 +21,8 @@ type Fault struct {
 
 	// Delay comes before everything else.
 	Delay time.Duration
+	// Hold, if set, keeps the call until it is closed.
+	Hold <-chan struct{}
 	// Error is answered, and nothing is done.
 	Error *Error
 	// Operation is how the operation fails that the call starts.

@@ -214,6 +214,12 @@ func (c *call) answer(handler func(*call) (proto.Message, error)) ([]byte, error
 		case <-c.ctx.Done():
 		}
 	}
+	if c.fault.Hold != nil {
+		select {
+		case <-c.fault.Hold:
+		case <-c.ctx.Done():
+		}
+	}
 	if c.fault.LoseRequest {
 		panic(http.ErrAbortHandler)
 	}

@@ -142,6 +142,9 @@ func pushBasics(ctx context.Context, dir string) (sandbox string, err error) {
 	if world.busybox, err = stream(layers[0]); err != nil {
 		return "", err
 	}
+	// More zeros at its end make it another layer than that of the sandbox, which
+	// nodes pull.
+	world.busybox = append(world.busybox, make([]byte, 1024)...)
 	refs, err := images.Push(ctx, world.registry.Addr, []images.Image{pause})
 	if err != nil {
 		return "", err
@@ -230,9 +233,9 @@ func client[C interface{ Close() error }](t *testing.T, f func(context.Context, 
 	return c
 }
 
-// build runs packer build on a googlecompute source with the options given and a
+// command makes a packer build of a googlecompute source with the options given and a
 // build block with the steps given.
-func (c *cloud) build(t *testing.T, options, steps string) (string, error) {
+func (c *cloud) command(t *testing.T, options, steps string) *exec.Cmd {
 	t.Helper()
 	template := filepath.Join(t.TempDir(), "template.pkr.hcl")
 	text := fmt.Sprintf(`
@@ -257,7 +260,13 @@ build {
 	}
 	cmd := packerCommand(t.Context(), "build", template)
 	cmd.Dir = filepath.Dir(template)
-	out, err := cmd.CombinedOutput()
+	return cmd
+}
+
+// build runs such a build and returns what Packer said.
+func (c *cloud) build(t *testing.T, options, steps string) (string, error) {
+	t.Helper()
+	out, err := c.command(t, options, steps).CombinedOutput()
 	return string(out), err
 }
 

@@ -3,13 +3,16 @@
 package pipeline_test
 
 import (
+	"context"
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"cloud.google.com/go/compute/apiv1/computepb"
 	"cloud.google.com/go/container/apiv1/containerpb"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -18,9 +21,10 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
 
-// TestPipeline runs the whole template three times: the first generation comes to a
+// TestPipeline runs the whole template four times. The first generation comes to a
 // node, the second, with one image changed, to a later node while the first goes on,
-// and the third starts from nothing. Pods of the cached images start without a pull.
+// the third starts from nothing, and the fourth finds the first node gone. Pods of the
+// cached images start without a pull.
 func TestPipeline(t *testing.T) {
 	c := newBroker(t)
 	c.attachVolumes(t)
@@ -31,8 +35,7 @@ func TestPipeline(t *testing.T) {
 	c.run(t)
 	checkFetched(t, world.registry.Reset(), stable, app)
 	first := c.node(t)
-	c.startPod(t, first, "stable:1")
-	c.startPod(t, first, "app:1")
+	c.startPods(t, first)
 	checkNotFetched(t, stable, app)
 
 	changed := push(t, world.registry, "app:1", world.busybox, newLayer(t))
@@ -40,22 +43,12 @@ func TestPipeline(t *testing.T) {
 	c.run(t)
 	checkFetched(t, world.registry.Reset(), layersOf(t, changed)[1])
 	second := c.node(t)
-	c.startPod(t, second, "stable:1")
-	c.startPod(t, second, "app:1")
+	c.startPods(t, second)
 	checkNotFetched(t, stable, changed)
-	// The first node keeps what it began with.
 	if a, b := c.diskOf(t, first), c.diskOf(t, second); a == b || a == "" || b == "" {
 		t.Errorf("the nodes have the disks %q and %q", a, b)
 	}
-	pods, err := world.Client.CoreV1().Pods("default").List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + first.Name})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range pods.Items {
-		if p.Status.Phase != corev1.PodRunning || p.Status.ContainerStatuses[0].RestartCount > 0 {
-			t.Errorf("pod %s on the first node is %+v", p.Name, p.Status)
-		}
-	}
+	c.checkPods(t, first)
 	before := c.Resources()
 
 	world.registry.Reset()
@@ -67,6 +60,29 @@ func TestPipeline(t *testing.T) {
 			t.Errorf("%s is gone", r)
 		}
 	}
+	c.checkPods(t, first)
+
+	old := c.diskOf(t, first)
+	third := c.Resources()
+	c.removeNode(t, first)
+	c.run(t)
+	gone := []string{
+		"projects/broker/global/images/selkies-image-cache-" + old[strings.LastIndex(old, "-")+1:],
+		"projects/broker/zones/us-central1-a/disks/" + old,
+		"projects/broker/zones/us-central1-a/instances/" + first.Name,
+	}
+	for _, r := range third {
+		if slices.Contains(c.Resources(), r) == slices.Contains(gone, r) {
+			t.Errorf("after the last run %s is there: %v", r, slices.Contains(c.Resources(), r))
+		}
+	}
+	if n := len(c.Resources()); n != len(third)-len(gone)+2 { // an image and a disk are new
+		t.Errorf("there are %d resources: %v", n, c.Resources())
+	}
+	if out := world.Output(t, "get", "persistentvolumes,persistentvolumeclaims,daemonsets", "-A", "-o", "name"); strings.Contains(out, old) {
+		t.Errorf("the cluster has\n%s", out)
+	}
+	c.checkPods(t, second)
 }
 
 // newBroker is a cloud with a GKE cluster, which is the real one.
@@ -86,6 +102,9 @@ func newBroker(t *testing.T) *cloud {
 	return c
 }
 
+// cached are the images of the cache.
+var cached = []string{"stable:1", "app:1"}
+
 // run runs the template.
 func (c *cloud) run(t *testing.T, args ...string) {
 	t.Helper()
@@ -93,7 +112,11 @@ func (c *cloud) run(t *testing.T, args ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	images, err := json.Marshal([]string{world.registry.Addr + "/stable:1", world.registry.Addr + "/app:1"})
+	var refs []string
+	for _, image := range cached {
+		refs = append(refs, world.registry.Addr+"/"+image)
+	}
+	images, err := json.Marshal(refs)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,22 +157,69 @@ func (c *cloud) diskOf(t *testing.T, n *cluster.Node) string {
 	return node.Labels["app.broker/cache-pd"]
 }
 
-// startPod starts a pod of an image on a node and waits for it to be ready.
-func (c *cloud) startPod(t *testing.T, n *cluster.Node, image string) {
+// startPods starts a pod of each cached image on a node and waits for them.
+func (c *cloud) startPods(t *testing.T, n *cluster.Node) {
 	t.Helper()
-	name := n.Name + "-" + strings.ReplaceAll(image, ":", "-")
-	world.Run(t, &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "default"},
-		Spec: corev1.PodSpec{
-			NodeName: n.Name,
-			Containers: []corev1.Container{{
-				Name: "main", Image: world.registry.Addr + "/" + image, ImagePullPolicy: corev1.PullIfNotPresent,
-				Command: []string{"/bin/busybox", "sleep", "infinity"},
-			}},
-			TerminationGracePeriodSeconds: new(int64),
-		},
+	for _, image := range cached {
+		name := n.Name + "-" + strings.ReplaceAll(image, ":", "-")
+		world.Run(t, &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "default"},
+			Spec: corev1.PodSpec{
+				NodeName: n.Name,
+				Containers: []corev1.Container{{
+					Name: "main", Image: world.registry.Addr + "/" + image, ImagePullPolicy: corev1.PullIfNotPresent,
+					Command: []string{"/bin/busybox", "sleep", "infinity"},
+				}},
+				TerminationGracePeriodSeconds: new(int64),
+			},
+		})
+		world.WaitPodReady(t, "default", name)
+	}
+}
+
+// checkPods fails the test if a node's pods have not gone on all the time.
+func (c *cloud) checkPods(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	pods, err := world.Client.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{FieldSelector: "spec.nodeName=" + n.Name})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(pods.Items) != len(cached)+1 { // and the agent
+		t.Errorf("%s has %d pods", n.Name, len(pods.Items))
+	}
+	for _, p := range pods.Items {
+		if p.Status.Phase != corev1.PodRunning || p.Status.ContainerStatuses[0].RestartCount > 0 {
+			t.Errorf("pod %s of %s is %+v", p.Name, n.Name, p.Status)
+		}
+	}
+}
+
+// removeNode ends a node as an autoscaler does that gives an instance back. The taint
+// tells the controller manager that nothing on it lives on.
+func (c *cloud) removeNode(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	if err := n.Machine.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	world.Output(t, "taint", "node", n.Name, "node.kubernetes.io/out-of-service=gone:NoExecute")
+	world.Output(t, "delete", "pods", "-A", "--field-selector=spec.nodeName="+n.Name, "--force", "--grace-period=0")
+	cluster.Wait(t, n.Name+" to lose its volumes", func(ctx context.Context) error {
+		list, err := world.Client.StorageV1().VolumeAttachments().List(ctx, metav1.ListOptions{})
+		if err != nil {
+			return err
+		}
+		for _, v := range list.Items {
+			if v.Spec.NodeName == n.Name {
+				return fmt.Errorf("it has %s", *v.Spec.Source.PersistentVolumeName)
+			}
+		}
+		return nil
 	})
-	world.WaitPodReady(t, "default", name)
+	op, err := c.clients(t).instances.Delete(t.Context(), &computepb.DeleteInstanceRequest{Project: project, Zone: zone, Instance: n.Name})
+	wait(t, op, err)
+	if err := n.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // checkNotFetched fails the test if a layer of the images was fetched since the last

@@ -1,0 +1,218 @@
+//go:build e2e
+
+package pipeline_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
+)
+
+// named is a source whose resources have names, on a VM that nothing logs in to.
+const named = `
+  communicator  = "none"
+  instance_name = "vm"
+  disk_name     = "boot"
+  image_name    = "new"
+  image_family  = "selkies-image-cache"
+
+  disk_attachment {
+    create_image = true
+    disk_name    = "data"
+    volume_type  = "pd-balanced"
+    volume_size  = 20
+  }`
+
+// What the builder makes.
+const (
+	vm   = "projects/broker/zones/us-central1-a/instances/vm"
+	boot = "projects/broker/zones/us-central1-a/disks/boot"
+	data = "projects/broker/zones/us-central1-a/disks/data"
+	made = "projects/broker/global/images/new"
+)
+
+// TestBuilderFails has Google fail at every step of the builder. It leaves nothing,
+// unless it cannot know or is not let.
+func TestBuilderFails(t *testing.T) {
+	failed := &gcp.OperationError{Code: "INTERNAL_ERROR", Message: "Internal error.", HTTPStatus: 500}
+	unavailable := &gcp.Error{Code: 503, Reason: "backendError", Message: "Backend Error"}
+	tests := []struct {
+		name  string
+		fault gcp.Fault
+		want  string // in what Packer says
+		left  []string
+	}{
+		{"disk", gcp.Fault{Call: "disks.insert", Operation: failed}, "failed to create disk", nil},
+		{"VM", gcp.Fault{Call: "instances.insert", Operation: gcp.ZoneExhausted(zone)}, "does not have enough resources available", nil},
+		{"VM refused", gcp.Fault{Call: "instances.insert", Error: unavailable}, "Backend Error", nil},
+		{"image", gcp.Fault{Call: "images.insert", Operation: failed}, "Error waiting for image", nil},
+		{"image refused", gcp.Fault{Call: "images.insert", Error: unavailable}, "Backend Error", nil},
+		{"deletion of the VM, once", gcp.Fault{Call: "instances.delete", Error: unavailable}, "Error deleting instance", nil},
+		// What comes of a request without an answer the builder does not ask.
+		{"answer on the disk lost", gcp.Fault{Call: "disks.insert", LoseAnswer: true}, "failed to create disk", nil},
+		{"answer on the VM lost", gcp.Fault{Call: "instances.insert", LoseAnswer: true}, "Error creating instance", []string{boot, data, vm}},
+		{"answer on the image lost", gcp.Fault{Call: "images.insert", LoseAnswer: true}, "Error waiting for image", []string{made}},
+		{"deletion of the boot disk", gcp.Fault{Call: "disks.delete", Error: unavailable}, "Error deleting disk", []string{boot}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel() // the builder mostly waits between two looks at an operation
+			c := newRecords(t)
+			before := c.Resources()
+			c.Inject(tt.fault)
+			out, err := c.build(t, named, "")
+			if !strings.Contains(out, tt.want) {
+				t.Errorf("packer build: %v: does not say %q:\n%s", err, tt.want, out)
+			}
+			c.wantLeft(t, before, tt.left, out)
+		})
+	}
+}
+
+// wantLeft compares the resources with those of before and some more. The image is
+// not looked at where it was made as it should be.
+func (c *cloud) wantLeft(t *testing.T, before, left []string, out string) {
+	t.Helper()
+	now := c.Resources()
+	if strings.Contains(out, "A disk image was created") && !slices.Contains(left, made) {
+		now = slices.DeleteFunc(now, func(r string) bool { return r == made })
+	}
+	want := slices.Sorted(slices.Values(slices.Concat(before, left)))
+	if diff := cmp.Diff(want, now); diff != "" {
+		t.Errorf("left over (-want +got):\n%s\n%s", diff, out)
+	}
+}
+
+// TestInterrupt presses Ctrl-C at every step of the builder, which then cleans up.
+func TestInterrupt(t *testing.T) {
+	for _, call := range []string{"disks.insert", "instances.insert", "instances.get", "instances.delete", "images.insert"} {
+		t.Run(call, func(t *testing.T) {
+			t.Parallel()
+			c := newRecords(t)
+			before := c.Resources()
+			b := c.startBuild(t, call, named)
+			if err := syscall.Kill(-b.cmd.Process.Pid, syscall.SIGINT); err != nil {
+				t.Fatal(err)
+			}
+			b.waitSaid(t, "Cancelling build after receiving interrupt")
+			close(b.hold)
+			// It ends with or without an error: the last step is not cut off.
+			_ = b.cmd.Wait()
+			var left []string
+			if call == "images.insert" {
+				left = []string{made}
+			}
+			c.wantLeft(t, before, left, b.said(t))
+		})
+	}
+}
+
+// TestKill has the machine that Packer runs on go away in the middle of a build. The
+// VM ends when its time is up, if it was made so; its disks stay.
+func TestKill(t *testing.T) {
+	c := newRecords(t)
+	before := c.Resources()
+	b := c.startBuild(t, "instances.get", `
+  max_run_duration_in_seconds = 3600
+  instance_termination_action = "DELETE"
+`+named)
+	for _, pid := range descendants(t, b.cmd.Process.Pid) {
+		// One may have ended with its parent.
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+	}
+	_ = b.cmd.Wait()
+	close(b.hold)
+	c.wantLeft(t, before, []string{boot, data, vm}, b.said(t))
+	c.Forward(time.Hour)
+	c.wantLeft(t, before, []string{boot, data}, b.said(t))
+}
+
+// descendants are a process and all that came of it.
+func descendants(t *testing.T, pid int) []int {
+	t.Helper()
+	all := []int{pid}
+	files, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		data, err := os.ReadFile(f)
+		if err != nil {
+			continue // a thread that ended
+		}
+		for _, field := range strings.Fields(string(data)) {
+			child, err := strconv.Atoi(field)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, descendants(t, child)...)
+		}
+	}
+	return all
+}
+
+// heldBuild is a packer build that waits for a call to be answered.
+type heldBuild struct {
+	cmd  *exec.Cmd
+	out  string // a file
+	hold chan struct{}
+}
+
+// startBuild starts a build and returns when it waits for a call.
+func (c *cloud) startBuild(t *testing.T, call, options string) *heldBuild {
+	t.Helper()
+	b := &heldBuild{cmd: c.command(t, options, ""), out: filepath.Join(t.TempDir(), "out"), hold: make(chan struct{})}
+	c.Inject(gcp.Fault{Call: call, Hold: b.hold})
+	f, err := os.Create(b.out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b.cmd.Stdout, b.cmd.Stderr = f, f
+	if err := b.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	cluster.Wait(t, "the call of "+call, func(context.Context) error {
+		if !slices.ContainsFunc(c.Calls(), func(done string) bool { return strings.HasPrefix(done, call+" ") }) {
+			return errors.New(b.said(t))
+		}
+		return nil
+	})
+	return b
+}
+
+// said is what Packer has said so far.
+func (b *heldBuild) said(t *testing.T) string {
+	t.Helper()
+	data, err := os.ReadFile(b.out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func (b *heldBuild) waitSaid(t *testing.T, text string) {
+	t.Helper()
+	cluster.Wait(t, "packer to say "+text, func(context.Context) error {
+		if said := b.said(t); !strings.Contains(said, text) {
+			return errors.New(said)
+		}
+		return nil
+	})
+}
