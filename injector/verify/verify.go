@@ -67,8 +67,8 @@ func Disk(ctx context.Context, d *cachedisk.Disk, progress Progress) (*report.Ve
 			if err := ctx.Err(); err != nil {
 				return err
 			}
-			n, problems := layer(ctx, root, d, l)
-			if err := ctx.Err(); err != nil {
+			n, problems, err := layer(ctx, root, d, l)
+			if err := errors.Join(ctx.Err(), err); err != nil {
 				return err
 			}
 			mu.Lock()
@@ -96,10 +96,16 @@ func Disk(ctx context.Context, d *cachedisk.Disk, progress Progress) (*report.Ve
 	return rep, nil
 }
 
-// layer verifies one layer and says what is wrong with it.
-func layer(ctx context.Context, disk *os.Root, d *cachedisk.Disk, l manifest.Layer) (int64, []string) {
-	failed := func(n int64, err error) (int64, []string) { return n, []string{err.Error()} }
+// layer verifies one layer and says what is wrong with it. What may not be read is
+// an error: it says nothing about the layer.
+func layer(ctx context.Context, disk *os.Root, d *cachedisk.Disk, l manifest.Layer) (int64, []string, error) {
 	dir := d.Manifest.LayerPath(l)
+	failed := func(n int64, err error) (int64, []string, error) {
+		if errors.Is(err, fs.ErrPermission) {
+			return n, nil, fmt.Errorf("layer %s: %s: %w; run as root, in a container with CAP_DAC_READ_SEARCH", l.ChainID, dir, err)
+		}
+		return n, []string{err.Error()}, nil
+	}
 	root, err := disk.OpenRoot(dir)
 	if err != nil {
 		return failed(0, err)
@@ -153,7 +159,7 @@ func layer(ctx context.Context, disk *os.Root, d *cachedisk.Disk, l manifest.Lay
 	if more := len(problems) - maxProblems; more > 0 {
 		problems = append(problems[:maxProblems], fmt.Sprintf("and %d more", more))
 	}
-	return count.n, problems
+	return count.n, problems, nil
 }
 
 // counter counts what passes and ends when the context does.

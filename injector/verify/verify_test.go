@@ -7,7 +7,9 @@ import (
 	"context"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -186,6 +188,35 @@ func TestDisk(t *testing.T) {
 				t.Errorf("says %s, want %s", said, tt.want)
 			}
 		})
+	}
+}
+
+// TestUnreadable runs without the capability that lets root read everything, which
+// an agent's container does not have either.
+func TestUnreadable(t *testing.T) {
+	if os.Geteuid() == 0 && os.Getenv("SELKIES_TEST_BOUNDED") == "" {
+		cmd := exec.Command("setpriv", "--bounding-set=-dac_override,-dac_read_search",
+			os.Args[0], "-test.run=^TestUnreadable$", "-test.v")
+		cmd.Env = append(os.Environ(), "SELKIES_TEST_BOUNDED=1")
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), "--- PASS: TestUnreadable") {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return
+	}
+	d, dir := newDisk(t, files())
+	name := filepath.Join(dir, "dir/file")
+	if err := os.Chmod(name, 0); err != nil {
+		t.Fatal(err)
+	}
+	if os.Geteuid() == 0 {
+		if err := os.Chown(name, 65534, 65534); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r, err := Disk(t.Context(), d, nil)
+	if !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "CAP_DAC_READ_SEARCH") {
+		t.Errorf("result %+v, error %v", r, err)
 	}
 }
 
