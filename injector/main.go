@@ -77,6 +77,7 @@ on containerd no restart.`,
 	f.register(root.PersistentFlags())
 	root.AddCommand(
 		newRunCommand(&f),
+		newGateCommand(&f),
 		newInjectCommand(&f),
 		newPlanCommand(&f),
 		newStatusCommand(&f),

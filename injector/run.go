@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"log/slog"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -13,7 +12,7 @@ import (
 )
 
 func newRunCommand(f *flags) *cobra.Command {
-	c := agent.Config{NodeName: os.Getenv("NODE_NAME")}
+	var c agent.Config
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run on a node for good: inject, then open the gate, watch, heal and report",
@@ -47,11 +46,8 @@ node.`,
 	}
 	fs := cmd.Flags()
 	fs.BoolVar(&c.Kubernetes, "kubernetes", true, "keep the node's taint, labels and condition, and record events; off without a cluster")
-	fs.StringVar(&c.Kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server (default as a pod)")
-	fs.StringVar(&c.NodeName, "node-name", c.NodeName, "the node's `name` in the cluster; NODE_NAME says it as well")
-	fs.StringVar(&c.StartupTaint, "startup-taint", agent.DefaultStartupTaint, "`key` of the taint that the gate removes")
 	fs.StringVar(&c.CachePD, "cache-pd", "", "`value` of the label "+agent.LabelCachePD+" (default none)")
-	fs.DurationVar(&c.GateDeadline, "gate-deadline", agent.DefaultGateDeadline, "when the gate opens though images are not registered")
+	gateFlags(fs, &c)
 	fs.BoolVar(&c.RestoreRemoved, "restore-removed", false, "register images again that someone removed")
 	fs.DurationVar(&c.GoneAfter, "gone-after", agent.DefaultGoneAfter, "how long a disk may be unreadable before its images are taken back")
 	fs.DurationVar(&c.CheckInterval, "check-interval", agent.DefaultCheckInterval, "time from one look at the disks to the next")

@@ -87,6 +87,7 @@ func Run(ctx context.Context, c Config) error {
 		return err
 	}
 	if a.node != nil {
+		go a.node.askWanted(ctx)
 		go a.node.run(ctx)
 	}
 	go a.openAtDeadline(ctx)

@@ -76,37 +76,42 @@ type watcher interface {
 
 // Validate names what is wrong by flag.
 func (c *Config) Validate() error {
-	var errs []error
-	for _, d := range []struct {
-		flag       string
-		value, min time.Duration
-	}{
-		{"gate-deadline", c.GateDeadline, time.Second},
-		{"gone-after", c.GoneAfter, time.Second},
-		{"check-interval", c.CheckInterval, time.Second},
-	} {
-		if d.value < d.min {
-			errs = append(errs, fmt.Errorf("--%s is %v; give %v or more", d.flag, d.value, d.min))
-		}
-	}
+	errs := []error{atLeast("gone-after", c.GoneAfter), atLeast("check-interval", c.CheckInterval)}
 	if c.MetricsAddress != "" {
 		if _, _, err := net.SplitHostPort(c.MetricsAddress); err != nil {
 			errs = append(errs, fmt.Errorf("--metrics-address is %q; give HOST:PORT, :PORT, or nothing to serve none", c.MetricsAddress))
 		}
 	}
-	if !c.Kubernetes {
-		return errors.Join(errs...)
+	if c.Kubernetes {
+		if problems := validation.IsValidLabelValue(c.CachePD); len(problems) > 0 {
+			errs = append(errs, fmt.Errorf("--cache-pd is %q; %s", c.CachePD, strings.Join(problems, "; ")))
+		}
+		errs = append(errs, c.validateNode())
 	}
+	return errors.Join(append(errs, atLeast("gate-deadline", c.GateDeadline))...)
+}
+
+// ValidateGate is Validate for KeepGate.
+func (c *Config) ValidateGate() error {
+	return errors.Join(atLeast("gate-deadline", c.GateDeadline), c.validateNode())
+}
+
+func (c *Config) validateNode() error {
+	var errs []error
 	if c.NodeName == "" {
-		errs = append(errs, errors.New("no node name: give --node-name or NODE_NAME (spec.nodeName by the downward API), or --kubernetes=false"))
+		errs = append(errs, errors.New("no node name: give --node-name or NODE_NAME (spec.nodeName by the downward API), or run --kubernetes=false"))
 	}
 	if problems := validation.IsQualifiedName(c.StartupTaint); len(problems) > 0 {
 		errs = append(errs, fmt.Errorf("--startup-taint is %q; %s", c.StartupTaint, strings.Join(problems, "; ")))
 	}
-	if problems := validation.IsValidLabelValue(c.CachePD); len(problems) > 0 {
-		errs = append(errs, fmt.Errorf("--cache-pd is %q; %s", c.CachePD, strings.Join(problems, "; ")))
-	}
 	return errors.Join(errs...)
+}
+
+func atLeast(flag string, value time.Duration) error {
+	if value < time.Second {
+		return fmt.Errorf("--%s is %v; give %v or more", flag, value, time.Second)
+	}
+	return nil
 }
 
 // short is a digest as a person compares it.

@@ -2,8 +2,11 @@ package agent
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
 )
 
 // gate keeps pods off the node until its images are registered, but never longer
@@ -56,3 +59,39 @@ func (g *gate) isOpen() bool {
 func (g *gate) opened() <-chan struct{} { return g.seen }
 
 func (g *gate) see() { g.seen = nil }
+
+// KeepGate opens the gate at the deadline and keeps it open until the context ends,
+// on a node whose agent may be unable to start: kubelet starts no pod whose volume
+// claim cannot be attached. Of the configuration it reads what concerns the cluster
+// and the gate.
+func KeepGate(ctx context.Context, c Config) error {
+	if err := c.ValidateGate(); err != nil {
+		return err
+	}
+	n, err := newNode(c)
+	if err != nil {
+		return err
+	}
+	go n.run(ctx)
+	timer := time.NewTimer(c.GateDeadline)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-timer.C:
+	}
+	if n.tainted() {
+		c.Log.Warn("opening the gate, which the agent has not opened", "after", c.GateDeadline)
+		n.event(true, eventGateDeadline, "no agent opened the gate within "+c.GateDeadline.String()+"; pods pull their images")
+	}
+	n.open()
+	<-ctx.Done()
+	return nil
+}
+
+// tainted says whether the gate was shut when the watch last told of the node.
+func (n *node) tainted() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.now != nil && slices.ContainsFunc(n.now.Spec.Taints, func(t corev1.Taint) bool { return t.Key == n.taint })
+}

@@ -106,7 +106,6 @@ func newNode(c Config) (*node, error) {
 // run keeps the node as it is to be until the context ends.
 func (n *node) run(ctx context.Context) {
 	go n.sink(ctx)
-	go n.askWanted(ctx)
 	go n.follow(ctx)
 	var retry <-chan time.Time
 	delay, said := firstDelay, ""

@@ -29,6 +29,8 @@ const (
 	eventHealed     = "Healed"
 	eventRemoved    = "ImageRemoved"
 	eventTakenBack  = "TakenBack"
+	// eventGateDeadline is told where no agent runs.
+	eventGateDeadline = "GateDeadline"
 )
 
 // outcome is what a pass has found in the end.
