@@ -20,8 +20,8 @@
 // The node's own mounts are the only thing it leaves running: none of its
 // processes is needed once it has ended.
 //
-// Every flag can be given as an environment variable as well: SELKIES_HOST_ROOT for
-// --host-root. SELKIES_CACHE separates directories by colons. The command line wins.
+// Every flag is an environment variable too: SELKIES_HOST_ROOT for --host-root, and
+// SELKIES_CACHE separates directories by colons. The command line wins.
 //
 // Exit status: 0 done; 1 failed, with nothing half-visible; 2 wrong usage. Each
 // error is one line on stderr that names the thing and the remedy.
@@ -54,7 +54,10 @@ func newCommand() *cobra.Command {
 		Short: "Make the images of a cache disk known to this node's container runtime",
 		Long: `Make the container images of a cache disk known to this node's container
 runtime. The layers stay on the disk, which is only read: no pull, no copy, and
-on containerd no restart.`,
+on containerd no restart.
+
+Every flag is an environment variable too, SELKIES_HOST_ROOT for --host-root, and
+SELKIES_CACHE separates directories by colons. The command line wins.`,
 		Example: `  selkies-image-injector plan
   selkies-image-injector inject --cache /mnt/disks/images
   selkies-image-injector plan registry.example.com/desktop:1.4

@@ -5,14 +5,14 @@
 #   tools/build.sh NAME      NAME is a folder beside this file
 #
 # Binaries are kept outside the tree, keyed by the pinned modules and the Go
-# version, so that a second call costs nothing. SELKIES_CACHE moves that folder.
+# version, so that a second call costs nothing. SELKIES_BUILD_CACHE moves that folder.
 set -eu
 
 name=${1:?usage: tools/build.sh NAME}
 dir=$(cd "$(dirname "$0")" && pwd)/$name
 [ -f "$dir/go.mod" ] || { echo "tools/build.sh: no tool set named $name" >&2; exit 2; }
 
-cache=${SELKIES_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/packer-plugin-selkies}
+cache=${SELKIES_BUILD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/packer-plugin-selkies}
 key=$(cd "$dir" && { cat go.mod go.sum; go env GOVERSION GOARCH; } | sha256sum | cut -c1-16)
 out=$cache/tools/$name-$key
 if [ ! -d "$out" ]; then

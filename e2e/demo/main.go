@@ -7,7 +7,7 @@
 //	demo clean    remove everything that it, and the tests, keep in the cache folder
 //
 // IMAGES, a list of references with blanks between, takes the place of the demo's own
-// images. SELKIES_CACHE names the folder that keeps what is expensive to make.
+// images. SELKIES_BUILD_CACHE names the folder that keeps what is expensive to make.
 package main
 
 import (
@@ -132,7 +132,7 @@ func (d *demo) prepare() (lock *os.File, err error) {
 		return nil, err
 	}
 	if free := st.Bavail * uint64(st.Bsize); free < needed {
-		return nil, fmt.Errorf("%s has %s free, %s are needed: set SELKIES_CACHE to a folder with more", top, size(int64(free)), size(needed))
+		return nil, fmt.Errorf("%s has %s free, %s are needed: set SELKIES_BUILD_CACHE to a folder with more", top, size(int64(free)), size(needed))
 	}
 	if lock, err = host.Lock(filepath.Join(top, ".lock")); err != nil {
 		return nil, err

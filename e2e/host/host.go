@@ -42,14 +42,14 @@ func Check() error {
 	return nil
 }
 
-// Cache is a folder below the one that SELKIES_CACHE names, made if missing. What
+// Cache is a folder below the one that SELKIES_BUILD_CACHE names, made if missing. What
 // is expensive to make is kept there; it may be removed while nothing runs.
 func Cache(name string) (string, error) {
-	root := os.Getenv("SELKIES_CACHE")
+	root := os.Getenv("SELKIES_BUILD_CACHE")
 	if root == "" {
 		user, err := os.UserCacheDir()
 		if err != nil {
-			return "", fmt.Errorf("finding a cache folder: %w; set SELKIES_CACHE", err)
+			return "", fmt.Errorf("finding a cache folder: %w; set SELKIES_BUILD_CACHE", err)
 		}
 		root = filepath.Join(user, "packer-plugin-selkies")
 	}

@@ -19,7 +19,7 @@ import (
 // cache folder the second time.
 func TestRoot(t *testing.T) {
 	cache := t.TempDir()
-	t.Setenv("SELKIES_CACHE", cache)
+	t.Setenv("SELKIES_BUILD_CACHE", cache)
 	packages := []string{"less"}
 	finished := 0
 	finish := func(dir string) error {
