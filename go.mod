@@ -25,7 +25,6 @@ require (
 	github.com/google/go-cmp v0.7.0 // tests: readable differences
 	github.com/google/go-containerregistry v0.22.1 // registries on the Packer host; tests: images and a registry
 	github.com/google/renameio/v2 v2.0.2 // atomic file writes
-	github.com/googleapis/gax-go/v2 v2.27.0 // errors of Google's APIs by kind
 	github.com/hashicorp/hcl/v2 v2.25.0 // the component's HCL2 specification
 	github.com/hashicorp/packer-plugin-sdk v0.6.10 // the plugin
 	github.com/klauspost/compress v1.20.3 // tests: zstd layers
@@ -115,6 +114,7 @@ require (
 	github.com/google/s2a-go v0.1.11 // indirect
 	github.com/google/uuid v1.6.0 // indirect
 	github.com/googleapis/enterprise-certificate-proxy v0.3.24 // indirect
+	github.com/googleapis/gax-go/v2 v2.27.0 // indirect
 	github.com/hashicorp/consul/api v1.25.1 // indirect
 	github.com/hashicorp/errwrap v1.1.0 // indirect
 	github.com/hashicorp/go-cleanhttp v0.5.2 // indirect

@@ -28,8 +28,8 @@ var roles = []struct{ prefix, role string }{
 	{"iam.serviceAccounts.", "roles/iam.serviceAccountTokenCreator"},
 }
 
-// Role is the least predefined role that has a permission, or "".
-func Role(permission string) string {
+// role is the least predefined role that has a permission, or "".
+func role(permission string) string {
 	for _, r := range roles {
 		if strings.HasPrefix(permission, r.prefix) {
 			return r.role
@@ -57,8 +57,8 @@ func Explain(err error) error {
 	case e.Code == http.StatusUnauthorized:
 		text += "; the credentials are not accepted, renew them"
 	case e.Code == http.StatusForbidden:
-		if m := permissionRE.FindStringSubmatch(text); m != nil && Role(m[1]) != "" {
-			text += fmt.Sprintf("; the permission %s is missing, grant %s", m[1], Role(m[1]))
+		if m := permissionRE.FindStringSubmatch(text); m != nil && role(m[1]) != "" {
+			text += fmt.Sprintf("; the permission %s is missing, grant %s", m[1], role(m[1]))
 		} else {
 			text += "; a role is missing, see docs/iam.md"
 		}

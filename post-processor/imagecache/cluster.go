@@ -256,7 +256,7 @@ func (k *cluster) waitBound(ctx context.Context, name string) error {
 			return fmt.Errorf("claim %s has lost its volume; delete the claim", name)
 		}
 		if ctx.Err() != nil {
-			return cause(ctx)
+			return context.Cause(ctx)
 		}
 		if err != nil {
 			return fmt.Errorf("getting claim %s: %w", name, explain(err))

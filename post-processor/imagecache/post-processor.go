@@ -52,7 +52,7 @@ func (p *PostProcessor) PostProcess(ctx context.Context, ui packersdk.Ui, artifa
 	} {
 		err := step.run(ctx)
 		if ctx.Err() != nil {
-			return nil, true, true, fmt.Errorf("%s: %w", step.name, cause(ctx))
+			return nil, true, true, fmt.Errorf("%s: %w", step.name, context.Cause(ctx))
 		}
 		if err != nil {
 			return nil, true, true, errors.New(packersdk.LogSecretFilter.FilterString(err.Error()))

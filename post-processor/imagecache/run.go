@@ -2,7 +2,6 @@ package imagecache
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -125,11 +124,3 @@ func (j *joined) Error() string {
 }
 
 func (j *joined) Unwrap() []error { return j.errs }
-
-// cause is what ended ctx, if something did.
-func cause(ctx context.Context) error {
-	if err := context.Cause(ctx); err != nil && !errors.Is(err, context.Canceled) {
-		return err
-	}
-	return ctx.Err()
-}
