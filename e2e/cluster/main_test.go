@@ -8,7 +8,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -52,7 +51,9 @@ const (
 var cached = map[string][]string{"first": {app, indexed}, "second": {app, appNext}}
 
 func TestMain(m *testing.M) {
-	cluster.Main(buildInjector, func(ctx context.Context, dir string) (int, error) {
+	cluster.Main(func(ctx context.Context, dir string) error {
+		return cluster.BuildInjector(ctx, filepath.Join(dir, "injector"))
+	}, func(ctx context.Context, dir string) (int, error) {
 		stop, err := setUp(ctx, dir)
 		defer stop()
 		if err != nil {
@@ -60,18 +61,6 @@ func TestMain(m *testing.M) {
 		}
 		return m.Run(), nil
 	})
-}
-
-// buildInjector makes the agent's image as make injector-image does.
-func buildInjector(ctx context.Context, dir string) error {
-	src, err := host.Source(ctx)
-	if err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, "go", "run", "./injector/image", "-platforms", "linux/amd64", "-output", filepath.Join(dir, "injector"))
-	cmd.Dir = src
-	_, err = host.Output(cmd)
-	return err
 }
 
 // setUp fills the registry, makes the cache disks and starts the control plane. stop

@@ -14,12 +14,10 @@ import (
 
 	compute "cloud.google.com/go/compute/apiv1"
 	"cloud.google.com/go/compute/apiv1/computepb"
-	container "cloud.google.com/go/container/apiv1"
 	"cloud.google.com/go/container/apiv1/containerpb"
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/api/googleapi"
 	"google.golang.org/api/iterator"
-	"google.golang.org/api/option"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
 )
@@ -29,42 +27,16 @@ const (
 	zone    = "us-central1-a"
 )
 
-// google has the real clients of a server.
+// google is a server with its clients.
 type google struct {
 	*gcp.Server
-	images    *compute.ImagesClient
-	disks     *compute.DisksClient
-	instances *compute.InstancesClient
-	clusters  *container.ClusterManagerClient
+	*gcp.Clients
 }
 
 func start(t *testing.T, config gcp.Config) *google {
 	t.Helper()
-	g := &google{Server: gcp.New(t, config)}
-	options := []option.ClientOption{option.WithEndpoint(g.URL), option.WithoutAuthentication()}
-	g.images = client(t, compute.NewImagesRESTClient, options)
-	g.disks = client(t, compute.NewDisksRESTClient, options)
-	g.instances = client(t, compute.NewInstancesRESTClient, options)
-	g.clusters = client(t, container.NewClusterManagerRESTClient, options)
-	return g
-}
-
-func client[C interface{ Close() error }](t *testing.T, f func(context.Context, ...option.ClientOption) (C, error), options []option.ClientOption) C {
-	t.Helper()
-	c, err := f(t.Context(), options...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	return c
-}
-
-// wait waits for an operation to end well.
-func wait(t *testing.T, op *compute.Operation, err error) {
-	t.Helper()
-	if err := result(t, op, err); err != nil {
-		t.Fatal(err)
-	}
+	s := gcp.New(t, config)
+	return &google{s, s.Clients(t)}
 }
 
 func result(t *testing.T, op *compute.Operation, err error) error {
@@ -77,19 +49,19 @@ func result(t *testing.T, op *compute.Operation, err error) error {
 
 func (g *google) insertDisk(t *testing.T, d *computepb.Disk) error {
 	t.Helper()
-	op, err := g.disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: d})
+	op, err := g.Disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: d})
 	return result(t, op, err)
 }
 
 func (g *google) deleteDisk(t *testing.T, name string) error {
 	t.Helper()
-	op, err := g.disks.Delete(t.Context(), &computepb.DeleteDiskRequest{Project: project, Zone: zone, Disk: name})
+	op, err := g.Disks.Delete(t.Context(), &computepb.DeleteDiskRequest{Project: project, Zone: zone, Disk: name})
 	return result(t, op, err)
 }
 
 func (g *google) insertImage(t *testing.T, i *computepb.Image) error {
 	t.Helper()
-	op, err := g.images.Insert(t.Context(), &computepb.InsertImageRequest{Project: project, ImageResource: i})
+	op, err := g.Images.Insert(t.Context(), &computepb.InsertImageRequest{Project: project, ImageResource: i})
 	return result(t, op, err)
 }
 
@@ -106,13 +78,13 @@ func newInstance(name string, disks ...*computepb.AttachedDisk) *computepb.Insta
 
 func (g *google) insertInstance(t *testing.T, i *computepb.Instance) error {
 	t.Helper()
-	op, err := g.instances.Insert(t.Context(), &computepb.InsertInstanceRequest{Project: project, Zone: zone, InstanceResource: i})
+	op, err := g.Instances.Insert(t.Context(), &computepb.InsertInstanceRequest{Project: project, Zone: zone, InstanceResource: i})
 	return result(t, op, err)
 }
 
 func (g *google) deleteInstance(t *testing.T, name string) error {
 	t.Helper()
-	op, err := g.instances.Delete(t.Context(), &computepb.DeleteInstanceRequest{Project: project, Zone: zone, Instance: name})
+	op, err := g.Instances.Delete(t.Context(), &computepb.DeleteInstanceRequest{Project: project, Zone: zone, Instance: name})
 	return result(t, op, err)
 }
 
@@ -182,17 +154,17 @@ func TestLifeOfACache(t *testing.T) {
 	vm.Metadata = &computepb.Metadata{Items: []*computepb.Items{{Key: new("ssh-keys"), Value: new("me:key")}}}
 	must(g.insertInstance(t, vm))
 
-	got, err := g.instances.Get(t.Context(), &computepb.GetInstanceRequest{Project: project, Zone: zone, Instance: "vm"})
+	got, err := g.Instances.Get(t.Context(), &computepb.GetInstanceRequest{Project: project, Zone: zone, Instance: "vm"})
 	must(err)
 	if got.GetStatus() != "RUNNING" || got.NetworkInterfaces[0].AccessConfigs[0].GetNatIP() != "127.0.0.2" || got.NetworkInterfaces[0].GetNetworkIP() != "127.0.0.3" {
 		t.Errorf("the instance is %v", got)
 	}
-	disk, err := g.disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "cache"})
+	disk, err := g.Disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "cache"})
 	must(err)
 	if len(disk.Users) != 1 || !strings.HasSuffix(disk.Users[0], "/instances/vm") || disk.GetStatus() != "READY" {
 		t.Errorf("the disk is %v", disk)
 	}
-	output, err := g.instances.GetSerialPortOutput(t.Context(), &computepb.GetSerialPortOutputInstanceRequest{Project: project, Zone: zone, Instance: "vm"})
+	output, err := g.Instances.GetSerialPortOutput(t.Context(), &computepb.GetSerialPortOutputInstanceRequest{Project: project, Zone: zone, Instance: "vm"})
 	must(err)
 	if output.GetContents() != "Linux version 6" {
 		t.Errorf("serial output %q", output.GetContents())
@@ -214,8 +186,8 @@ func TestLifeOfACache(t *testing.T) {
 	must(g.deleteDisk(t, "cache"))
 	must(g.insertDisk(t, &computepb.Disk{Name: new("zonal"), SourceImage: new("projects/p/global/images/family/cache")}))
 	must(g.deleteDisk(t, "zonal"))
-	op, err := g.images.Delete(t.Context(), &computepb.DeleteImageRequest{Project: project, Image: "cache-1"})
-	wait(t, op, err)
+	op, err := g.Images.Delete(t.Context(), &computepb.DeleteImageRequest{Project: project, Image: "cache-1"})
+	gcp.Wait(t, op, err)
 
 	want := []string{
 		`create projects/p/zones/us-central1-a/disks/cache from "", 20 GB`,
@@ -270,7 +242,7 @@ func TestExistingDisk(t *testing.T) {
 	if err := g.insertInstance(t, newInstance("vm", disk)); err != nil {
 		t.Fatal(err)
 	}
-	got, err := g.disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "data"})
+	got, err := g.Disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "data"})
 	if err != nil || got.GetSizeGb() != 30 || len(got.Users) != 1 {
 		t.Errorf("the disk is %v: %v", got, err)
 	}
@@ -360,7 +332,7 @@ func TestRefused(t *testing.T) {
 	if diff := cmp.Diff(before, g.Resources()); diff != "" {
 		t.Errorf("what was refused left something: %s", diff)
 	}
-	op, err := g.disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: "us-central1-e", DiskResource: &computepb.Disk{Name: new("d")}})
+	op, err := g.Disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: "us-central1-e", DiskResource: &computepb.Disk{Name: new("d")}})
 	if err == nil || !strings.Contains(err.Error(), "Unknown zone") {
 		t.Errorf("a zone that is not there: %v, %v", op, err)
 	}
@@ -405,24 +377,24 @@ func TestLists(t *testing.T) {
 			if tt.order != "" {
 				request.OrderBy = &tt.order
 			}
-			if got := names(t, g.images.List(t.Context(), request).Next); strings.Join(got, " ") != tt.want {
+			if got := names(t, g.Images.List(t.Context(), request).Next); strings.Join(got, " ") != tt.want {
 				t.Errorf("got %v", got)
 			}
 		})
 	}
 	for _, filter := range []string{"name", "name = ", "(name = a", "name ~ a", "name = a)", "AND"} {
-		_, err := g.images.List(t.Context(), &computepb.ListImagesRequest{Project: project, Filter: &filter}).Next()
+		_, err := g.Images.List(t.Context(), &computepb.ListImagesRequest{Project: project, Filter: &filter}).Next()
 		if err == nil || !strings.Contains(err.Error(), "Invalid list filter expression") {
 			t.Errorf("filter %q: %v", filter, err)
 		}
 	}
-	image, err := g.images.GetFromFamily(t.Context(), &computepb.GetFromFamilyImageRequest{Project: project, Family: "cache"})
+	image, err := g.Images.GetFromFamily(t.Context(), &computepb.GetFromFamilyImageRequest{Project: project, Family: "cache"})
 	if err != nil || image.GetName() != "d" {
 		t.Errorf("the newest is %v: %v", image, err)
 	}
-	op, err := g.images.Deprecate(t.Context(), &computepb.DeprecateImageRequest{Project: project, Image: "d", DeprecationStatusResource: &computepb.DeprecationStatus{State: new("DEPRECATED")}})
-	wait(t, op, err)
-	image, err = g.images.GetFromFamily(t.Context(), &computepb.GetFromFamilyImageRequest{Project: project, Family: "cache"})
+	op, err := g.Images.Deprecate(t.Context(), &computepb.DeprecateImageRequest{Project: project, Image: "d", DeprecationStatusResource: &computepb.DeprecationStatus{State: new("DEPRECATED")}})
+	gcp.Wait(t, op, err)
+	image, err = g.Images.GetFromFamily(t.Context(), &computepb.GetFromFamilyImageRequest{Project: project, Family: "cache"})
 	if err != nil || image.GetName() != "e" {
 		t.Errorf("the newest that is not deprecated is %v: %v", image, err)
 	}
@@ -448,13 +420,13 @@ func names[T interface{ GetName() string }](t *testing.T, next func() (T, error)
 func TestAggregatedList(t *testing.T) {
 	g := start(t, gcp.Config{PageSize: 2})
 	for i, z := range []string{"us-central1-f", zone, "europe-west4-b", zone, zone} {
-		op, err := g.disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: z, DiskResource: &computepb.Disk{
+		op, err := g.Disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: z, DiskResource: &computepb.Disk{
 			Name: new(fmt.Sprint("d", i)), Labels: map[string]string{"n": fmt.Sprint(i)},
 		}})
-		wait(t, op, err)
+		gcp.Wait(t, op, err)
 	}
 	var got []string
-	it := g.disks.AggregatedList(t.Context(), &computepb.AggregatedListDisksRequest{Project: project, Filter: new("labels.n != 3")})
+	it := g.Disks.AggregatedList(t.Context(), &computepb.AggregatedListDisksRequest{Project: project, Filter: new("labels.n != 3")})
 	for {
 		pair, err := it.Next()
 		if errors.Is(err, iterator.Done) {
@@ -480,12 +452,12 @@ func TestLabels(t *testing.T) {
 		t.Fatal(err)
 	}
 	set := func(labels map[string]string, fingerprint *string) error {
-		op, err := g.disks.SetLabels(t.Context(), &computepb.SetLabelsDiskRequest{Project: project, Zone: zone, Resource: "d",
+		op, err := g.Disks.SetLabels(t.Context(), &computepb.SetLabelsDiskRequest{Project: project, Zone: zone, Resource: "d",
 			ZoneSetLabelsRequestResource: &computepb.ZoneSetLabelsRequest{Labels: labels, LabelFingerprint: fingerprint}})
 		return result(t, op, err)
 	}
 	get := func() *computepb.Disk {
-		d, err := g.disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "d"})
+		d, err := g.Disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "d"})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -546,11 +518,11 @@ func TestSameRequest(t *testing.T) {
 	g := start(t, gcp.Config{})
 	g.Inject(gcp.Fault{Call: "disks.insert", LoseAnswer: true})
 	request := &computepb.InsertDiskRequest{Project: project, Zone: zone, RequestId: new("3f0c7a52-1d4e-4a9b-8b52-0d6f0a1c2b3d"), DiskResource: &computepb.Disk{Name: new("d")}}
-	if _, err := g.disks.Insert(t.Context(), request); err == nil {
+	if _, err := g.Disks.Insert(t.Context(), request); err == nil {
 		t.Fatal("the answer came")
 	}
-	op, err := g.disks.Insert(t.Context(), request)
-	wait(t, op, err)
+	op, err := g.Disks.Insert(t.Context(), request)
+	gcp.Wait(t, op, err)
 }
 
 func TestPermissions(t *testing.T) {
@@ -569,7 +541,7 @@ func TestPermissions(t *testing.T) {
 		t.Error(diff)
 	}
 	g.Deny("container.clusters.list")
-	_, err = g.clusters.ListClusters(t.Context(), &containerpb.ListClustersRequest{Parent: "projects/p/locations/-"})
+	_, err = g.Clusters.ListClusters(t.Context(), &containerpb.ListClustersRequest{Parent: "projects/p/locations/-"})
 	if err == nil || !strings.Contains(err.Error(), `Required "container.clusters.list" permission(s) for "projects/p".`) {
 		t.Errorf("got %v", err)
 	}
@@ -585,7 +557,7 @@ func TestQuota(t *testing.T) {
 	if err := g.insertDisk(t, ssd("a")); err != nil {
 		t.Fatal(err)
 	}
-	op, err := g.disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: ssd("b")})
+	op, err := g.Disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: ssd("b")})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -608,7 +580,7 @@ func TestQuota(t *testing.T) {
 func TestRunningOperation(t *testing.T) {
 	h := &slow{hardware: hardware{}, free: make(chan struct{})}
 	g := start(t, gcp.Config{Hardware: h})
-	op, err := g.disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: &computepb.Disk{Name: new("d")}})
+	op, err := g.Disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: &computepb.Disk{Name: new("d")}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -619,7 +591,7 @@ func TestRunningOperation(t *testing.T) {
 		t.Errorf("deleting what is being made: %v", err)
 	}
 	close(h.free)
-	wait(t, op, err)
+	gcp.Wait(t, op, err)
 }
 
 type slow struct {
@@ -661,7 +633,7 @@ func TestReadOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	attach := func(node, mode string) error {
-		op, err := g.instances.AttachDisk(t.Context(), &computepb.AttachDiskInstanceRequest{Project: project, Zone: zone, Instance: node,
+		op, err := g.Instances.AttachDisk(t.Context(), &computepb.AttachDiskInstanceRequest{Project: project, Zone: zone, Instance: node,
 			AttachedDiskResource: &computepb.AttachedDisk{Source: new("zones/" + zone + "/disks/d"), Mode: &mode, DeviceName: new("cache")}})
 		return result(t, op, err)
 	}
@@ -680,8 +652,8 @@ func TestReadOnly(t *testing.T) {
 		if err := g.deleteDisk(t, "d"); !googleapiError(err, http.StatusBadRequest, "resourceInUseByAnotherResource") {
 			t.Errorf("deleting what %s reads: %v", node, err)
 		}
-		op, err := g.instances.DetachDisk(t.Context(), &computepb.DetachDiskInstanceRequest{Project: project, Zone: zone, Instance: node, DeviceName: "cache"})
-		wait(t, op, err)
+		op, err := g.Instances.DetachDisk(t.Context(), &computepb.DetachDiskInstanceRequest{Project: project, Zone: zone, Instance: node, DeviceName: "cache"})
+		gcp.Wait(t, op, err)
 	}
 	if err := g.deleteDisk(t, "d"); err != nil {
 		t.Error(err)
@@ -695,7 +667,7 @@ func TestClusters(t *testing.T) {
 	g.AddCluster(project, &containerpb.Cluster{Name: "east", Location: "europe-west4-b", Locations: []string{"europe-west4-b"}})
 	g.AddCluster("other", &containerpb.Cluster{Name: "theirs", Location: zone})
 	for location, want := range map[string]string{"-": "west east", "us-central1": "west", "asia-east1": ""} {
-		answer, err := g.clusters.ListClusters(t.Context(), &containerpb.ListClustersRequest{Parent: "projects/p/locations/" + location})
+		answer, err := g.Clusters.ListClusters(t.Context(), &containerpb.ListClustersRequest{Parent: "projects/p/locations/" + location})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -707,7 +679,7 @@ func TestClusters(t *testing.T) {
 			t.Errorf("in %s: %v", location, got)
 		}
 	}
-	c, err := g.clusters.GetCluster(t.Context(), &containerpb.GetClusterRequest{Name: "projects/p/locations/us-central1/clusters/west"})
+	c, err := g.Clusters.GetCluster(t.Context(), &containerpb.GetClusterRequest{Name: "projects/p/locations/us-central1/clusters/west"})
 	if err != nil || c.Endpoint != "192.0.2.7" || c.MasterAuth.ClusterCaCertificate != "Y2VydA==" || c.Status != containerpb.Cluster_RUNNING || len(c.NodePools) != 1 {
 		t.Errorf("got %v: %v", c, err)
 	}

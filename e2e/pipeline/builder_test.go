@@ -7,9 +7,10 @@ import (
 	"strings"
 	"testing"
 
-	compute "cloud.google.com/go/compute/apiv1"
 	"cloud.google.com/go/compute/apiv1/computepb"
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
 )
 
 // TestSourceOfImage pins down what of the googlecompute builder docs/incremental.md
@@ -47,16 +48,16 @@ func TestSourceOfImage(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			c := newRecords(t)
-			google := c.clients(t)
-			op, err := google.disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: &computepb.Disk{Name: new("seed"), SizeGb: new(int64(20))}})
-			wait(t, op, err)
-			op, err = google.images.Insert(t.Context(), &computepb.InsertImageRequest{Project: project, ImageResource: &computepb.Image{Name: new("last"), SourceDisk: new("zones/" + zone + "/disks/seed")}})
-			wait(t, op, err)
+			google := c.Clients(t)
+			op, err := google.Disks.Insert(t.Context(), &computepb.InsertDiskRequest{Project: project, Zone: zone, DiskResource: &computepb.Disk{Name: new("seed"), SizeGb: new(int64(20))}})
+			gcp.Wait(t, op, err)
+			op, err = google.Images.Insert(t.Context(), &computepb.InsertImageRequest{Project: project, ImageResource: &computepb.Image{Name: new("last"), SourceDisk: new("zones/" + zone + "/disks/seed")}})
+			gcp.Wait(t, op, err)
 			want := append(c.Resources(), "projects/broker/global/images/new")
 
 			c.mustBuild(t, "communicator = \"none\"\ndisk_name = \"boot\"\nimage_name = \"new\"\n"+tt.options, "")
 
-			image, err := google.images.Get(t.Context(), &computepb.GetImageRequest{Project: project, Image: "new"})
+			image, err := google.Images.Get(t.Context(), &computepb.GetImageRequest{Project: project, Image: "new"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -65,7 +66,7 @@ func TestSourceOfImage(t *testing.T) {
 			}
 			if tt.kept != "-" {
 				want = append(want, "projects/broker/zones/us-central1-a/disks/data")
-				disk, err := google.disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "data"})
+				disk, err := google.Disks.Get(t.Context(), &computepb.GetDiskRequest{Project: project, Zone: zone, Disk: "data"})
 				if err != nil || !strings.HasSuffix(disk.GetSourceImage(), tt.kept) || disk.GetSizeGb() != 30 {
 					t.Errorf("the kept disk is %v: %v", disk, err)
 				}
@@ -75,16 +76,5 @@ func TestSourceOfImage(t *testing.T) {
 				t.Errorf("left over (-want +got):\n%s", diff)
 			}
 		})
-	}
-}
-
-// wait waits for an operation to end well.
-func wait(t *testing.T, op *compute.Operation, err error) {
-	t.Helper()
-	if err == nil {
-		err = op.Wait(t.Context())
-	}
-	if err != nil {
-		t.Fatal(err)
 	}
 }

@@ -15,13 +15,10 @@ import (
 	"syscall"
 	"testing"
 
-	compute "cloud.google.com/go/compute/apiv1"
 	"cloud.google.com/go/compute/apiv1/computepb"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"golang.org/x/oauth2"
-	"google.golang.org/api/option"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -70,14 +67,7 @@ func build(ctx context.Context, dir string) error {
 	if err := host.Build(ctx, ".", filepath.Join(dir, "packer-plugin-selkies")); err != nil {
 		return err
 	}
-	src, err := host.Source(ctx)
-	if err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, "go", "run", "./injector/image", "-platforms", "linux/amd64", "-output", filepath.Join(dir, "injector"))
-	cmd.Dir = src
-	_, err = host.Output(cmd)
-	return err
+	return cluster.BuildInjector(ctx, filepath.Join(dir, "injector"))
 }
 
 // setUp installs the plugins, fills the registry and starts a control plane. stop is
@@ -200,36 +190,6 @@ func start(t *testing.T, config gcp.Config, h *hardware.Hardware) *cloud {
 	t.Helper()
 	c := &cloud{Server: gcp.New(t, config), token: config.Token, hardware: h}
 	c.AddImage("debian-cloud", &computepb.Image{Name: new("debian-12-bookworm-v20261110"), Family: new("debian-12")})
-	return c
-}
-
-// google has the real clients of a cloud.
-type google struct {
-	images    *compute.ImagesClient
-	disks     *compute.DisksClient
-	instances *compute.InstancesClient
-}
-
-func (c *cloud) clients(t *testing.T) *google {
-	t.Helper()
-	options := []option.ClientOption{
-		option.WithEndpoint(c.URL),
-		option.WithTokenSource(oauth2.StaticTokenSource(&oauth2.Token{AccessToken: c.token})),
-	}
-	return &google{
-		images:    client(t, compute.NewImagesRESTClient, options),
-		disks:     client(t, compute.NewDisksRESTClient, options),
-		instances: client(t, compute.NewInstancesRESTClient, options),
-	}
-}
-
-func client[C interface{ Close() error }](t *testing.T, f func(context.Context, ...option.ClientOption) (C, error), options []option.ClientOption) C {
-	t.Helper()
-	c, err := f(t.Context(), options...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
 	return c
 }
 

@@ -22,6 +22,7 @@ import (
 	registerapi "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
 )
 
 // driver is Google's driver for persistent disks. What stands in for it here attaches
@@ -127,7 +128,7 @@ func (c *cloud) attachVolumes(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	t.Cleanup(func() { cancel(); <-done })
-	a := &attacher{cloud: c, google: c.clients(t), handles: map[string]string{}}
+	a := &attacher{cloud: c, google: c.Clients(t), handles: map[string]string{}}
 	go func() {
 		defer close(done)
 		tick := time.NewTicker(200 * time.Millisecond)
@@ -146,7 +147,7 @@ func (c *cloud) attachVolumes(t *testing.T) {
 
 type attacher struct {
 	*cloud
-	google  *google
+	google  *gcp.Clients
 	handles map[string]string // of volumes' disks, by attachment: a volume may go first
 }
 
@@ -203,7 +204,7 @@ func zoneAndDisk(handle string) (zone, disk string) {
 
 func (a *attacher) attach(ctx context.Context, handle, node string) error {
 	zone, disk := zoneAndDisk(handle)
-	op, err := a.google.instances.AttachDisk(ctx, &computepb.AttachDiskInstanceRequest{Project: project, Zone: zone, Instance: node,
+	op, err := a.google.Instances.AttachDisk(ctx, &computepb.AttachDiskInstanceRequest{Project: project, Zone: zone, Instance: node,
 		AttachedDiskResource: &computepb.AttachedDisk{Source: &handle, DeviceName: &disk, Mode: new("READ_ONLY")}})
 	if err == nil {
 		err = op.Wait(ctx)
@@ -219,7 +220,7 @@ func (a *attacher) detach(ctx context.Context, handle, node string) error {
 	if !slices.Contains(a.Resources(), "projects/"+project+"/zones/"+zone+"/instances/"+node) {
 		return nil // gone, with its attachments
 	}
-	op, err := a.google.instances.DetachDisk(ctx, &computepb.DetachDiskInstanceRequest{Project: project, Zone: zone, Instance: node, DeviceName: disk})
+	op, err := a.google.Instances.DetachDisk(ctx, &computepb.DetachDiskInstanceRequest{Project: project, Zone: zone, Instance: node, DeviceName: disk})
 	if err == nil {
 		err = op.Wait(ctx)
 	}
