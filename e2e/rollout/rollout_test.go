@@ -16,7 +16,10 @@ import (
 	"cloud.google.com/go/container/apiv1/containerpb"
 	"github.com/google/go-cmp/cmp"
 	"google.golang.org/api/option"
+	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
 
 // Token implements auth.TokenProvider.
@@ -297,5 +300,41 @@ func TestAbsentCluster(t *testing.T) {
 	if err := c.process(t.Context(), u, artifact(imageName(1))); err == nil ||
 		!strings.Contains(err.Error(), "the permission container.clusters.list is missing, grant roles/container.clusterViewer (403)") {
 		t.Errorf("error is %v", err)
+	}
+}
+
+// TestDroppedZone drops a zone, which keeps the generation that it has.
+func TestDroppedZone(t *testing.T) {
+	c := newCloud(t, "dropped", administrator(t))
+	c.tidy()
+	c.must(c.build(1))
+	for stamp := 2; stamp <= 3; stamp++ {
+		c.must(c.build(stamp), "zones", []string{zoneA}, "keep", 1)
+	}
+	if err := c.working(); err != nil {
+		t.Error(err)
+	}
+	c.waitObjects(slices.Concat(c.three(zoneB, 1), c.three(zoneA, 3))...)
+	c.wantResources(image(1), image(3), c.disk(zoneB, 1), c.disk(zoneA, 3))
+}
+
+// TestReleasedVolume has a run find a volume whose claim was deleted, as after an
+// interrupt between the two.
+func TestReleasedVolume(t *testing.T) {
+	c := newCloud(t, "released", administrator(t))
+	c.tidy()
+	c.must(c.build(1))
+	name := c.diskName(zoneA, 1)
+	world.Output(t, "delete", "daemonset,persistentvolumeclaim", "-n", namespace, name)
+	cluster.Wait(t, "the volume to be released", func(ctx context.Context) error {
+		v, err := world.Client.CoreV1().PersistentVolumes().Get(ctx, name, metav1.GetOptions{})
+		if err == nil && v.Status.Phase != corev1.VolumeReleased {
+			err = fmt.Errorf("it is %s", v.Status.Phase)
+		}
+		return err
+	})
+	c.must(artifact(imageName(1)))
+	if err := c.working(); err != nil {
+		t.Error(err)
 	}
 }

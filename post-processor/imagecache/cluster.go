@@ -64,32 +64,40 @@ func (k *cluster) connect(ctx context.Context) error {
 	if k.dynamic, err = dynamic.NewForConfig(config); err != nil {
 		return err
 	}
-	var groups []*restmapper.APIGroupResources
-	for attempt := 1; ; attempt++ {
-		groups, err = apiGroups(ctx, k.typed.Discovery())
-		if err == nil || ctx.Err() != nil || !gcp.IsUnreachable(err) || attempt == connectAttempts {
-			break
+	groups, err := apiGroups(ctx, k.typed.Discovery())
+	for attempt := 1; gcp.IsUnreachable(err) && attempt < connectAttempts && ctx.Err() == nil; attempt++ {
+		if err := gcp.Sleep(ctx, pollInterval); err != nil {
+			return err
 		}
+		groups, err = apiGroups(ctx, k.typed.Discovery())
+	}
+	if gcp.IsUnreachable(err) {
+		return fmt.Errorf("it does not answer: %w", err)
 	}
 	if err != nil {
-		return fmt.Errorf("it does not answer: %w", explain(err))
+		return fmt.Errorf("asking what it serves: %w", explain(err))
 	}
 	k.mapper = restmapper.NewDiscoveryRESTMapper(groups)
 	return nil
 }
 
-// apiGroups is restmapper.GetAPIGroupResources with a context.
-func apiGroups(ctx context.Context, client discovery.DiscoveryInterface) (groups []*restmapper.APIGroupResources, err error) {
-	done := make(chan struct{})
+// apiGroups is restmapper.GetAPIGroupResources with a context. What is cut off goes
+// on until the request's own time-out.
+func apiGroups(ctx context.Context, client discovery.DiscoveryInterface) ([]*restmapper.APIGroupResources, error) {
+	type answer struct {
+		groups []*restmapper.APIGroupResources
+		err    error
+	}
+	answers := make(chan answer, 1)
 	go func() {
-		defer close(done)
-		groups, err = restmapper.GetAPIGroupResources(client)
+		groups, err := restmapper.GetAPIGroupResources(client)
+		answers <- answer{groups, err}
 	}()
 	select {
-	case <-done:
-		return groups, err
+	case a := <-answers:
+		return a.groups, a.err
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, context.Cause(ctx)
 	}
 }
 

@@ -167,7 +167,6 @@ func TestDiskFailures(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
 			s := google(t, gcp.Config{})
 			tt.damage(s)
 			_, err := postProcess(t, t.Context(), diskOptions(s), builderArtifact(built))

@@ -15,6 +15,9 @@ import (
 // writeManifests writes what would be applied to each cluster to a file of its own.
 func (r *run) writeManifests() error {
 	for _, k := range r.clusters {
+		if len(k.zones) == 0 {
+			continue
+		}
 		objects, err := k.manifests()
 		if err != nil {
 			return err

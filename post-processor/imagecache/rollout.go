@@ -19,6 +19,9 @@ import (
 // rollOut brings the generation to a cluster: what all zones share, then zone by
 // zone. A zone that goes wrong keeps the generation that it has.
 func (k *cluster) rollOut(ctx context.Context) error {
+	if len(k.zones) == 0 {
+		return nil
+	}
 	access, err := accessObjects()
 	if err != nil {
 		return err

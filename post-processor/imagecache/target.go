@@ -1,6 +1,7 @@
 package imagecache
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -73,7 +74,8 @@ func (r *run) listClusters(ctx context.Context) ([]*gcp.Cluster, error) {
 	return all, nil
 }
 
-// settleZones gives each cluster the zones that it is to have disks in.
+// settleZones gives each cluster the zones that it is to have disks in. One without
+// any stays among the clusters: what it uses of former generations is not pruned.
 func (r *run) settleZones() error {
 	covered := map[string]bool{}
 	for _, k := range r.clusters {
@@ -98,7 +100,6 @@ func (r *run) settleZones() error {
 			return fmt.Errorf("the disk's name %s has more than %d characters; choose a shorter cache_name", name, maxName)
 		}
 	}
-	r.clusters = slices.DeleteFunc(r.clusters, func(k *cluster) bool { return len(k.zones) == 0 })
 	if len(covered) == 0 {
 		return errors.New("the clusters have no node pool, and so no zone that a disk could be for")
 	}
@@ -119,7 +120,7 @@ func (r *run) connectClusters(ctx context.Context) {
 	}
 	r.clusters = slices.DeleteFunc(r.clusters, func(k *cluster) bool { return slices.Contains(failed, k) })
 	for _, k := range r.clusters {
-		r.say("cluster %s: %s", k, strings.Join(k.zones, ", "))
+		r.say("cluster %s: %s", k, cmp.Or(strings.Join(k.zones, ", "), "none of the zones"))
 	}
 }
 
