@@ -30,7 +30,8 @@ const (
 type agentConfig struct {
 	component string            // of example/kustomize/components
 	image     string            // injector by default
-	env       map[string]string // of its container
+	env       map[string]string // of the containers
+	gate      bool              // base/gate as well
 }
 
 // deploy applies the agent's manifests, and deletes the DaemonSet at the test's end.
@@ -53,16 +54,20 @@ func deploy(t *testing.T, a agentConfig) {
 	if patches.Len() == 0 {
 		patches.WriteString("    []\n")
 	}
+	gate := ""
+	if a.gate {
+		gate = "- " + examples + "/base/gate\n"
+	}
 	kustomization := fmt.Sprintf(`resources:
 - %[1]s/base
-components:
+%[6]scomponents:
 - %[1]s/components/%[2]s
 images:
 - {name: selkies-image-injector, newName: %[3]s, newTag: %[4]q}
 patches:
 - target: {kind: DaemonSet}
   patch: |-
-%[5]s`, examples, a.component, ref(repository), tag, patches.String())
+%[5]s`, examples, a.component, ref(repository), tag, patches.String(), gate)
 	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(kustomization), 0o644); err != nil {
 		t.Fatal(err)
 	}

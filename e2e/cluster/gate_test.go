@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
@@ -75,4 +76,36 @@ func TestGateOpensAtDeadline(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestGateOpensWithoutAgent has a node whose disk cannot be attached, so that kubelet
+// never starts the agent.
+func TestGateOpensWithoutAgent(t *testing.T) {
+	c := world.cluster
+	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{startupTaint}})
+	ns := c.Namespace(t)
+	c.Run(t, podOn(n, ns, "pod", ref(app)))
+	c.WaitPodUnschedulable(t, ns, "pod")
+	c.Claim(t, agentNamespace, "image-cache", cluster.Disk{Name: "absent"}, n)
+	deploy(t, agentConfig{component: "pvc", gate: true, env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}})
+	n.WaitTaint(t, startupTaint.Key, false)
+	c.WaitPodReady(t, ns, "pod")
+	agents, err := c.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{
+		LabelSelector: "app.kubernetes.io/name=selkies-image-injector",
+		FieldSelector: "spec.nodeName=" + n.Name,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range agents.Items {
+		if p.Status.Phase != corev1.PodPending {
+			t.Errorf("the agent is %s: this shows nothing", p.Status.Phase)
+		}
+	}
+	if len(agents.Items) == 0 {
+		t.Error("the node has no pod of the agent")
+	}
+	// As an upgrade of the node does.
+	c.Output(t, "taint", "node", n.Name, startupTaint.ToString())
+	n.WaitTaint(t, startupTaint.Key, false)
 }
