@@ -124,15 +124,24 @@ func TestGolden(t *testing.T) {
 }
 
 func TestEncodingIsCanonical(t *testing.T) {
-	a := example(t)
-	b := example(t)
+	// Two images on one base.
+	branches := func() *Manifest {
+		return of(t,
+			image(t, "localhost:5000/apps/desktop", "1.4", false, "base", "desktop"),
+			image(t, "localhost:5000/apps/game", "2", false, "base", "game"),
+		)
+	}
+	a, b := branches(), branches()
 	slices.Reverse(b.Images)
 	for i := range b.Images {
 		slices.Reverse(b.Images[i].Names)
 	}
 	b.Created = b.Created.In(time.FixedZone("CET", 3600)).Add(time.Millisecond)
 	// Siblings in another order; parents have to stay first.
-	b.Layers = append(b.Layers[:1:1], b.Layers[1:]...)
+	if len(b.Layers) != 3 || b.Layers[1].Parent != b.Layers[2].Parent {
+		t.Fatalf("layers 1 and 2 are no siblings: %+v", b.Layers)
+	}
+	b.Layers[1], b.Layers[2] = b.Layers[2], b.Layers[1]
 	idA, errA := a.ID()
 	idB, errB := b.ID()
 	if errA != nil || errB != nil || idA != idB {
