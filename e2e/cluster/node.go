@@ -269,9 +269,10 @@ func (n *Node) DetachDisk(d Disk) error {
 }
 
 // EagerImageGC has kubelet remove every image that no container uses and that is not
-// pinned, as if the disk were full, when it starts and every five minutes after.
+// pinned when it starts, because of its age. For want of room on the disk it would
+// remove the same ones, but not before it has looked at the disk: five minutes later.
 func EagerImageGC() map[string]any {
-	return map[string]any{"imageGCHighThresholdPercent": 1, "imageGCLowThresholdPercent": 0, "imageMinimumGCAge": "0s"}
+	return map[string]any{"imageMinimumGCAge": "1ns", "imageMaximumGCAge": "2ns"}
 }
 
 // SetKubelet changes settings of kubelet, by their names in KubeletConfiguration,

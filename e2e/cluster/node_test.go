@@ -131,35 +131,6 @@ func TestClaim(t *testing.T) {
 	})
 }
 
-// TestImageGC has kubelet collect an image that nothing uses, by EagerImageGC.
-func TestImageGC(t *testing.T) {
-	c := world.cluster
-	n := c.Node(t, cluster.NodeConfig{})
-	ns := c.Namespace(t)
-	c.Run(t, podOn(n, ns, "used", ref(plain)))
-	c.Run(t, podOn(n, ns, "unused", ref(other)))
-	c.WaitPodReady(t, ns, "used")
-	c.WaitPodReady(t, ns, "unused")
-	if err := c.Client.CoreV1().Pods(ns).Delete(t.Context(), "unused", metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
-	c.WaitPodGone(t, ns, "unused")
-	if err := n.SetKubelet(t.Context(), cluster.EagerImageGC()); err != nil {
-		t.Fatal(err)
-	}
-	images := func() string { return n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q") }
-	cluster.Wait(t, "kubelet to collect an image", func(context.Context) error {
-		if got := images(); strings.Contains(got, "/zstd") {
-			return fmt.Errorf("there are:\n%s", got)
-		}
-		return nil
-	})
-	if got := images(); !strings.Contains(got, "/oci") {
-		t.Errorf("an image in use is gone; there are:\n%s", got)
-	}
-	n.WaitReady(t)
-}
-
 // TestKillContainerd ends containerd under a running pod, which goes on.
 func TestKillContainerd(t *testing.T) {
 	c := world.cluster
