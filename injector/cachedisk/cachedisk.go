@@ -11,6 +11,7 @@ import (
 	"slices"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
@@ -93,11 +94,13 @@ func Open(dir string) (*Disk, error) {
 		return nil, fmt.Errorf("%w: no layer manifest at %s: mount the cache disk there, or build one with the selkies-image-cache provisioner",
 			ErrAbsent, filepath.Join(abs, manifest.Path))
 	} else if err != nil {
-		return nil, err
+		return nil, remedy(err)
 	}
 	m, err := manifest.Read(abs)
-	if err != nil {
-		return nil, err
+	if err = unreadable(err); errors.Is(err, ErrUnreadable) {
+		return nil, remedy(err)
+	} else if err != nil {
+		return nil, err // with a remedy of its own
 	}
 	id, err := m.ID()
 	if err != nil {
@@ -105,9 +108,20 @@ func Open(dir string) (*Disk, error) {
 	}
 	d := &Disk{Dir: abs, ID: id, Manifest: m}
 	if err := d.check(); err != nil {
-		return nil, fmt.Errorf("cache disk %s: %w", abs, err)
+		return nil, remedy(unreadable(err))
 	}
 	return d, nil
+}
+
+// remedy adds to an error of reading the disk what to do about it.
+func remedy(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w; run as root", err)
+	case errors.Is(err, ErrUnreadable):
+		return fmt.Errorf("%w; attach the disk again", err)
+	}
+	return fmt.Errorf("%w; build the disk again", err)
 }
 
 // check looks at every layer's directory once. os.Root refuses paths that leave
@@ -122,10 +136,10 @@ func (d *Disk) check() error {
 		dir := d.Manifest.LayerPath(l)
 		fi, err := root.Lstat(dir)
 		if err == nil && !fi.IsDir() {
-			err = fmt.Errorf("%s is not a directory", dir)
+			err = &fs.PathError{Op: "lstat", Path: dir, Err: unix.ENOTDIR}
 		}
 		if err != nil {
-			return fmt.Errorf("layer %s: %w; build the disk again", l.ChainID, err)
+			return fmt.Errorf("layer %s of cache disk %s: %w", l.ChainID, d.Dir, err)
 		}
 	}
 	return nil

@@ -2,10 +2,15 @@ package cachedisk_test
 
 import (
 	"bytes"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
@@ -46,6 +51,9 @@ func TestOpen(t *testing.T) {
 		"truncated": {func(_ *testing.T, dir string, _ *manifest.Manifest) error {
 			return os.Truncate(filepath.Join(dir, manifest.Path), 100)
 		}, "truncated"},
+		"empty": {func(_ *testing.T, dir string, _ *manifest.Manifest) error {
+			return os.Truncate(filepath.Join(dir, manifest.Path), 0)
+		}, "is empty; build the disk again"},
 		"newer schema": {func(_ *testing.T, dir string, _ *manifest.Manifest) error {
 			file := filepath.Join(dir, manifest.Path)
 			data, err := os.ReadFile(file)
@@ -62,7 +70,14 @@ func TestOpen(t *testing.T) {
 				return err
 			}
 			return os.WriteFile(layer(dir, m), nil, 0o644)
-		}, "is not a directory"},
+		}, "not a directory; build the disk again"},
+		"layer below a file": {func(_ *testing.T, dir string, m *manifest.Manifest) error {
+			above := filepath.Dir(layer(dir, m))
+			if err := os.RemoveAll(above); err != nil {
+				return err
+			}
+			return os.WriteFile(above, nil, 0o644)
+		}, "not a directory; build the disk again"},
 		"layer leads out of the disk": {func(t *testing.T, dir string, m *manifest.Manifest) error {
 			// The directory that holds diff: diff itself is looked at without following.
 			above := filepath.Dir(layer(dir, m))
@@ -97,6 +112,30 @@ func TestOpen(t *testing.T) {
 				t.Errorf("ID is %s, want %s (%v)", d.ID, id, err)
 			}
 		})
+	}
+}
+
+// TestOpenUnprivileged does not count as damage what it may not read.
+func TestOpenUnprivileged(t *testing.T) {
+	if os.Geteuid() == 0 {
+		// Of this thread, which ends with the test. Its capabilities over files go too.
+		runtime.LockOSThread()
+		if _, err := unix.SetfsuidRetUid(65534); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := t.TempDir()
+	m := newDisk(t, dir)
+	store := filepath.Join(dir, m.Store.Root, manifest.DriverOverlay2)
+	if err := os.Chmod(store, 0); err != nil {
+		t.Fatal(err)
+	}
+	_, err := cachedisk.Open(dir)
+	if err := os.Chmod(store, 0o755); err != nil {
+		t.Error(err)
+	}
+	if !errors.Is(err, cachedisk.ErrUnreadable) || !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "; run as root") {
+		t.Errorf("error is %v", err)
 	}
 }
 

@@ -15,7 +15,8 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// ErrUnreadable is that of a cache disk whose device fails, is gone or hangs.
+// ErrUnreadable is that of a cache disk whose device fails, is gone or hangs, or that
+// this process may not read. What is on the disk is not to blame.
 var ErrUnreadable = errors.New("cache disk not readable")
 
 // probeTime bounds the wait for a device that hangs. A network disk answers in
@@ -44,13 +45,20 @@ func Probe(dir string) error {
 	defer timeout.Stop()
 	select {
 	case err := <-done:
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			err = fmt.Errorf("%w: %w", ErrUnreadable, err)
-		}
-		return err
+		return unreadable(err)
 	case <-timeout.C:
 		return fmt.Errorf("%w: %s: the device does not answer within %v", ErrUnreadable, dir, probeTime)
 	}
+}
+
+// unreadable makes an ErrUnreadable of an error that tells nothing of the files on the
+// disk, and leaves others as they are.
+func unreadable(err error) error {
+	switch errno, ok := errors.AsType[unix.Errno](err); {
+	case !ok, errno == unix.ENOENT, errno == unix.ENOTDIR, errno == unix.EISDIR:
+		return err
+	}
+	return fmt.Errorf("%w: %w", ErrUnreadable, err)
 }
 
 // readBlock reads the first bytes of the file from its device.
@@ -111,7 +119,7 @@ func checkDevice(f *os.File) error {
 	if errors.Is(err, os.ErrNotExist) {
 		// Without /sys at all it says nothing.
 		if _, err := os.Stat("/sys/dev/block"); err == nil {
-			return fmt.Errorf("%s: its device %d:%d is gone", f.Name(), major, minor)
+			return fmt.Errorf("%w: %s: its device %d:%d is gone", ErrUnreadable, f.Name(), major, minor)
 		}
 	}
 	return nil
