@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
@@ -16,19 +18,25 @@ func newEjectCommand(f *flags) *cobra.Command {
 		Use:   "eject [CACHE-ID...]",
 		Short: "Take back what was registered",
 		Long: `Take back what inject registered: all of it, or only the generations given by
-cache ID, as status prints it. Refuses, naming the container, while a container
-uses one of the images; then nothing is removed. Layers that other images on the
-node were built on stay, and so does the disk under them.`,
+cache ID, whole or its beginning, as status prints it. Refuses, naming the
+container, while a container uses one of the images; then nothing is removed.
+Layers that other images on the node were built on stay, and so does the disk
+under them.`,
+		Args: usage(checkCacheIDs),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			ids, err := cacheIDs(args)
-			if err != nil {
-				return err
-			}
 			rt, err := openRuntime(cmd.Context(), f)
 			if err != nil {
 				return err
 			}
 			defer rt.Close()
+			registered, err := rt.Generations(cmd.Context())
+			if err != nil {
+				return err
+			}
+			ids, err := cacheIDs(args, registered)
+			if err != nil {
+				return err
+			}
 			r, err := rt.Eject(cmd.Context(), report.EjectOptions{Caches: ids})
 			if r == nil {
 				return err
@@ -46,14 +54,44 @@ node were built on stay, and so does the disk under them.`,
 	}
 }
 
-func cacheIDs(args []string) ([]digest.Digest, error) {
+// cacheID is a cache ID, or the beginning of one, with or without the algorithm.
+var cacheID = regexp.MustCompile(`^(sha256:)?([0-9a-f]{1,64})$`)
+
+// checkCacheIDs is the argument check of cache IDs.
+func checkCacheIDs(_ *cobra.Command, args []string) error {
+	for _, a := range args {
+		if !cacheID.MatchString(a) {
+			return fmt.Errorf("cache ID %q: not a SHA-256 digest, or the beginning of one; status prints the cache IDs", a)
+		}
+	}
+	return nil
+}
+
+// cacheIDs are the cache IDs that args name, each whole or by a beginning that no other
+// registered generation has.
+func cacheIDs(args []string, registered []report.Generation) ([]digest.Digest, error) {
 	var ids []digest.Digest
 	for _, a := range args {
-		id, err := digest.Parse(a)
-		if err != nil {
-			return nil, usageError{fmt.Errorf("cache ID %q: %w; status prints the cache IDs with --output json", a, err)}
+		id := digest.NewDigestFromEncoded(digest.SHA256, cacheID.ReplaceAllString(a, "$2"))
+		if id.Validate() == nil {
+			// The runtime judges: it also knows what is left of an eject that was killed.
+			ids = append(ids, id)
+			continue
 		}
-		ids = append(ids, id)
+		var found []string
+		for _, g := range registered {
+			if strings.HasPrefix(g.CacheID.String(), id.String()) {
+				found = append(found, g.CacheID.String())
+			}
+		}
+		switch len(found) {
+		case 0:
+			return nil, usageError{fmt.Errorf("cache ID %q: nothing is registered from such a cache; status lists what is", a)}
+		case 1:
+			ids = append(ids, digest.Digest(found[0]))
+		default:
+			return nil, usageError{fmt.Errorf("cache ID %q begins those of %s; give more of it", a, strings.Join(found, " and "))}
+		}
 	}
 	return ids, nil
 }

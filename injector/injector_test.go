@@ -4,13 +4,17 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 func TestWrongUsage(t *testing.T) {
@@ -27,6 +31,8 @@ func TestWrongUsage(t *testing.T) {
 		"bind with containerd": {[]string{"inject", "--link", "bind", "--runtime", "containerd"}, "for Docker only"},
 		"log level":            {[]string{"inject", "--log-level", "loud"}, `--log-level is "loud"`},
 		"cache ID":             {[]string{"eject", "latest"}, `cache ID "latest"`},
+		"cache ID too long":    {[]string{"eject", strings.Repeat("a", 65)}, `cache ID "aaa`},
+		"other algorithm":      {[]string{"eject", "sha512:12ab"}, `cache ID "sha512:12ab"`},
 		"reference":            {[]string{"plan", "debian:12", "Bad:::ref"}, `reference "Bad:::ref": invalid reference format`},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -56,15 +62,80 @@ func TestNoCacheDisk(t *testing.T) {
 	}
 }
 
+// TestBrokenDisk reads layer manifests that give one line of error, with the remedy.
+func TestBrokenDisk(t *testing.T) {
+	for name, tt := range map[string]struct {
+		make func(file string) error
+		want []string
+	}{
+		"empty": {func(file string) error { return os.WriteFile(file, nil, 0o644) },
+			[]string{"is empty", "; build the disk again"}},
+		// Reading at address 0 fails with EIO, as on a device that has failed.
+		"dead device": {func(file string) error { return os.Symlink("/proc/self/mem", file) },
+			[]string{"cache disk not readable: ", "input/output error", "; attach the disk again"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			file := filepath.Join(dir, manifest.Path)
+			if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), tt.make(file)); err != nil {
+				t.Fatal(err)
+			}
+			cmd := newCommand()
+			cmd.SetArgs([]string{"verify", "--cache", dir})
+			errs := flatten(cmd.Execute())
+			if len(errs) != 1 || errs[0] == nil {
+				t.Fatalf("errors are %v, want one", errs)
+			}
+			for _, want := range append(tt.want, file) {
+				if !strings.Contains(errs[0].Error(), want) {
+					t.Errorf("error is %q, want %q in it", errs[0], want)
+				}
+			}
+		})
+	}
+}
+
 func TestFlatten(t *testing.T) {
 	a, b, c := errors.New("a"), errors.New("b"), errors.New("c")
-	err := errors.Join(a, errors.Join(b, nil, fmt.Errorf("c: %w", c)))
+	err := errors.Join(a, errors.Join(b, nil, fmt.Errorf("c: %w", c)), fmt.Errorf("%w: %w", a, b))
 	var got []string
 	for _, e := range flatten(err) {
 		got = append(got, e.Error())
 	}
-	if want := "a b c: c"; strings.Join(got, " ") != want {
-		t.Errorf("flatten = %q, want %q", got, want)
+	if diff := cmp.Diff([]string{"a", "b", "c: c", "a: b"}, got); diff != "" {
+		t.Errorf("flatten: %s", diff)
+	}
+}
+
+func TestCacheIDs(t *testing.T) {
+	a, b, c := digest.Digest("sha256:12ab"+strings.Repeat("0", 60)), digest.Digest("sha256:12cd"+strings.Repeat("0", 60)), digest.FromString("c")
+	registered := []report.Generation{{CacheID: a}, {CacheID: b}}
+	for name, tt := range map[string]struct {
+		args []string
+		want []digest.Digest
+		err  string
+	}{
+		"none":               {},
+		"as status prints":   {args: []string{short(b), short(a)}, want: []digest.Digest{b, a}},
+		"with the algorithm": {args: []string{"sha256:12a"}, want: []digest.Digest{a}},
+		"whole":              {args: []string{a.String(), b.Encoded()}, want: []digest.Digest{a, b}},
+		// The runtime may know a generation that is half gone.
+		"not listed": {args: []string{c.String()}, want: []digest.Digest{c}},
+		"ambiguous":  {args: []string{"12"}, err: `cache ID "12" begins those of ` + a.String() + " and " + b.String()},
+		"unknown":    {args: []string{short(a), "12ef"}, err: `cache ID "12ef": nothing is registered`},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got, err := cacheIDs(tt.args, registered)
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Error(diff)
+			}
+			if tt.err == "" && err == nil {
+				return
+			}
+			if err == nil || tt.err == "" || !strings.Contains(err.Error(), tt.err) || exitStatus(err) != 2 {
+				t.Errorf("error is %v, want a usage error with %q", err, tt.err)
+			}
+		})
 	}
 }
 

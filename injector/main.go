@@ -34,6 +34,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"reflect"
 	"strings"
 	"syscall"
 
@@ -121,14 +122,17 @@ func exitStatus(err error) int {
 	return 1
 }
 
+// joined is the type of what errors.Join returns. fmt.Errorf with several %w unwraps to
+// several errors too, but is one.
+var joined = reflect.TypeOf(errors.Join(errors.ErrUnsupported))
+
 // flatten is the errors that errors.Join put together.
 func flatten(err error) []error {
-	joined, ok := err.(interface{ Unwrap() []error })
-	if !ok {
+	if reflect.TypeOf(err) != joined {
 		return []error{err}
 	}
 	var all []error
-	for _, e := range joined.Unwrap() {
+	for _, e := range err.(interface{ Unwrap() []error }).Unwrap() {
 		all = append(all, flatten(e)...)
 	}
 	return all
