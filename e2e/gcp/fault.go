@@ -115,10 +115,17 @@ type quota struct {
 	limit                   int64 // GB
 }
 
-// SetQuota limits a metric, SSD_TOTAL_GB or DISKS_TOTAL_GB, of a region.
+// SetQuota limits a metric, SSD_TOTAL_GB or DISKS_TOTAL_GB, of a region. Setting it
+// again changes it.
 func (s *Server) SetQuota(project, region, metric string, limit int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for i, q := range s.quotas {
+		if q.project == "projects/"+project && q.region == region && q.metric == metric {
+			s.quotas[i].limit = limit
+			return
+		}
+	}
 	s.quotas = append(s.quotas, quota{"projects/" + project, region, metric, limit})
 }
 

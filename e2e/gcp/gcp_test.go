@@ -568,11 +568,9 @@ func TestQuota(t *testing.T) {
 	if errors := op.Proto().GetError().GetErrors(); len(errors) != 1 || errors[0].GetCode() != "QUOTA_EXCEEDED" {
 		t.Errorf("the operation's errors are %v", errors)
 	}
-	if err := g.deleteDisk(t, "a"); err != nil {
-		t.Fatal(err)
-	}
+	g.SetQuota(project, "us-central1", "SSD_TOTAL_GB", 120)
 	if err := g.insertDisk(t, ssd("b")); err != nil {
-		t.Errorf("with room again: %v", err)
+		t.Errorf("with a higher limit: %v", err)
 	}
 }
 

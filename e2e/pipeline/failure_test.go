@@ -97,6 +97,65 @@ func (c *cloud) wantLeft(t *testing.T, before, left []string, out string) {
 	}
 }
 
+// TestRollOutFails has Google fail while the post-processor makes the disks of two
+// zones. The next build removes what is left and succeeds.
+func TestRollOutFails(t *testing.T) {
+	zones := []string{zone, "us-central1-b"}
+	failed := &gcp.OperationError{Code: "INTERNAL_ERROR", Message: "Internal error.", HTTPStatus: 500}
+	tests := []struct {
+		name string
+		fail func(c *cloud)
+		want string
+	}{
+		{"quota", func(c *cloud) { c.SetQuota(project, "us-central1", "SSD_TOTAL_GB", 30) }, "Quota 'SSD_TOTAL_GB' exceeded"},
+		// The first disk is the builder's.
+		{"operation", func(c *cloud) { c.Inject(gcp.Fault{Call: "disks.insert", After: 2, Operation: failed}) }, "Internal error."},
+		{"permission", func(c *cloud) { c.Deny("compute.disks.setLabels") }, "the permission compute.disks.setLabels is missing"},
+		{"label", func(c *cloud) { c.Deny("compute.images.setLabels") }, "the permission compute.images.setLabels is missing"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newRecordsWithBroker(t, zones...)
+			build := func(stamp string) (string, error) {
+				return c.build(t, strings.Replace(named, `"new"`, `"selkies-image-cache-`+stamp+`"`, 1), fmt.Sprintf(`
+  post-processor "manifest" {}
+  post-processor "selkies-image-cache" {
+    injector_image   = "registry.example/injector:1"
+    access_token     = %[1]q
+    custom_endpoints = { compute = "%[2]s/compute/v1/", container = "%[2]s/" }
+  }`, c.token, c.URL))
+			}
+			tt.fail(c)
+			out, err := build("1700000001")
+			if err == nil || !strings.Contains(strings.Join(strings.Fields(out), " "), tt.want) {
+				t.Fatalf("packer build: %v: does not say %q:\n%s", err, tt.want, out)
+			}
+			if tt.name == "quota" {
+				// Not enough for the disks of both builds.
+				c.SetQuota(project, "us-central1", "SSD_TOTAL_GB", 60)
+			}
+			c.Allow("compute.disks.setLabels")
+			c.Allow("compute.images.setLabels")
+			if out, err = build("1700000002"); err != nil {
+				t.Fatalf("packer build: %v\n%s", err, out)
+			}
+			var disks []string
+			for _, r := range c.Resources() {
+				if strings.Contains(r, "/disks/") {
+					disks = append(disks, r)
+				}
+			}
+			var want []string
+			for _, z := range zones {
+				want = append(want, "projects/broker/zones/"+z+"/disks/selkies-image-cache-"+z+"-1700000002")
+			}
+			if diff := cmp.Diff(want, disks); diff != "" {
+				t.Errorf("the disks (-want +got):\n%s\n%s", diff, out)
+			}
+		})
+	}
+}
+
 // TestInterrupt presses Ctrl-C at every step of the builder, which then cleans up.
 func TestInterrupt(t *testing.T) {
 	for _, call := range []string{"disks.insert", "instances.insert", "instances.get", "instances.delete", "images.insert"} {

@@ -186,6 +186,21 @@ func newRecords(t *testing.T) *cloud {
 	return start(t, gcp.Config{Token: "ya29.records"}, nil)
 }
 
+// newRecordsWithBroker starts one that has the real cluster.
+func newRecordsWithBroker(t *testing.T, zones ...string) *cloud {
+	t.Helper()
+	c := start(t, gcp.Config{Token: administrator(t)}, nil)
+	c.addBroker(zones)
+	t.Cleanup(func() {
+		for _, args := range [][]string{{"daemonsets,persistentvolumeclaims", "-n", "selkies-image-cache"}, {"persistentvolumes"}} {
+			if _, err := world.Kubectl(context.Background(), append([]string{"delete", "--all", "--timeout=1m"}, args...)...); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	return c
+}
+
 func start(t *testing.T, config gcp.Config, h *hardware.Hardware) *cloud {
 	t.Helper()
 	c := &cloud{Server: gcp.New(t, config), token: config.Token, hardware: h}

@@ -27,7 +27,8 @@ import (
 // the third starts from nothing, and the fourth finds the first node gone. Pods of the
 // cached images start without a pull.
 func TestPipeline(t *testing.T) {
-	c := newBroker(t)
+	c := newCloud(t, administrator(t))
+	c.addBroker([]string{zone})
 	c.attachVolumes(t)
 	stable := push(t, world.registry, "stable:1", world.busybox, newLayer(t))
 	app := push(t, world.registry, "app:1", world.busybox, newLayer(t))
@@ -86,21 +87,24 @@ func TestPipeline(t *testing.T) {
 	c.checkPods(t, second)
 }
 
-// newBroker is a cloud with a GKE cluster, which is the real one.
-func newBroker(t *testing.T) *cloud {
+// administrator is the token of an account of the cluster that may do everything, as
+// Google's access tokens are good for the clusters too.
+func administrator(t *testing.T) string {
 	t.Helper()
-	account := "packer"
+	account := strings.ToLower(strings.ReplaceAll(t.Name(), "/", "-"))
 	world.Output(t, "create", "serviceaccount", account)
 	world.Output(t, "create", "clusterrolebinding", account, "--clusterrole=cluster-admin", "--serviceaccount=default:"+account)
-	// Google's access tokens are good for the clusters too.
-	c := newCloud(t, strings.TrimSpace(world.Output(t, "create", "token", account)))
+	return strings.TrimSpace(world.Output(t, "create", "token", account))
+}
+
+// addBroker adds a GKE cluster with nodes in the zones, which is the real one.
+func (c *cloud) addBroker(zones []string) {
 	c.AddCluster(project, &containerpb.Cluster{
 		Name: "broker-us-central1", Location: "us-central1",
 		Endpoint:   strings.TrimPrefix(world.config.Host, "https://"),
 		MasterAuth: &containerpb.MasterAuth{ClusterCaCertificate: base64.StdEncoding.EncodeToString(world.config.CAData)},
-		NodePools:  []*containerpb.NodePool{{Name: "tier1", Locations: []string{zone}}},
+		NodePools:  []*containerpb.NodePool{{Name: "tier1", Locations: zones}},
 	})
-	return c
 }
 
 // cached are the images of the cache.

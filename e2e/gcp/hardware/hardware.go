@@ -334,7 +334,11 @@ func (h *Hardware) DetachDisk(_ context.Context, name string, a gcp.Attachment) 
 		return fmt.Errorf("%s has no disk %s", name, a.DeviceName)
 	}
 	delete(i.loops, a.DeviceName)
-	return errors.Join(i.Machine.DetachDisk(loop.Path, a.DeviceName), loop.Close())
+	err = i.Machine.DetachDisk(loop.Path, a.DeviceName)
+	if errors.Is(err, os.ErrNotExist) {
+		err = nil // a machine that is off has no devices
+	}
+	return errors.Join(err, loop.Close())
 }
 
 // SerialOutput is what the machine has printed, at most the last 1 MiB, as Compute
