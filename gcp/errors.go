@@ -23,7 +23,8 @@ var roles = []struct{ prefix, role string }{
 	{"compute.images.list", "roles/compute.imageUser"},
 	{"compute.images.useReadOnly", "roles/compute.imageUser"},
 	{"compute.", "roles/compute.storageAdmin"},
-	{"container.clusters.", "roles/container.clusterViewer"},
+	{"container.clusters.get", "roles/container.clusterViewer"},
+	{"container.clusters.list", "roles/container.clusterViewer"},
 	{"container.", "roles/container.admin"},
 	{"iam.serviceAccounts.", "roles/iam.serviceAccountTokenCreator"},
 }

@@ -338,3 +338,22 @@ func TestReleasedVolume(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestStuckDisk has a disk that cannot be deleted. New generations come to the nodes
+// all the same, and the build says what is wrong.
+func TestStuckDisk(t *testing.T) {
+	c := newCloud(t, "stuck", administrator(t))
+	c.tidy()
+	c.must(c.build(1), "keep", 1)
+	c.Deny("compute.disks.delete")
+	for stamp := 2; stamp <= 3; stamp++ {
+		err := c.process(t.Context(), &ui{}, c.build(stamp), "keep", 1)
+		if err == nil || !strings.Contains(err.Error(), "deleting disk "+c.diskName(zoneA, 1)+": ") || !strings.Contains(err.Error(), "grant roles/compute.storageAdmin") {
+			t.Errorf("error is %v", err)
+		}
+		c.waitObjects(slices.Concat(c.three(zoneA, stamp), c.three(zoneB, stamp))...)
+	}
+	c.Allow("compute.disks.delete")
+	c.must(artifact(imageName(3)), "keep", 1)
+	c.wantResources(image(3), c.disk(zoneA, 3), c.disk(zoneB, 3))
+}

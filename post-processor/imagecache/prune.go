@@ -15,13 +15,16 @@ import (
 )
 
 // makeRoom prunes what failed builds have left, before new disks need the quota. The
-// generation that is about to be rolled out comes on top of those to keep.
+// generation that is about to be rolled out comes on top of those to keep. What goes
+// wrong here does so again in prune, and fails the build there.
 func (r *run) makeRoom(ctx context.Context) error {
 	if !r.prunes() || r.config.DryRun { // which tells of it at the end
 		return nil
 	}
-	_, err := r.pruneGenerations(ctx, r.config.Keep+1)
-	return err
+	if _, err := r.pruneGenerations(ctx, r.config.Keep+1); err != nil && ctx.Err() == nil {
+		r.say("making room: %v; going on", err)
+	}
+	return nil
 }
 
 // prune deletes what no node uses and no way back needs: in the clusters first, then
