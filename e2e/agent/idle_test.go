@@ -17,6 +17,7 @@ import (
 type cost struct {
 	cpu      time.Duration
 	switches int // voluntary: how often a thread went to sleep
+	awake    int // seconds in which one did
 	// resident and its part that is not of the program's file, in KiB
 	resident, anonymous int
 }
@@ -85,6 +86,7 @@ func BenchmarkIdle(b *testing.B) {
 	for b.Loop() {
 		c := idle(b, a, 10*time.Minute)
 		b.ReportMetric(c.cpu.Seconds(), "cpu-s")
+		b.ReportMetric(float64(c.awake), "awake-s")
 		b.ReportMetric(float64(c.switches), "switches")
 		b.ReportMetric(float64(c.resident), "KiB")
 	}
@@ -94,10 +96,17 @@ func idle(t testing.TB, a *agent, length time.Duration) cost {
 	t.Helper()
 	time.Sleep(5 * time.Second) // the CRI's own changes have been looked at
 	before := a.cost(t)
-	time.Sleep(length)
-	after := a.cost(t)
-	used := cost{after.cpu - before.cpu, after.switches - before.switches, after.resident, after.anonymous}
-	t.Logf("idle for %v: %v of CPU, %d voluntary context switches, %d KiB resident, of which %d anonymous",
-		length, used.cpu, used.switches, used.resident, used.anonymous)
+	last, awake := before, 0
+	for end := time.Now().Add(length); time.Now().Before(end); {
+		time.Sleep(time.Second)
+		now := a.cost(t)
+		if now.switches != last.switches {
+			awake++
+		}
+		last = now
+	}
+	used := cost{last.cpu - before.cpu, last.switches - before.switches, awake, last.resident, last.anonymous}
+	t.Logf("idle for %v: %v of CPU, awake in %d seconds, %d voluntary context switches, %d KiB resident, of which %d anonymous",
+		length, used.cpu, used.awake, used.switches, used.resident, used.anonymous)
 	return used
 }
