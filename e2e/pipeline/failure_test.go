@@ -20,6 +20,7 @@ import (
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
 // named is a source whose resources have names, on a VM that nothing logs in to.
@@ -163,11 +164,8 @@ func TestInterrupt(t *testing.T) {
 			t.Parallel()
 			c := newRecords(t)
 			before := c.Resources()
-			b := c.startBuild(t, call, named)
-			if err := syscall.Kill(-b.cmd.Process.Pid, syscall.SIGINT); err != nil {
-				t.Fatal(err)
-			}
-			b.waitSaid(t, "Cancelling build after receiving interrupt")
+			b := c.startHeld(t, call, named)
+			b.interrupt(t)
 			close(b.hold)
 			// It ends with or without an error: the last step is not cut off.
 			_ = b.cmd.Wait()
@@ -180,12 +178,27 @@ func TestInterrupt(t *testing.T) {
 	}
 }
 
+// TestInterruptProvisioner presses Ctrl-C while a real VM pulls images.
+func TestInterruptProvisioner(t *testing.T) {
+	c := newCloud(t, "ya29.interrupt")
+	before := c.Resources()
+	reg := registry.New(t, registry.Config{Latency: time.Second})
+	push(t, reg, "app:1", newLayer(t))
+	b := c.startBuild(t, dataDisk(""), fmt.Sprintf("provisioner \"selkies-image-cache\" {\nimages = [%q]\n%s\n}", reg.Addr+"/app:1", cacheDisk))
+	b.waitSaid(t, "to pull")
+	b.interrupt(t)
+	if err := b.cmd.Wait(); err == nil {
+		t.Error("the build succeeded")
+	}
+	c.wantLeft(t, before, nil, b.said(t))
+}
+
 // TestKill has the machine that Packer runs on go away in the middle of a build. The
 // VM ends when its time is up, if it was made so; its disks stay.
 func TestKill(t *testing.T) {
 	c := newRecords(t)
 	before := c.Resources()
-	b := c.startBuild(t, "instances.get", `
+	b := c.startHeld(t, "instances.get", `
   max_run_duration_in_seconds = 3600
   instance_termination_action = "DELETE"
 `+named)
@@ -226,27 +239,20 @@ func descendants(t *testing.T, pid int) []int {
 	return all
 }
 
-// heldBuild is a packer build that waits for a call to be answered.
-type heldBuild struct {
+// runningBuild is a packer build.
+type runningBuild struct {
 	cmd  *exec.Cmd
-	out  string // a file
-	hold chan struct{}
+	out  string        // a file
+	hold chan struct{} // keeps the call that it waits for, if it was started so
 }
 
-// startBuild starts a build and returns when it waits for a call.
-func (c *cloud) startBuild(t *testing.T, call, options string) *heldBuild {
+// startHeld starts a build and returns when it waits for a call.
+func (c *cloud) startHeld(t *testing.T, call, options string) *runningBuild {
 	t.Helper()
-	b := &heldBuild{cmd: c.command(t, options, ""), out: filepath.Join(t.TempDir(), "out"), hold: make(chan struct{})}
-	c.Inject(gcp.Fault{Call: call, Hold: b.hold})
-	f, err := os.Create(b.out)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	b.cmd.Stdout, b.cmd.Stderr = f, f
-	if err := b.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	hold := make(chan struct{})
+	c.Inject(gcp.Fault{Call: call, Hold: hold})
+	b := c.startBuild(t, options, "")
+	b.hold = hold
 	cluster.Wait(t, "the call of "+call, func(context.Context) error {
 		if !slices.ContainsFunc(c.Calls(), func(done string) bool { return strings.HasPrefix(done, call+" ") }) {
 			return errors.New(b.said(t))
@@ -256,8 +262,33 @@ func (c *cloud) startBuild(t *testing.T, call, options string) *heldBuild {
 	return b
 }
 
+// startBuild starts a build.
+func (c *cloud) startBuild(t *testing.T, options, steps string) *runningBuild {
+	t.Helper()
+	b := &runningBuild{cmd: c.command(t, options, steps), out: filepath.Join(t.TempDir(), "out")}
+	f, err := os.Create(b.out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b.cmd.Stdout, b.cmd.Stderr = f, f
+	if err := b.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// interrupt is a Ctrl-C in a terminal. It returns once Packer has noticed.
+func (b *runningBuild) interrupt(t *testing.T) {
+	t.Helper()
+	if err := syscall.Kill(-b.cmd.Process.Pid, syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	b.waitSaid(t, "Cancelling build after receiving interrupt")
+}
+
 // said is what Packer has said so far.
-func (b *heldBuild) said(t *testing.T) string {
+func (b *runningBuild) said(t *testing.T) string {
 	t.Helper()
 	data, err := os.ReadFile(b.out)
 	if err != nil {
@@ -266,7 +297,7 @@ func (b *heldBuild) said(t *testing.T) string {
 	return string(data)
 }
 
-func (b *heldBuild) waitSaid(t *testing.T, text string) {
+func (b *runningBuild) waitSaid(t *testing.T, text string) {
 	t.Helper()
 	cluster.Wait(t, "packer to say "+text, func(context.Context) error {
 		if said := b.said(t); !strings.Contains(said, text) {

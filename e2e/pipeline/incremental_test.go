@@ -31,19 +31,7 @@ func TestIncremental(t *testing.T) {
 		options func(last string) string
 		disk    string
 	}{
-		{"data disk", func(last string) string {
-			if last != "" {
-				last = "projects/broker/global/images/" + last
-			}
-			return fmt.Sprintf(`
-  disk_attachment {
-    source_image = %q
-    create_image = true
-    volume_type  = "pd-balanced"
-    volume_size  = 20
-    device_name  = "selkies-image-cache"
-  }`, last)
-		}, `disk { device = "/dev/disk/by-id/google-selkies-image-cache" }`},
+		{"data disk", dataDisk, cacheDisk},
 		{"boot disk", func(last string) string { return fmt.Sprintf("source_image = %q", last) }, ""},
 	}
 	for _, tt := range tests {
@@ -53,7 +41,7 @@ func TestIncremental(t *testing.T) {
 			base := newLayer(t)
 			stable := push(t, reg, "stable:1", base, newLayer(t))
 			app := push(t, reg, "app:1", base, newLayer(t))
-			provisioner := fmt.Sprintf("provisioner \"selkies-image-cache\" {\nimages = %s\n%s\n}", quoteList([]string{reg.Addr + "/stable:1", reg.Addr + "/app:1"}), tt.disk)
+			provisioner := fmt.Sprintf("provisioner \"selkies-image-cache\" {\nimages = %s\n%s\n}", hclList(reg.Addr+"/stable:1", reg.Addr+"/app:1"), tt.disk)
 
 			reg.Reset()
 			c.mustBuild(t, "image_name = \"cache-1\"\n"+tt.options(""), provisioner)
@@ -72,6 +60,24 @@ func TestIncremental(t *testing.T) {
 		})
 	}
 }
+
+// dataDisk is a source's data disk, from an image of the project or blank.
+func dataDisk(image string) string {
+	if image != "" {
+		image = "projects/broker/global/images/" + image
+	}
+	return fmt.Sprintf(`
+  disk_attachment {
+    source_image = %q
+    create_image = true
+    volume_type  = "pd-balanced"
+    volume_size  = 20
+    device_name  = "selkies-image-cache"
+  }`, image)
+}
+
+// cacheDisk is the provisioner's block for it.
+const cacheDisk = `disk { device = "/dev/disk/by-id/google-selkies-image-cache" }`
 
 // layerSize is that of every layer of the test images, in bytes.
 const layerSize = 4 << 20

@@ -255,8 +255,8 @@ func (c *cloud) mustBuild(t *testing.T, options, steps string) string {
 	return out
 }
 
-// quoteList is an HCL list of strings.
-func quoteList(items []string) string {
+// hclList is a list of strings.
+func hclList(items ...string) string {
 	quoted := make([]string, len(items))
 	for i, item := range items {
 		quoted[i] = fmt.Sprintf("%q", item)
