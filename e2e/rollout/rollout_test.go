@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -20,6 +21,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
 )
 
 // Token implements auth.TokenProvider.
@@ -246,10 +248,15 @@ func TestInterrupted(t *testing.T) {
 	if steps < 20 {
 		t.Errorf("a run has %d steps only", steps)
 	}
-	// Nodes have kept what they had, and everything between is gone but the last one
-	// that was rolled out.
-	c.waitGenerations(map[string]string{"ia": c.diskName(zoneA, 1), "ib": c.diskName(zoneB, 1)})
-	last := stamp
+	c.settle(stamp, map[string]string{"ia": c.diskName(zoneA, 1), "ib": c.diskName(zoneB, 1)})
+}
+
+// settle runs the post-processor once more after runs that went wrong. Nodes have kept
+// the first generation, and everything since is gone but the last one and the one
+// before it that was rolled out.
+func (c *cloud) settle(last int, nodes map[string]string) {
+	c.t.Helper()
+	c.waitGenerations(nodes)
 	c.must(artifact(imageName(last)))
 	var left []int
 	for s := 1; s <= last; s++ {
@@ -258,7 +265,7 @@ func TestInterrupted(t *testing.T) {
 		}
 	}
 	if len(left) != 3 || left[0] != 1 || left[2] != last {
-		t.Errorf("images of the generations %v are left; want the first, which is in use, the last and one before it", left)
+		c.t.Fatalf("images of the generations %v are left; want the first, which is in use, the last and one before it", left)
 	}
 	var want []string
 	for _, s := range left {
@@ -266,6 +273,48 @@ func TestInterrupted(t *testing.T) {
 	}
 	c.wantResources(want...)
 	c.waitObjects(slices.Concat(c.three(zoneA, 1), c.three(zoneB, 1), c.two(zoneA, left[1]), c.two(zoneB, left[1]), c.three(zoneA, last), c.three(zoneB, last))...)
+}
+
+// TestRefused has each of the calls to Google's APIs refused in turn, for good.
+func TestRefused(t *testing.T) {
+	c := newCloud(t, "refused", administrator(t))
+	c.tidy()
+	addNode(t, "ra", zoneA)
+	addNode(t, "rb", zoneB)
+	c.must(c.build(1))
+	nodes := map[string]string{"ra": c.diskName(zoneA, 1), "rb": c.diskName(zoneB, 1)}
+	c.waitGenerations(nodes)
+
+	stamp, refused := 1, 0
+	for n := 0; ; n++ {
+		stamp++
+		before := len(c.Calls())
+		c.Inject(gcp.Fault{Call: "*", After: n, Error: &gcp.Error{Code: http.StatusForbidden, Reason: "forbidden", Message: "refused by the test"}})
+		err := c.process(t.Context(), &ui{}, c.build(stamp))
+		if wrong := c.working(); wrong != nil {
+			t.Fatalf("%s refused: %v", c.Calls()[before+n], wrong)
+		}
+		if len(c.Calls())-before <= n {
+			if err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+		// What goes wrong while room is made for disks is no reason to stop.
+		if err != nil && !strings.Contains(err.Error(), "refused by the test") {
+			t.Errorf("%s refused: %v", c.Calls()[before+n], err)
+		}
+		refused++
+	}
+	t.Logf("%d calls refused", refused)
+	if refused < 12 {
+		t.Errorf("a run has %d calls only", refused)
+	}
+	// The fault of the last run has not come up yet.
+	if err := c.process(t.Context(), &ui{}, artifact(imageName(stamp))); err != nil && !strings.Contains(err.Error(), "refused by the test") {
+		t.Error(err)
+	}
+	c.settle(stamp, nodes)
 }
 
 // TestAbsentCluster has one cluster that does not answer.
