@@ -400,6 +400,27 @@ func TestLists(t *testing.T) {
 	}
 }
 
+// TestDeleteWhileListing deletes each disk as it is listed, in pages of one.
+func TestDeleteWhileListing(t *testing.T) {
+	g := start(t, gcp.Config{PageSize: 1})
+	for _, name := range []string{"a", "b", "c"} {
+		if err := g.insertDisk(t, &computepb.Disk{Name: &name}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	it := g.Disks.List(t.Context(), &computepb.ListDisksRequest{Project: project, Zone: zone})
+	got := names(t, func() (*computepb.Disk, error) {
+		d, err := it.Next()
+		if err != nil {
+			return nil, err
+		}
+		return d, g.deleteDisk(t, d.GetName())
+	})
+	if strings.Join(got, " ") != "a b c" {
+		t.Errorf("listed %v", got)
+	}
+}
+
 // names goes through all pages.
 func names[T interface{ GetName() string }](t *testing.T, next func() (T, error)) []string {
 	t.Helper()

@@ -60,14 +60,15 @@ func (t table[T]) page(c *call, parent string) ([]string, string, error) {
 			paths = append(paths, path)
 		}
 	}
-	slices.Sort(paths)
+	key := func(path string) position { return position{0, path} }
 	switch order := c.FormValue("orderBy"); order {
 	case "", "name":
 	case "creationTimestamp desc":
-		slices.SortStableFunc(paths, func(a, b string) int { return cmp.Compare(age(t[a]), age(t[b])) })
+		key = func(path string) position { return position{age(t[path]), path} }
 	default:
 		return nil, "", invalid("orderBy", order, `Only "name" and "creationTimestamp desc" are supported.`)
 	}
+	slices.SortFunc(paths, func(a, b string) int { return key(a).compare(key(b)) })
 
 	size := c.config.PageSize
 	if v := c.FormValue("maxResults"); v != "" {
@@ -79,20 +80,43 @@ func (t table[T]) page(c *call, parent string) ([]string, string, error) {
 			size = min(size, n)
 		}
 	}
-	start := 0
 	if token := c.FormValue("pageToken"); token != "" {
-		after, err := base64.URLEncoding.DecodeString(token)
+		last, err := parsePosition(token)
 		if err != nil {
 			return nil, "", invalid("pageToken", token, "Use the nextPageToken of the page before.")
 		}
-		start = slices.Index(paths, string(after)) + 1
+		// The last of the page before may have gone since.
+		paths = slices.DeleteFunc(paths, func(path string) bool { return key(path).compare(last) <= 0 })
 	}
-	paths = paths[start:]
 	if len(paths) <= size {
 		return paths, "", nil
 	}
 	paths = paths[:size]
-	return paths, base64.URLEncoding.EncodeToString([]byte(paths[size-1])), nil
+	return paths, key(paths[size-1]).String(), nil
+}
+
+// position is where a resource stands in a sorted list.
+type position struct {
+	age  int64 // 0 when sorted by name
+	path string
+}
+
+func (p position) compare(other position) int {
+	return cmp.Or(cmp.Compare(p.age, other.age), strings.Compare(p.path, other.path))
+}
+
+// String is a page token.
+func (p position) String() string {
+	return base64.URLEncoding.EncodeToString(fmt.Appendf(nil, "%d %s", p.age, p.path))
+}
+
+func parsePosition(token string) (p position, err error) {
+	text, err := base64.URLEncoding.DecodeString(token)
+	if err != nil {
+		return p, err
+	}
+	_, err = fmt.Sscanf(string(text), "%d %s", &p.age, &p.path)
+	return p, err
 }
 
 // age orders resources from the newest to the oldest.

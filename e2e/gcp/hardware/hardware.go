@@ -134,6 +134,10 @@ func (h *Hardware) CreateDisk(ctx context.Context, disk, image string, size int6
 	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return err
 	}
+	// An operation that failed may have left the file: the records know best.
+	if err := os.Remove(file); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	if image != "" {
 		err := copyFile(ctx, h.File(image), file)
 		if err == nil {
