@@ -8,7 +8,6 @@ package gcp
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/url"
 	"os"
@@ -168,7 +167,7 @@ func (a *Auth) detect(context.Context) (*auth.Credentials, error) {
 	}
 	creds, err := credentials.DetectDefault(&credentials.DetectOptions{Scopes: []string{scope}})
 	if err != nil {
-		return nil, errors.New("there are no Google credentials; run gcloud auth application-default login, or set credentials_file or access_token")
+		return nil, fmt.Errorf("finding Google credentials: %w; run gcloud auth application-default login, or set credentials_file or access_token", err)
 	}
 	return creds, nil
 }
