@@ -25,6 +25,7 @@ const (
 	cacheDir = "/cache" // where the injector looks by itself
 	dataRoot = "/var/lib/docker"
 	stateDir = "/var/lib/selkies-image-cache"
+	runDir   = "/run/selkies-image-injector"
 )
 
 var releases = []struct {

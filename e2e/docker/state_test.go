@@ -206,6 +206,97 @@ func TestConcurrent(t *testing.T) {
 	n.hello(t, ref("deep:latest"))
 }
 
+// TestLocked has docker start while inject waits for another injector: what was true
+// before the wait is not any more.
+func TestLocked(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.attach(t, world.first.image, cacheDir)
+	n.stop(t)
+	n.Output(t, "sh", "-ec", "mkdir -p "+runDir+"; systemd-run -q --unit holder flock "+runDir+"/docker.lock sleep 1000")
+	n.wait(t, "the lock is free", func() bool {
+		_, err := n.Run(t.Context(), "flock", "-n", runDir+"/docker.lock", "true")
+		return err != nil
+	})
+	done := make(chan error, 1)
+	go func() {
+		_, err := n.Run(t.Context(), "selkies-image-injector", "--runtime", "docker", "inject")
+		done <- err
+	}()
+	n.wait(t, "inject does not wait", func() bool {
+		_, err := n.Run(t.Context(), "sh", "-c", "ls -l /proc/$(pidof selkies-image-injector)/fd | grep docker.lock")
+		return err == nil
+	})
+	n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
+	n.Output(t, "systemctl", "stop", "holder")
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	n.hello(t, ref("deep:latest"))
+}
+
+// TestNote has the note of stopped units that a killed run leaves behind.
+func TestNote(t *testing.T) {
+	n := newNode(t, releases[0].docker)
+	n.attach(t, world.first.image, cacheDir)
+	n.inject(t)
+	note := runDir + "/docker-stopped.json"
+	leave := func() {
+		if err := n.WriteFile(note, []byte(`["docker.socket","docker.service"]`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	removed := func() {
+		t.Helper()
+		if _, err := os.Stat(n.Path(note)); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the note: %v", err)
+		}
+	}
+	t.Run("docker runs", func(t *testing.T) {
+		// systemd has finished the start that the run had asked for.
+		n.Output(t, "docker", "run", "-d", "--name", "busy", "--network", "none", ref("deep:latest"), "/bin/sleep", "1000")
+		pid := n.pid(t)
+		leave()
+		n.inject(t)
+		if n.pid(t) != pid {
+			t.Error("docker was restarted")
+		}
+		if out := n.Output(t, "docker", "inspect", "-f", "{{.State.Running}}", "busy"); out != "true\n" {
+			t.Errorf("the container runs: %s", out)
+		}
+		removed()
+		n.Output(t, "docker", "rm", "-f", "busy")
+	})
+	t.Run("docker starts", func(t *testing.T) {
+		n.stop(t)
+		slow := "/etc/systemd/system/docker.service.d/slow.conf"
+		if err := n.WriteFile(slow, []byte("[Service]\nExecStartPre=/bin/sleep 3\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		n.Output(t, "sh", "-ec", "systemctl daemon-reload; systemctl start --no-block docker.service")
+		leave()
+		n.wait(t, "docker.service does not start", func() bool {
+			state, _ := n.Run(t.Context(), "systemctl", "is-active", "docker.service")
+			return state == "activating\n"
+		})
+		start := func() string { return n.Output(t, "systemctl", "show", "-P", "InvocationID", "docker.service") }
+		first := start()
+		n.inject(t)
+		if start() != first {
+			t.Error("docker was started twice")
+		}
+		removed()
+		n.hello(t, ref("deep:latest"))
+		n.Output(t, "sh", "-ec", "rm "+slow+"; systemctl daemon-reload")
+	})
+	t.Run("docker is stopped", func(t *testing.T) {
+		n.stop(t)
+		leave()
+		n.inject(t)
+		removed()
+		n.hello(t, ref("deep:latest"))
+	})
+}
+
 // TestReboot reboots with registered images: without the disk containers fail, with
 // it they run, whether it is mounted by the system or by inject.
 func TestReboot(t *testing.T) {

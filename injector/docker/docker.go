@@ -141,8 +141,10 @@ func New(ctx context.Context, opt Options) (*Runtime, error) {
 	return r, nil
 }
 
+// open asks the daemon, if there is one, and finds its store.
 func (r *Runtime) open(ctx context.Context) error {
 	root := r.opt.Root
+	r.info = nil
 	info, err := daemonInfo(ctx, r.cli)
 	switch {
 	case err == nil:
@@ -161,12 +163,27 @@ func (r *Runtime) open(ctx context.Context) error {
 		root = DefaultRoot
 	}
 	r.store = store{hostRoot: r.opt.HostRoot, root: filepath.Clean(root)}
-	if r.info == nil {
-		if err := r.checkUnused(r.cli.DaemonHost()); err != nil {
-			return err
-		}
-	}
 	return r.store.check()
+}
+
+// lock waits for other injectors to end, and looks at docker anew: it may have been
+// started or stopped meanwhile, by one of them or by anybody. From here on a store
+// without a daemon is one that no daemon has open.
+func (r *Runtime) lock(ctx context.Context) (unlock func(), err error) {
+	if unlock, err = r.flock(ctx); err != nil {
+		return nil, err
+	}
+	if err = r.settle(ctx); err == nil {
+		err = r.open(ctx)
+	}
+	if err == nil && r.info == nil {
+		err = r.checkUnused(r.cli.DaemonHost())
+	}
+	if err != nil {
+		unlock()
+		return nil, err
+	}
+	return unlock, nil
 }
 
 // Close closes the connection to the daemon.

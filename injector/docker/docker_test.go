@@ -444,6 +444,11 @@ func TestCheckUnused(t *testing.T) {
 			if (err == nil) != (tt.refused == "") || err != nil && !strings.Contains(err.Error(), tt.refused) {
 				t.Errorf("says %v, want %q", err, tt.refused)
 			}
+			// One that has come since is there to be seen.
+			uses := tt.refused == "process 77"
+			if err := s.checkStill(); (err != nil) != uses || err != nil && !strings.Contains(err.Error(), "process 77, while images were being registered") {
+				t.Errorf("checkStill says %v", err)
+			}
 		})
 	}
 }

@@ -25,14 +25,14 @@ import (
 // layers and the disk below them, and are reported as kept.
 func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.Eject, error) {
 	ids := opt.Caches
-	if r.info == nil {
-		return nil, fmt.Errorf("docker at %s is not running; start it, eject removes images through it", r.cli.DaemonHost())
-	}
 	unlock, err := r.lock(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
+	if r.info == nil {
+		return nil, fmt.Errorf("docker at %s is not running; start it, eject removes images through it", r.cli.DaemonHost())
+	}
 	recs, err := r.records()
 	if err != nil {
 		return nil, err

@@ -47,10 +47,6 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 	if err != nil {
 		return nil, err
 	}
-	stopped, err := r.stoppedUnits()
-	if err != nil {
-		return nil, err
-	}
 	if err := r.checkRoom(c); err != nil {
 		return nil, err
 	}
@@ -76,16 +72,16 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 		if err := r.addMetadata(c.metadata); err != nil {
 			return nil, err
 		}
-		if stopped != nil {
-			return c, r.whileStopped(ctx, func() error { return nil })
-		}
-		return c, nil
+		return c, r.resume(ctx)
 	}
 	if err := r.stage(c, r.opt.Link); err != nil {
 		return nil, errors.Join(err, r.abandon(c))
 	}
 	err = r.whileStopped(ctx, func() error {
 		if c, err = r.restage(c, disks); err != nil {
+			return err
+		}
+		if err := r.checkStill(); err != nil {
 			return err
 		}
 		if err := r.commit(c); err != nil {

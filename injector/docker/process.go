@@ -15,14 +15,41 @@ import (
 // configFile is what dockerd reads unless --config-file names another.
 const configFile = "/etc/docker/daemon.json"
 
-// checkUnused refuses a store that a dockerd may have open, whatever address it
-// listens at: it would write back what it has in memory over ours. It looks at every
-// process of the host, since a PID file and a unit are there for one daemon only.
+// checkUnused refuses a store that a dockerd may have open, though none answers at
+// address: it would write back what it has in memory over ours.
 func (s store) checkUnused(address string) error {
+	pid, root, err := s.user()
+	switch {
+	case root != "":
+		return fmt.Errorf("dockerd runs as process %d on data root %s but does not answer at %s; name its address with --docker-host, or stop it",
+			pid, root, address)
+	case err != nil:
+		return fmt.Errorf("dockerd runs as process %d, does not answer at %s and may use %s: %w; name its address with --docker-host, or stop it",
+			pid, address, s.root, err)
+	}
+	return nil
+}
+
+// checkStill refuses a store that stood still, if a dockerd has been started on it
+// since. One of which nothing can be told has been judged before, by checkUnused, or
+// ran beside the one that was stopped.
+func (s store) checkStill() error {
+	if pid, root, _ := s.user(); root != "" {
+		return fmt.Errorf("dockerd was started on data root %s, as process %d, while images were being registered there; run inject again", root, pid)
+	}
+	return nil
+}
+
+// user is a dockerd that has the store open, and its data root as it names it; "" if
+// there is none. The error is that of a process of which it cannot be told. It looks at
+// every process of the host, since a PID file and a unit are there for one daemon only.
+func (s store) user() (pid int, root string, err error) {
 	procs, err := filepath.Glob(filepath.Join(s.hostRoot, "proc/[0-9]*"))
 	if err != nil {
-		return err
+		return 0, "", err
 	}
+	var unclear error
+	doubtful := 0
 	for _, proc := range procs {
 		comm, err := readTrimmed(filepath.Join(proc, "comm"))
 		if err != nil || comm != "dockerd" {
@@ -36,16 +63,14 @@ func (s store) checkUnused(address string) error {
 		if _, ended := os.Stat(proc); errors.Is(ended, fs.ErrNotExist) {
 			continue
 		}
-		switch {
-		case err != nil:
-			return fmt.Errorf("dockerd runs as process %d, does not answer at %s and may use %s: %w; name its address with --docker-host, or stop it",
-				pid, address, s.root, err)
-		case root != "":
-			return fmt.Errorf("dockerd runs as process %d on data root %s but does not answer at %s; name its address with --docker-host, or stop it",
-				pid, root, address)
+		if root != "" {
+			return pid, root, nil
+		}
+		if err != nil {
+			doubtful, unclear = pid, err
 		}
 	}
-	return nil
+	return doubtful, "", unclear
 }
 
 // usedBy is the data root of the dockerd whose directory in /proc is given, if it is

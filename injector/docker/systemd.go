@@ -145,8 +145,10 @@ func (r *Runtime) whileStopped(ctx context.Context, f func() error) (err error) 
 		return err
 	}
 	defer conn.Close()
-	if err := r.stop(ctx, conn, stopped); err != nil {
-		return errors.Join(err, r.start(ctx, conn))
+	if r.info != nil {
+		if err := r.stop(ctx, conn); err != nil {
+			return errors.Join(err, r.start(ctx, conn))
+		}
 	}
 	defer func() { err = errors.Join(err, r.start(ctx, conn)) }()
 	if err := ctx.Err(); err != nil {
@@ -155,17 +157,70 @@ func (r *Runtime) whileStopped(ctx context.Context, f func() error) (err error) 
 	return f()
 }
 
-// stop stops the units that are active, and notes them, with those that an earlier
-// run stopped, before.
-func (r *Runtime) stop(ctx context.Context, conn *dbus.Conn, stopped []string) error {
+// settle waits for what systemd still does for a run that was killed as it stopped or
+// started docker: systemd goes on without it. If docker runs then, the note of stopped
+// units is out of date, and goes.
+func (r *Runtime) settle(ctx context.Context) error {
+	stopped, err := r.stoppedUnits()
+	if err != nil || stopped == nil {
+		return err
+	}
+	conn, err := r.dialSystemd(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	const unit = "docker.service"
+	state, err := activeState(ctx, conn, unit)
+	if err != nil {
+		return err
+	}
+	switch state {
+	case "deactivating":
+		if err := job(ctx, unit, conn.StopUnitContext); err != nil {
+			return fmt.Errorf("waiting for the stop of %s: %w", unit, err)
+		}
+	case "activating":
+		return r.start(ctx, conn)
+	case "active", "reloading":
+		return removeIfThere(r.stoppedFile())
+	}
+	return nil
+}
+
+// resume starts what a killed run has stopped, if anything.
+func (r *Runtime) resume(ctx context.Context) error {
+	stopped, err := r.stoppedUnits()
+	if err != nil || stopped == nil {
+		return err
+	}
+	conn, err := r.dialSystemd(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return r.start(ctx, conn)
+}
+
+// activeState is a unit's state as systemctl is-active prints it.
+func activeState(ctx context.Context, conn *dbus.Conn, unit string) (string, error) {
+	prop, err := conn.GetUnitPropertyContext(ctx, unit, "ActiveState")
+	if err != nil {
+		return "", fmt.Errorf("asking systemd for %s: %w", unit, err)
+	}
+	state, _ := prop.Value.Value().(string)
+	return state, nil
+}
+
+// stop stops the units that are active, and notes them before.
+func (r *Runtime) stop(ctx context.Context, conn *dbus.Conn) error {
 	var active []string
 	for _, u := range units {
-		prop, err := conn.GetUnitPropertyContext(ctx, u, "ActiveState")
+		state, err := activeState(ctx, conn, u)
 		if err != nil {
-			return fmt.Errorf("asking systemd for %s: %w", u, err)
+			return err
 		}
-		state, _ := prop.Value.Value().(string)
-		if state == "active" || state == "activating" || state == "reloading" || slices.Contains(stopped, u) {
+		if state == "active" || state == "activating" || state == "reloading" {
 			active = append(active, u)
 		}
 	}
@@ -249,8 +304,8 @@ func job(ctx context.Context, unit string, run func(context.Context, string, str
 	}
 }
 
-// lock waits for other injectors to end.
-func (s store) lock(ctx context.Context) (unlock func(), err error) {
+// flock waits for other injectors to end.
+func (s store) flock(ctx context.Context) (unlock func(), err error) {
 	if err := os.MkdirAll(s.runDir(), 0o700); err != nil {
 		return nil, fmt.Errorf("locking docker's store: %w", err)
 	}
