@@ -5,7 +5,9 @@ package containerd_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"regexp"
 	"slices"
@@ -293,6 +295,41 @@ func TestGenerations(t *testing.T) {
 		n.eject(t)
 		if got := n.settled(t, false); !slices.Equal(empty, got) {
 			t.Errorf("eject left something: %s", cmp.Diff(empty, got))
+		}
+	})
+}
+
+// TestDeadDisk has a disk whose device fails every read, while the kernel goes on
+// answering from memory.
+func TestDeadDisk(t *testing.T) {
+	const newer = "/mnt/disks/newer"
+	onEach(t, func(t *testing.T, n *node) {
+		disk := changed(t, world.first, func(*testing.T, string) {})
+		n.attach(t, disk, cacheDir)
+		n.attach(t, world.second, newer)
+		id := n.inject(t, cacheDir).Disks[0].CacheID
+		check(t, os.Truncate(disk, 0))
+
+		out, err := n.Run(t.Context(), "selkies-image-injector", "--runtime", "containerd", "--output", "json", "status")
+		if err == nil || !strings.Contains(err.Error(), "cache "+id.Encoded()[:12]+": disk not readable") {
+			t.Errorf("status says %v", err)
+		}
+		var regs []report.Registration
+		check(t, json.Unmarshal([]byte(out), &regs))
+		for _, r := range regs {
+			if r.Readable {
+				t.Errorf("status says that %s is readable", r.Names)
+			}
+		}
+		// The newer disk heals what it has.
+		n.inject(t, newer)
+		p := n.mustRun(t, "healed", ref(app1))
+		if got := p.sh(t, "cat /data/owned"); got != "owned" {
+			t.Errorf("in the container: %q", got)
+		}
+		p.remove(t)
+		if err := n.injector(t, &regs, "status"); err != nil {
+			t.Error(err)
 		}
 	})
 }

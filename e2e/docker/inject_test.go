@@ -309,45 +309,6 @@ func TestSaveKeepsLayers(t *testing.T) {
 	same(t, "after eject", before, n.store(t))
 }
 
-// TestGenerations has two cache disks that share layers.
-func TestGenerations(t *testing.T) {
-	n := newNode(t, releases[0].docker)
-	before := n.store(t)
-	detach := n.attach(t, world.first.image, cacheDir)
-	n.attach(t, world.second.image, "/mnt/disks/gke-secondary-disks/second")
-	r := n.inject(t)
-	if len(r.Disks) != 2 || r.Disks[1].Registered != 1 {
-		t.Errorf("two disks: %+v", r.Disks)
-	}
-	n.hello(t, world.newer)
-
-	// The older disk goes: what both have stays, and is read from the newer one.
-	n.eject(t, world.first.id(t))
-	n.Output(t, "umount", cacheDir)
-	detach()
-	n.hello(t, world.newer)
-	n.hello(t, ref("shared:1"))
-	n.hello(t, ref("two-tags:one"))
-	if _, err := n.Run(t.Context(), "docker", "image", "inspect", ref("oci:latest")); err == nil {
-		t.Error("an image of the older disk alone is still there")
-	}
-	if r := n.eject(t); len(r.Kept) > 0 {
-		t.Errorf("kept: %q", r.Kept)
-	}
-	same(t, "after eject", before, n.store(t))
-
-	// The older disk is gone without a word: the newer one heals what it has.
-	detach = n.attach(t, world.first.image, cacheDir)
-	n.inject(t, "--cache", cacheDir)
-	n.Output(t, "umount", cacheDir, stateDir+"/"+strings.TrimPrefix(world.first.id(t), "sha256:"))
-	detach()
-	if _, err := n.Run(t.Context(), "docker", "run", "--rm", "--network", "none", ref("shared:1")); err == nil {
-		t.Error("a container runs without its layers")
-	}
-	n.inject(t)
-	n.hello(t, ref("shared:1"))
-}
-
 // TestNodeWins registers on a node that has images of its own under the same names.
 func TestNodeWins(t *testing.T) {
 	n := newNode(t, releases[0].docker)

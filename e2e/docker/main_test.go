@@ -156,7 +156,12 @@ func renameHub(ctx context.Context, d disk, dir string) error {
 			}
 		}
 	}
-	mountPoint := filepath.Join(dir, "mnt")
+	return d.writeManifest(ctx, filepath.Join(dir, "mnt"))
+}
+
+// writeManifest replaces the layer manifest on the disk. It makes the directory
+// mountPoint.
+func (d disk) writeManifest(ctx context.Context, mountPoint string) error {
 	if err := os.Mkdir(mountPoint, 0o755); err != nil {
 		return err
 	}
@@ -167,6 +172,19 @@ func renameHub(ctx context.Context, d disk, dir string) error {
 	_, unmount := host.Output(exec.CommandContext(ctx, "umount", mountPoint))
 	return errors.Join(err, unmount)
 }
+
+// copy is a disk of the test's own.
+func (d disk) copy(t *testing.T) disk {
+	t.Helper()
+	c := disk{filepath.Join(t.TempDir(), "disk"), d.manifest}
+	if _, err := host.Output(exec.CommandContext(t.Context(), "cp", "--sparse=always", d.image, c.image)); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// short is how a person is told the disk's cache ID.
+func (d disk) short(t *testing.T) string { return strings.TrimPrefix(d.id(t), "sha256:")[:12] }
 
 // ref is a reference in the test registry.
 func ref(image string) string { return world.reg.Addr + "/" + image }

@@ -172,16 +172,6 @@ func TestNames(t *testing.T) {
 	}
 }
 
-func TestNewestFirst(t *testing.T) {
-	old, young := loadManifest(t), loadManifest(t)
-	young.Created = young.Created.Add(time.Hour)
-	a := &cachedisk.Disk{ID: digest.FromString("a"), Manifest: old}
-	b := &cachedisk.Disk{ID: digest.FromString("b"), Manifest: young}
-	if got := newestFirst([]*cachedisk.Disk{a, b}); got[0] != b || got[1] != a {
-		t.Error("the older comes first")
-	}
-}
-
 func TestNotRunning(t *testing.T) {
 	for address, want := range map[string]string{
 		filepath.Join(t.TempDir(), "none.sock"): "containerd is not running at ",

@@ -220,7 +220,7 @@ func (r *Runtime) handOver(ctx context.Context, s *survey, wanted func(digest.Di
 		}
 		disks = append(disks, d)
 	}
-	sources := sourcesOf(newestFirst(disks))
+	sources := sourcesOf(cachedisk.NewestFirst(disks))
 	for _, info := range left {
 		from := sources[digest.Digest(info.Name)]
 		if len(from) == 0 {

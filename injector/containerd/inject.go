@@ -28,7 +28,7 @@ const width = 4
 func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error) {
 	start := time.Now()
 	ctx = r.context(ctx)
-	disks = newestFirst(disks)
+	disks = cachedisk.NewestFirst(disks)
 	s, err := r.survey(ctx)
 	if err != nil {
 		return nil, err

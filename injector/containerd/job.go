@@ -270,15 +270,6 @@ func order(jobs []*job, first []string) []int {
 	return indices
 }
 
-// newestFirst sorts the disks so that the newest generation comes first.
-func newestFirst(disks []*cachedisk.Disk) []*cachedisk.Disk {
-	sorted := slices.Clone(disks)
-	slices.SortFunc(sorted, func(a, b *cachedisk.Disk) int {
-		return cmp.Or(b.Manifest.Created.Compare(a.Manifest.Created), cmp.Compare(a.ID, b.ID))
-	})
-	return sorted
-}
-
 // sourcesOf says where each chain can be read, in the order of the disks.
 func sourcesOf(disks []*cachedisk.Disk) map[digest.Digest][]source {
 	m := map[digest.Digest][]source{}

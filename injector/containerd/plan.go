@@ -19,7 +19,7 @@ import (
 // starts without a pull once inject has run.
 func (r *Runtime) Plan(ctx context.Context, disks []*cachedisk.Disk, refs []string) ([]report.Reference, error) {
 	ctx = r.context(ctx)
-	disks = newestFirst(disks)
+	disks = cachedisk.NewestFirst(disks)
 	s, err := r.survey(ctx)
 	if err != nil {
 		return nil, err

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
@@ -43,12 +42,19 @@ type newImage struct {
 	CacheID digest.Digest
 }
 
+// newName makes a name stand for the image id, instead of was: an older generation's,
+// or "" if the node does not have the name.
+type newName struct{ was, id digest.Digest }
+
+// claim is that of a disk of this run on a name.
+type claim struct{ id, cache digest.Digest }
+
 // changes is everything that a node lacks of some cache disks.
 type changes struct {
 	layers   []newLayer // parents first
 	relinks  []relink
 	images   []newImage
-	names    map[name]digest.Digest
+	names    map[name]newName
 	metadata metadata
 	records  []*record
 	disks    []report.Disk
@@ -70,7 +76,10 @@ type planner struct {
 	link    string
 	repos   *repositories
 	mounted map[string]bool // bind mounts, by target
-	alive   map[digest.Digest]bool
+	records []*record
+	check   checker
+	here    map[digest.Digest]bool // the generations of this run's disks
+	claimed map[name]claim
 	planned map[digest.Digest]newLayer
 	seen    map[digest.Digest]nodeLayer
 	c       *changes
@@ -92,8 +101,9 @@ func (p *planner) look(chain digest.Digest) (nodeLayer, error) {
 	return p.seen[chain], err
 }
 
-// plan finds out what is missing. It changes nothing.
-func (r *Runtime) plan(disks []*cachedisk.Disk) (*changes, error) {
+// plan finds out what is missing of the disks, newest generation first. It changes
+// nothing.
+func (r *Runtime) plan(disks []*cachedisk.Disk, check checker) (*changes, error) {
 	repos, err := r.readRepositories()
 	if err != nil {
 		return nil, err
@@ -102,16 +112,20 @@ func (r *Runtime) plan(disks []*cachedisk.Disk) (*changes, error) {
 	if err != nil {
 		return nil, err
 	}
+	recs, err := r.records()
+	if err != nil {
+		return nil, err
+	}
 	p := &planner{
-		store: r.store, link: r.opt.Link, repos: repos, mounted: mounted,
-		alive:   map[digest.Digest]bool{},
+		store: r.store, link: r.opt.Link, repos: repos, mounted: mounted, records: recs, check: check,
+		here:    map[digest.Digest]bool{},
+		claimed: map[name]claim{},
 		planned: map[digest.Digest]newLayer{},
 		seen:    map[digest.Digest]nodeLayer{},
-		c:       &changes{names: map[name]digest.Digest{}, metadata: newMetadata()},
+		c:       &changes{names: map[name]newName{}, metadata: newMetadata()},
 	}
-	// The disks of this run are there, mounted yet or not.
 	for _, d := range disks {
-		p.alive[d.ID] = true
+		p.here[d.ID] = true
 	}
 	for _, d := range disks {
 		if err := p.disk(d); err != nil {
@@ -142,7 +156,7 @@ func (p *planner) disk(d *cachedisk.Disk) error {
 			return err
 		}
 		ri := report.Image{Names: img.Names, Layers: len(chain)}
-		if ri.Reason, err = p.refuse(img, chain); err != nil {
+		if ri.Reason, err = p.refuse(d, img, chain); err != nil {
 			return err
 		}
 		if ri.Reason != "" {
@@ -211,7 +225,7 @@ func (p *planner) disk(d *cachedisk.Disk) error {
 }
 
 // refuse says why an image cannot be registered, "" if it can.
-func (p *planner) refuse(img manifest.Image, chain []digest.Digest) (string, error) {
+func (p *planner) refuse(d *cachedisk.Disk, img manifest.Image, chain []digest.Digest) (string, error) {
 	if len(chain) > maxLayers {
 		return fmt.Sprintf("it has %d layers, docker takes %d", len(chain), maxLayers), nil
 	}
@@ -232,28 +246,64 @@ func (p *planner) refuse(img manifest.Image, chain []digest.Digest) (string, err
 	if p.hasImage(img.Config.Digest) {
 		return "", nil
 	}
-	var taken []string
+	var left []string
 	for _, n := range img.Names {
 		fam, err := familiar(n)
 		if err != nil {
 			return "", err
 		}
-		if other := p.holder(fam); other != "" && other != img.Config.Digest {
-			taken = append(taken, fam.ref)
+		if why := p.leave(d, fam, img.Config.Digest); why != "" {
+			left = append(left, why)
 		}
 	}
-	if len(taken) == len(img.Names) {
-		return fmt.Sprintf("the node has another image as %s", strings.Join(taken, ", ")), nil
+	if len(left) == len(img.Names) {
+		return strings.Join(left, "; "), nil
 	}
 	return "", nil
 }
 
-// holder is the image that a name stands for, or will after this run.
-func (p *planner) holder(n name) digest.Digest {
-	if id := p.repos.get(n); id != "" {
-		return id
+// leave says why a name is not for the image id of disk d, "" if it is. What the node
+// has wins, unless we gave it the name, of a generation that is older or whose disk is
+// gone.
+func (p *planner) leave(d *cachedisk.Disk, n name, id digest.Digest) string {
+	newer := func(cache digest.Digest) string {
+		return fmt.Sprintf("%s comes from the newer cache %s", n.ref, short(cache))
 	}
-	return p.c.names[n]
+	if c, ok := p.claimed[n]; ok {
+		if c.id == id {
+			return ""
+		}
+		return newer(c.cache)
+	}
+	holder := p.repos.get(n)
+	if holder == "" || holder == id {
+		return ""
+	}
+	ours := false
+	var keeper *record
+	for _, rec := range p.records {
+		img := rec.image(holder)
+		if img == nil {
+			continue
+		}
+		ours = ours || slices.Contains(img.Added, n.ref)
+		if slices.Contains(img.Names, n.ref) && !rec.Created.Before(d.Manifest.Created) && p.alive(rec.CacheID) {
+			keeper = rec
+		}
+	}
+	switch {
+	case !ours:
+		return "the node has another image as " + n.ref
+	case keeper != nil:
+		return newer(keeper.CacheID)
+	}
+	return ""
+}
+
+// alive says if the generation's disk can be read. Those of this run can, mounted yet
+// or not.
+func (p *planner) alive(cache digest.Digest) bool {
+	return p.here[cache] || p.check(cache) == nil
 }
 
 func (p *planner) newLayer(d *cachedisk.Disk, l manifest.Layer) newLayer {
@@ -303,13 +353,7 @@ func (p *planner) heal(id string, l newLayer) {
 		}
 		return
 	}
-	from := p.generation(id)
-	alive, known := p.alive[from]
-	if !known {
-		alive = from != "" && p.store.alive(from)
-		p.alive[from] = alive
-	}
-	if !alive {
+	if from := p.generation(id); from == "" || !p.alive(from) {
 		p.c.relinks = append(p.c.relinks, relink{l.Chain, l, false})
 	}
 }
@@ -328,46 +372,40 @@ func (p *planner) image(d *cachedisk.Disk, img manifest.Image, ri *report.Image)
 			p.c.images = append(p.c.images, newImage{id, img.Config.Data, d.ID})
 		}
 	}
-	var taken []string
+	var left []string
 	for _, n := range img.Names {
 		fam, err := familiar(n)
 		if err != nil {
 			return rec, err
 		}
-		switch p.holder(fam) {
-		case "":
-			p.c.names[fam] = id
-			rec.Added = append(rec.Added, fam.ref)
-			ri.State = report.Registered
-		case id:
-		default:
-			taken = append(taken, fam.ref)
+		if why := p.leave(d, fam, id); why != "" {
+			left = append(left, why)
 			continue
 		}
 		rec.Names = append(rec.Names, fam.ref)
+		if _, claimed := p.claimed[fam]; claimed {
+			continue
+		}
+		p.claimed[fam] = claim{id, d.ID}
+		if was := p.repos.get(fam); was != id {
+			p.c.names[fam] = newName{was, id}
+			rec.Added = append(rec.Added, fam.ref)
+			ri.State = report.Registered
+		}
 	}
-	if len(taken) > 0 {
-		ri.Reason = "the node has another image as " + strings.Join(taken, ", ")
-	}
+	ri.Reason = strings.Join(left, "; ")
 	return rec, nil
 }
 
 // bindMounts are the mount points of layers in the host's mount namespace.
 func (s store) bindMounts() (map[string]bool, error) {
-	f, err := os.Open(filepath.Join(s.hostRoot, "proc/1/mountinfo"))
+	points, err := cachedisk.MountsOnHost(s.hostRoot, filepath.Join(s.root, "overlay2"))
 	if err != nil {
-		return nil, fmt.Errorf("reading the host's mounts: %w", err)
-	}
-	defer f.Close()
-	infos, err := mountinfo.GetMountsFromReader(f, mountinfo.PrefixFilter(filepath.Join(s.root, "overlay2")))
-	if err != nil {
-		return nil, fmt.Errorf("reading the host's mounts: %w", err)
+		return nil, err
 	}
 	targets := map[string]bool{}
-	for _, i := range infos {
-		if filepath.Base(i.Mountpoint) == "diff" {
-			targets[i.Mountpoint] = true
-		}
+	for _, p := range points {
+		targets[p] = true
 	}
 	return targets, nil
 }

@@ -156,11 +156,14 @@ func TestRepositories(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.add(name{"debian", "debian:12"}, b) {
+	if r.set(name{"debian", "debian:12"}, newName{"", b}) || r.set(name{"debian", "debian:12"}, newName{b, b}) {
 		t.Error("a name that the node has was replaced")
 	}
-	if !r.add(name{"debian", "debian:13"}, b) || !r.add(name{"x", "x:1"}, b) {
+	if !r.set(name{"debian", "debian:13"}, newName{"", a}) || !r.set(name{"x", "x:1"}, newName{"", b}) {
 		t.Error("a new name was not added")
+	}
+	if !r.set(name{"debian", "debian:13"}, newName{a, b}) {
+		t.Error("an older generation's name was not replaced")
 	}
 	if err := s.writeRepositories(r); err != nil {
 		t.Fatal(err)
@@ -184,7 +187,7 @@ func TestPlanLower(t *testing.T) {
 	l := d.Manifest.Layers
 	r.pulled(t, l[0].ChainID, "", "node0", "NODE0", "")
 	r.pulled(t, l[1].ChainID, l[0].ChainID, "node1", "NODE1", "l/NODE0")
-	c, err := r.plan([]*cachedisk.Disk{d})
+	c, err := r.plan([]*cachedisk.Disk{d}, r.checker())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +211,7 @@ func TestPlanLower(t *testing.T) {
 func TestCommit(t *testing.T) {
 	r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink}}
 	disks := []*cachedisk.Disk{newDisk(t, 3, "docker.io/library/x:1", "gcr.io/p/x:1")}
-	c, err := r.plan(disks)
+	c, err := r.plan(disks, r.checker())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,7 +230,7 @@ func TestCommit(t *testing.T) {
 	if err := r.commit(c); err != nil {
 		t.Fatal(err)
 	}
-	again, err := r.plan(disks)
+	again, err := r.plan(disks, r.checker())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -270,7 +273,7 @@ func TestCommit(t *testing.T) {
 func TestRemovals(t *testing.T) {
 	r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink, Log: slog.New(slog.DiscardHandler)}}
 	disks := []*cachedisk.Disk{newDisk(t, 3, "docker.io/library/x:1")}
-	c, err := r.plan(disks)
+	c, err := r.plan(disks, r.checker())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -288,7 +291,7 @@ func TestRemovals(t *testing.T) {
 	if err := os.Remove(r.overlay(l.ID, "committed")); err != nil {
 		t.Fatal(err)
 	}
-	if c, err = r.restage(c, disks); err != nil {
+	if c, err = r.restage(c, disks, r.checker()); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.commit(c); err != nil {
@@ -329,13 +332,85 @@ func TestPlanRefuses(t *testing.T) {
 			if tt.node != nil {
 				tt.node(t, r.store, d)
 			}
-			c, err := r.plan([]*cachedisk.Disk{d})
+			c, err := r.plan([]*cachedisk.Disk{d}, r.checker())
 			if err != nil {
 				t.Fatal(err)
 			}
 			img := c.disks[0].Images[0]
 			if img.State != report.Skipped || !strings.Contains(img.Reason, tt.reason) || c.restart() {
 				t.Errorf("%s: %q, restart %t; want it skipped: %s", img.State, img.Reason, c.restart(), tt.reason)
+			}
+		})
+	}
+}
+
+// TestPlanNames has a tag of the disk that stands for another image on the node.
+func TestPlanNames(t *testing.T) {
+	const older, newer = 0, 2 // the disk is of second 1
+	for _, tt := range []struct {
+		name    string
+		created int64 // of the generation that the node's image came from, -1 for none
+		alive   bool  // its disk is there
+		run     bool  // and in this run
+		retag   bool  // someone has moved the tag since
+		left    string
+	}{
+		{"the node's", -1, false, false, false, "the node has another image as x:1"},
+		{"an older generation's", older, true, false, false, ""},
+		{"an older generation's, in this run", older, true, true, false, ""},
+		{"a newer generation's", newer, true, false, false, "x:1 comes from the newer cache "},
+		{"a newer generation's, in this run", newer, true, true, false, "x:1 comes from the newer cache "},
+		{"a newer generation's that is gone", newer, false, false, false, ""},
+		{"someone's since", older, true, false, true, "the node has another image as x:1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink}}
+			d := newDisk(t, 1, "docker.io/library/x:1", "docker.io/library/y:1")
+			disks, id := []*cachedisk.Disk{d}, digest.FromString("the node's")
+			if tt.created >= 0 {
+				m := newManifest()
+				m.Created = time.Unix(tt.created, 0)
+				addImage(t, m, "o", 2, "docker.io/library/x:1")
+				other := &cachedisk.Disk{Dir: "/other", ID: cacheID(t, m), Manifest: m}
+				c, err := r.plan([]*cachedisk.Disk{other}, r.checker())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := r.save(c.records[0]); err != nil {
+					t.Fatal(err)
+				}
+				if tt.alive {
+					if err := m.Write(r.host(mountpoint(other.ID))); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if tt.run {
+					disks = append(disks, other)
+				}
+				if !tt.retag {
+					id = m.Images[0].Config.Digest
+				}
+			}
+			write(t, r.image("repositories.json"), `{"Repositories":{"x":{"x:1":"`+id.String()+`"}}}`)
+			c, err := r.plan(cachedisk.NewestFirst(disks), r.checker())
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := map[name]newName{{"y", "y:1"}: {"", d.Manifest.Images[0].Config.Digest}}
+			if tt.left == "" {
+				want[name{"x", "x:1"}] = newName{id, d.Manifest.Images[0].Config.Digest}
+			}
+			if diff := cmp.Diff(want, c.names, cmp.AllowUnexported(name{}, newName{})); diff != "" {
+				t.Errorf("names (-want +got):\n%s", diff)
+			}
+			for _, rep := range c.disks {
+				reason := rep.Images[0].Reason
+				switch {
+				case rep.CacheID == d.ID && (!strings.HasPrefix(reason, tt.left) || tt.left == "" && reason != ""):
+					t.Errorf("reported %q, want %q", reason, tt.left)
+				case rep.CacheID != d.ID && tt.created == older && reason != "x:1 comes from the newer cache "+short(d.ID):
+					t.Errorf("of the older disk reported %q", reason)
+				}
 			}
 		})
 	}
@@ -464,12 +539,12 @@ func BenchmarkInject(b *testing.B) {
 		b.StopTimer()
 		r := &Runtime{store: newStore(b), opt: Options{Link: LinkSymlink}}
 		b.StartTimer()
-		c, err := r.plan(disks)
+		c, err := r.plan(disks, r.checker())
 		if err == nil {
 			err = errors.Join(r.save(c.records[0]), r.stage(c, LinkSymlink))
 		}
 		if err == nil {
-			c, err = r.plan(disks)
+			c, err = r.plan(disks, r.checker())
 		}
 		if err == nil {
 			err = r.commit(c)

@@ -37,7 +37,7 @@ func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.E
 	if err != nil {
 		return nil, err
 	}
-	e := &ejection{Runtime: r, rep: &report.Eject{Runtime: "docker"}}
+	e := &ejection{Runtime: r, check: r.checker(), rep: &report.Eject{Runtime: "docker"}}
 	for _, rec := range recs {
 		if len(ids) == 0 || slices.Contains(ids, rec.CacheID) {
 			e.going = append(e.going, rec)
@@ -80,6 +80,7 @@ func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.E
 type ejection struct {
 	*Runtime
 	going, staying []*record
+	check          checker
 	rep            *report.Eject
 }
 
@@ -306,7 +307,7 @@ func (e *ejection) remains(img recordImage) bool {
 func (e *ejection) move(chain digest.Digest) (bool, error) {
 	for _, rec := range e.staying {
 		l, ok := rec.Layers[chain]
-		if !ok || !e.alive(rec.CacheID) {
+		if !ok || e.check(rec.CacheID) != nil {
 			continue
 		}
 		base := mountpoint(rec.CacheID)

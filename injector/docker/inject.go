@@ -15,9 +15,10 @@ import (
 )
 
 // Inject registers the disks' images. A daemon that runs is restarted if something
-// is missing. dockerd takes all images at once, so their order is no matter.
+// is missing. dockerd takes all images at once, so InjectOptions.First is no matter.
 func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error) {
 	start := time.Now()
+	disks = cachedisk.NewestFirst(disks)
 	done := func(c *changes, err error) (*report.Inject, error) {
 		if err != nil {
 			return nil, err
@@ -32,7 +33,7 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 		return &report.Inject{Runtime: "docker", Disks: c.disks, Milliseconds: ms}, nil
 	}
 	if opt.DryRun {
-		return done(r.plan(disks))
+		return done(r.plan(disks, r.checker()))
 	}
 	unlock, err := r.lock(ctx)
 	if err != nil {
@@ -43,7 +44,8 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 }
 
 func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes, error) {
-	c, err := r.plan(disks)
+	check := r.checker()
+	c, err := r.plan(disks, check)
 	if err != nil {
 		return nil, err
 	}
@@ -78,7 +80,7 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 		return nil, errors.Join(err, r.abandon(c))
 	}
 	err = r.whileStopped(ctx, func() error {
-		if c, err = r.restage(c, disks); err != nil {
+		if c, err = r.restage(c, disks, check); err != nil {
 			return err
 		}
 		if err := r.checkStill(); err != nil {
@@ -87,7 +89,7 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 		if err := r.commit(c); err != nil {
 			return err
 		}
-		return r.bindLayers(disks)
+		return r.bindLayers(disks, check)
 	})
 	if err != nil {
 		return nil, errors.Join(err, r.abandon(c))
@@ -98,8 +100,8 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 // restage looks again, now that the store stands still: a pull may have brought
 // layers or names since c was staged, and dockerd, as it stopped, may have finished the
 // removal of layers, whose directories c then lacks (see forgetRemovals).
-func (r *Runtime) restage(c *changes, disks []*cachedisk.Disk) (*changes, error) {
-	now, err := r.plan(disks)
+func (r *Runtime) restage(c *changes, disks []*cachedisk.Disk, check checker) (*changes, error) {
+	now, err := r.plan(disks, check)
 	if err != nil || now.equal(c) && r.staged(c) {
 		return c, err
 	}
@@ -118,11 +120,11 @@ func (r *Runtime) restage(c *changes, disks []*cachedisk.Disk) (*changes, error)
 // bindLayers binds every layer of ours that is not linked: those that were just
 // registered, and those whose mounts dockerd took down as it stopped (it unmounts
 // all below its overlay2 directory).
-func (r *Runtime) bindLayers(disks []*cachedisk.Disk) error {
+func (r *Runtime) bindLayers(disks []*cachedisk.Disk, check checker) error {
 	if r.opt.Link != LinkBind {
 		return nil
 	}
-	c, err := r.plan(disks)
+	c, err := r.plan(disks, check)
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package docker
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
@@ -16,7 +17,12 @@ import (
 // injected. It changes nothing and asks no registry: of a reference that neither
 // the node nor a disk knows, it cannot say which layers a pull would share.
 func (r *Runtime) Plan(_ context.Context, disks []*cachedisk.Disk, refs []string) ([]report.Reference, error) {
+	disks = cachedisk.NewestFirst(disks)
 	repos, err := r.readRepositories()
+	if err != nil {
+		return nil, err
+	}
+	rd, err := r.reader()
 	if err != nil {
 		return nil, err
 	}
@@ -26,7 +32,7 @@ func (r *Runtime) Plan(_ context.Context, disks []*cachedisk.Disk, refs []string
 		if err != nil {
 			return nil, fmt.Errorf("reference %w", err)
 		}
-		a, err := r.planOne(disks, repos, fam)
+		a, err := rd.planOne(disks, repos, fam)
 		if err != nil {
 			return nil, fmt.Errorf("reference %q: %w", ref, err)
 		}
@@ -36,7 +42,7 @@ func (r *Runtime) Plan(_ context.Context, disks []*cachedisk.Disk, refs []string
 	return answers, nil
 }
 
-func (r *Runtime) planOne(disks []*cachedisk.Disk, repos *repositories, n name) (report.Reference, error) {
+func (r *reader) planOne(disks []*cachedisk.Disk, repos *repositories, n name) (report.Reference, error) {
 	if id := repos.get(n); id != "" && r.hasImage(id) {
 		return r.onNode(id)
 	}
@@ -57,7 +63,7 @@ func (r *Runtime) planOne(disks []*cachedisk.Disk, repos *repositories, n name) 
 			}
 			a := report.Reference{Layers: len(chain), Cached: len(chain)}
 			switch {
-			case hasName(img, named.String()):
+			case slices.Contains(img.Names, named.String()):
 				a.Cover, a.Reason = report.Hit, fmt.Sprintf("on cache disk %s; inject registers it", d.Dir)
 				return a, nil
 			case digested != "" && (digested == img.Manifest.Digest || digested == img.Target().Digest):
@@ -78,7 +84,7 @@ func (r *Runtime) planOne(disks []*cachedisk.Disk, repos *repositories, n name) 
 
 // onNode looks at an image that the node has, whose layers may be on a disk that is
 // not there.
-func (r *Runtime) onNode(id digest.Digest) (report.Reference, error) {
+func (r *reader) onNode(id digest.Digest) (report.Reference, error) {
 	top, err := r.imageChain(id)
 	if err != nil {
 		return report.Reference{}, err
@@ -103,15 +109,6 @@ func (r *Runtime) onNode(id digest.Digest) (report.Reference, error) {
 		a.Cover = report.Miss
 	}
 	return a, nil
-}
-
-func hasName(img manifest.Image, name string) bool {
-	for _, n := range img.Names {
-		if n == name {
-			return true
-		}
-	}
-	return false
 }
 
 func inRepository(img manifest.Image, repository string) bool {

@@ -55,18 +55,18 @@ func (r *repositories) get(n name) digest.Digest {
 	return r.Repositories[n.repository][n.ref]
 }
 
-// add makes a name stand for an image, unless it already stands for one: what the
-// node has wins.
-func (r *repositories) add(n name, id digest.Digest) bool {
+// set makes a name stand for an image, unless it has come to stand for another than
+// was said: what the node has wins.
+func (r *repositories) set(n name, to newName) bool {
 	repo := r.Repositories[n.repository]
 	if repo == nil {
 		repo = map[string]digest.Digest{}
 		r.Repositories[n.repository] = repo
 	}
-	if _, ok := repo[n.ref]; ok {
+	if repo[n.ref] != to.was {
 		return false
 	}
-	repo[n.ref] = id
+	repo[n.ref] = to.id
 	return true
 }
 

@@ -2,7 +2,6 @@ package docker
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -14,9 +13,9 @@ import (
 )
 
 // Status lists the images that were registered from cache disks and are still
-// there, and looks at every layer's directory.
+// there, and looks at every layer's directory and its disk.
 func (r *Runtime) Status(context.Context) ([]report.Registration, error) {
-	recs, err := r.records()
+	rd, err := r.reader()
 	if err != nil {
 		return nil, err
 	}
@@ -25,7 +24,7 @@ func (r *Runtime) Status(context.Context) ([]report.Registration, error) {
 		return nil, err
 	}
 	var regs []report.Registration
-	for _, rec := range recs {
+	for _, rec := range rd.records {
 		for _, img := range rec.Images {
 			if !r.registered(repos, img) {
 				continue
@@ -35,7 +34,7 @@ func (r *Runtime) Status(context.Context) ([]report.Registration, error) {
 				reg.Names = append(reg.Names, n.ref)
 			}
 			slices.Sort(reg.Names)
-			if err := r.imageReadable(img.ID); err != nil {
+			if err := rd.imageReadable(img.ID); err != nil {
 				reg.Readable, reg.Problem = false, err.Error()
 			}
 			regs = append(regs, reg)
@@ -68,26 +67,48 @@ func (r *Runtime) registered(repos *repositories, img recordImage) bool {
 	})
 }
 
-func (s store) imageReadable(id digest.Digest) error {
-	top, err := s.imageChain(id)
+// reader looks at the files of registered layers.
+type reader struct {
+	store
+	check   checker
+	records []*record
+	mounted map[string]bool // bind mounts, by target
+}
+
+func (r *Runtime) reader() (*reader, error) {
+	recs, err := r.records()
+	if err != nil {
+		return nil, err
+	}
+	mounted, err := r.bindMounts()
+	if err != nil {
+		return nil, err
+	}
+	return &reader{r.store, r.checker(), recs, mounted}, nil
+}
+
+// imageReadable says why a container of the image would not start, or not find its
+// files.
+func (r *reader) imageReadable(id digest.Digest) error {
+	top, err := r.imageChain(id)
 	if err != nil || top == "" {
 		return err
 	}
-	chain, err := s.chain(top)
+	chain, err := r.chain(top)
 	if err != nil {
 		return err
 	}
 	for _, c := range chain {
-		if err := s.readable(c); err != nil {
+		if err := r.readable(c); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// readable says why the files of a registered layer cannot be reached.
-func (s store) readable(chain digest.Digest) error {
-	state, id, err := s.layer(chain)
+// readable says why the files of a registered layer cannot be read.
+func (r *reader) readable(chain digest.Digest) error {
+	state, id, err := r.layer(chain)
 	if err != nil {
 		return err
 	}
@@ -97,20 +118,35 @@ func (s store) readable(chain digest.Digest) error {
 	case layerNode:
 		return nil
 	}
-	diff := s.overlay(id, "diff")
-	target, err := os.Readlink(diff)
+	target, err := os.Readlink(r.overlay(id, "diff"))
 	if err != nil {
-		mounted, err := s.bindMounts()
-		if err == nil && !mounted[filepath.Join(s.root, "overlay2", id, "diff")] {
-			err = errors.New("its bind mount is gone")
-		}
-		if err != nil {
-			return fmt.Errorf("layer %s: %w", short(chain), err)
-		}
-		return nil
+		return r.bound(chain, id)
 	}
-	if _, err := os.Stat(s.host(target)); err != nil {
+	if err := r.check(r.generation(id)); err != nil {
+		return err
+	}
+	if _, err := os.Stat(r.host(target)); err != nil {
 		return fmt.Errorf("layer %s: %w", short(chain), err)
 	}
 	return nil
+}
+
+// bound is readable for a layer that is reached by a bind mount. That does not say from
+// which generation: it is readable if one that has the layer is.
+func (r *reader) bound(chain digest.Digest, id string) error {
+	if !r.mounted[filepath.Join(r.root, "overlay2", id, "diff")] {
+		return fmt.Errorf("layer %s: its bind mount is gone", short(chain))
+	}
+	var failed error
+	for _, rec := range r.records {
+		if _, lists := rec.Layers[chain]; !lists {
+			continue
+		}
+		err := r.check(rec.CacheID)
+		if err == nil {
+			return nil
+		}
+		failed = err
+	}
+	return failed
 }

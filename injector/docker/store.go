@@ -17,7 +17,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
-	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 // stateName names our directory in Docker's image directory and our file among an
@@ -60,10 +59,21 @@ func mountpoint(id digest.Digest) string {
 	return filepath.Join(StateDir, id.Encoded())
 }
 
-// alive says if the generation's disk can be read at its mount point.
-func (s store) alive(id digest.Digest) bool {
-	_, err := os.Stat(s.host(mountpoint(id), manifest.Path))
-	return err == nil
+// checker says why a generation's disk cannot be read at its mount point, or nil if it
+// can.
+type checker func(cache digest.Digest) error
+
+// checker looks at each disk once: one that hangs takes its time to be found out.
+func (s store) checker() checker {
+	known := map[digest.Digest]error{}
+	return func(cache digest.Digest) error {
+		err, ok := known[cache]
+		if !ok {
+			err = cachedisk.CheckOnHost(s.hostRoot, mountpoint(cache), cache)
+			known[cache] = err
+		}
+		return err
+	}
 }
 
 // check refuses a data root that holds no overlay2 store, or one for remapped users.

@@ -215,8 +215,8 @@ func (s store) commit(c *changes) error {
 		if err != nil {
 			return err
 		}
-		for n, id := range c.names {
-			repos.add(n, id)
+		for n, to := range c.names {
+			repos.set(n, to)
 		}
 		if err := s.writeRepositories(repos); err != nil {
 			return err
