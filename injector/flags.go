@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/docker"
 )
 
 // flags are those that all commands share.
@@ -36,9 +37,6 @@ const (
 	runtimeContainerd = "containerd"
 	runtimeDocker     = "docker"
 
-	linkSymlink = "symlink"
-	linkBind    = "bind"
-
 	outputText = "text"
 	outputJSON = "json"
 )
@@ -48,7 +46,7 @@ func (f *flags) register(fs *pflag.FlagSet) {
 		"`directory` of a cache disk; repeatable (default "+cachedisk.DefaultDir+" and all of "+cachedisk.DefaultParents[0]+")")
 	fs.StringVar(&f.runtime, "runtime", runtimeAuto,
 		"auto, containerd or docker; auto takes containerd if its CRI plugin answers, else a Docker that answers")
-	fs.StringVar(&f.link, "link", linkSymlink,
+	fs.StringVar(&f.link, "link", docker.LinkSymlink,
 		"how a layer is reached: symlink; or, for Docker only, bind, one bind mount a layer: where that is gone a container silently finds an empty layer, so run inject after each boot before Docker starts")
 	fs.StringVar(&f.containerdAddress, "containerd-address", "/run/containerd/containerd.sock", "containerd's `socket`")
 	fs.StringVar(&f.containerdNamespace, "containerd-namespace", "k8s.io",
@@ -93,14 +91,14 @@ func (f *flags) validate() error {
 		allowed     []string
 	}{
 		{"runtime", f.runtime, []string{runtimeAuto, runtimeContainerd, runtimeDocker}},
-		{"link", f.link, []string{linkSymlink, linkBind}},
+		{"link", f.link, []string{docker.LinkSymlink, docker.LinkBind}},
 		{"output", f.output, []string{outputText, outputJSON}},
 	} {
 		if !slices.Contains(c.allowed, c.value) {
 			return usageError{fmt.Errorf("--%s is %q; give one of %s", c.flag, c.value, strings.Join(c.allowed, ", "))}
 		}
 	}
-	if f.link == linkBind && f.runtime == runtimeContainerd {
+	if f.link == docker.LinkBind && f.runtime == runtimeContainerd {
 		return usageError{fmt.Errorf("--link=bind is for Docker only; containerd's clean-up would leak or empty bind mounts")}
 	}
 	var level slog.Level

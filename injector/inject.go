@@ -47,7 +47,7 @@ func printInject(w io.Writer, r *report.Inject, dryRun bool) {
 		registered = "MISSING"
 	}
 	for _, d := range r.Disks {
-		fmt.Fprintf(w, "%s: cache %s of %s\n", d.Dir, short(d.CacheID), d.Created.Format("2006-01-02 15:04 MST"))
+		fmt.Fprintf(w, "%s: cache %s of %s\n", d.Dir, report.Short(d.CacheID), d.Created.Format("2006-01-02 15:04 MST"))
 		t := table(w)
 		fmt.Fprintf(t, "IMAGE\tSTATE\tLAYERS\t%s\tPRESENT\tMS\tNOTE\n", registered)
 		for _, img := range d.Images {

@@ -116,13 +116,13 @@ func TestCacheIDs(t *testing.T) {
 		err  string
 	}{
 		"none":               {},
-		"as status prints":   {args: []string{short(b), short(a)}, want: []digest.Digest{b, a}},
+		"as status prints":   {args: []string{report.Short(b), report.Short(a)}, want: []digest.Digest{b, a}},
 		"with the algorithm": {args: []string{"sha256:12a"}, want: []digest.Digest{a}},
 		"whole":              {args: []string{a.String(), b.Encoded()}, want: []digest.Digest{a, b}},
 		// The runtime may know a generation that is half gone.
 		"not listed": {args: []string{c.String()}, want: []digest.Digest{c}},
 		"ambiguous":  {args: []string{"12"}, err: `cache ID "12" begins those of ` + a.String() + " and " + b.String()},
-		"unknown":    {args: []string{short(a), "12ef"}, err: `cache ID "12ef": nothing is registered`},
+		"unknown":    {args: []string{report.Short(a), "12ef"}, err: `cache ID "12ef": nothing is registered`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := cacheIDs(tt.args, registered)

@@ -6,7 +6,6 @@ import (
 	"io"
 	"text/tabwriter"
 
-	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
 	"github.com/selkies-project/packer-plugin-selkies/version"
@@ -26,14 +25,6 @@ func (f *flags) print(w io.Writer, v any, text func(io.Writer)) error {
 
 func table(w io.Writer) *tabwriter.Writer {
 	return tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-}
-
-// short is a digest as a person compares it.
-func short(d digest.Digest) string {
-	if d.Validate() != nil {
-		return d.String()
-	}
-	return d.Encoded()[:12]
 }
 
 func newVersionCommand(f *flags) *cobra.Command {

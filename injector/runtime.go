@@ -61,7 +61,7 @@ func openRuntime(ctx context.Context, f *flags) (runtime, error) {
 // registering with a Docker beside it would not help them.
 func openAuto(ctx context.Context, f *flags) (runtime, error) {
 	noContainerd := errors.New("--link=bind rules out containerd")
-	if f.link != linkBind {
+	if f.link != docker.LinkBind {
 		cri, err := containerd.ServesCRI(ctx, f.containerdAddress)
 		switch {
 		case cri:
@@ -100,7 +100,7 @@ func openContainerd(ctx context.Context, f *flags, namespace string) (runtime, e
 // image store is containerd in namespace moby.
 func openDocker(ctx context.Context, f *flags) (runtime, error) {
 	if kind, err := docker.Kind(ctx, f.dockerHost); err == nil && kind == docker.KindContainerd {
-		if f.link == linkBind {
+		if f.link == docker.LinkBind {
 			return nil, usageError{errors.New("--link=bind is for Docker's overlay2 graph driver; this Docker has the containerd image store")}
 		}
 		f.log.Info("docker has the containerd image store; registering with containerd", "namespace", docker.ContainerdNamespace)

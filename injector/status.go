@@ -47,7 +47,7 @@ func printStatus(w io.Writer, rs []report.Registration) {
 		if !r.Readable {
 			readable = "no"
 		}
-		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\n", title(r.Names), short(r.CacheID), r.Layers, readable, r.Disk, r.Problem)
+		fmt.Fprintf(t, "%s\t%s\t%d\t%s\t%s\t%s\n", title(r.Names), report.Short(r.CacheID), r.Layers, readable, r.Disk, r.Problem)
 	}
 }
 
@@ -61,7 +61,7 @@ func unreadable(rs []report.Registration) error {
 		}
 		seen[r.CacheID.String()] = true
 		errs = append(errs, fmt.Errorf("cache %s: disk not readable: %s; attach the disk and run inject, or take its images back with eject %s",
-			short(r.CacheID), r.Problem, r.CacheID))
+			report.Short(r.CacheID), r.Problem, r.CacheID))
 	}
 	return errors.Join(errs...)
 }

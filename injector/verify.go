@@ -40,7 +40,7 @@ no runtime and changes nothing. The exit status is 1 if a layer is damaged.`,
 				reports = append(reports, r)
 				for _, l := range r.Damaged {
 					errs = append(errs, fmt.Errorf("cache disk %s: layer %s in %s is damaged: %s; build the disk again",
-						d.Dir, short(l.DiffID), l.Directory, l.Problems[0]))
+						d.Dir, report.Short(l.DiffID), l.Directory, l.Problems[0]))
 				}
 			}
 			errs = append(errs, f.print(cmd.OutOrStdout(), reports, func(w io.Writer) { printVerify(w, reports) }))
@@ -57,7 +57,7 @@ func printVerify(w io.Writer, reports []*report.Verify) {
 				fmt.Fprintf(w, "  %s\n", p)
 			}
 		}
-		fmt.Fprintf(w, "%s: cache %s: %d of %d layers are as built, %s in %d ms\n", r.Dir, short(r.CacheID),
+		fmt.Fprintf(w, "%s: cache %s: %d of %d layers are as built, %s in %d ms\n", r.Dir, report.Short(r.CacheID),
 			r.Layers-len(r.Damaged), r.Layers, units.HumanSize(float64(r.Bytes)), r.Milliseconds)
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/opencontainers/go-digest"
 	"k8s.io/apimachinery/pkg/util/validation"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
@@ -112,12 +111,4 @@ func atLeast(flag string, value time.Duration) error {
 		return fmt.Errorf("--%s is %v; give %v or more", flag, value, time.Second)
 	}
 	return nil
-}
-
-// short is a digest as a person compares it.
-func short(d digest.Digest) string {
-	if e := d.Encoded(); len(e) > 12 {
-		return e[:12]
-	}
-	return d.String()
 }

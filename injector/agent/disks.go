@@ -141,7 +141,7 @@ func (a *Agent) takeBackOne(ctx context.Context, g *generation) error {
 	}
 	if len(r.Images) > 0 || a.generations[g.CacheID] == nil {
 		a.metrics.takenBack.Inc()
-		a.warn(eventTakenBack, "cache %s: its disk is gone: took back %d image names: %v", short(g.CacheID), len(r.Images), g.problem)
+		a.warn(eventTakenBack, "cache %s: its disk is gone: took back %d image names: %v", report.Short(g.CacheID), len(r.Images), g.problem)
 		// Another disk may have some of them.
 		a.registered = nil
 		a.need(reasonDisk)

@@ -80,7 +80,7 @@ func (a *Agent) conclude(diskErr, err error) outcome {
 	}
 	var caches []string
 	for _, d := range a.disks {
-		caches = append(caches, fmt.Sprintf("%s of %s", short(d.ID), d.Manifest.Created.UTC().Format(time.DateOnly)))
+		caches = append(caches, fmt.Sprintf("%s of %s", report.Short(d.ID), d.Manifest.Created.UTC().Format(time.DateOnly)))
 	}
 	o.reason = Registered
 	o.message = fmt.Sprintf("%d images from cache %s", images, strings.Join(caches, ", "))
@@ -108,7 +108,7 @@ func (a *Agent) dead() error {
 	var errs []error
 	for _, g := range a.sorted() {
 		if !g.dead.IsZero() {
-			errs = append(errs, fmt.Errorf("cache %s is not readable since %s: %w", short(g.CacheID), g.dead.UTC().Format(time.RFC3339), g.problem))
+			errs = append(errs, fmt.Errorf("cache %s is not readable since %s: %w", report.Short(g.CacheID), g.dead.UTC().Format(time.RFC3339), g.problem))
 		}
 	}
 	return errors.Join(errs...)

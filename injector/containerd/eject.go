@@ -108,7 +108,7 @@ func refuse(used map[string][]containers.Container) error {
 	for _, layer := range slices.Sorted(maps.Keys(used)) {
 		for _, c := range used[layer] {
 			errs = append(errs, fmt.Errorf("%s uses layer %s of a cache disk: remove the container first",
-				describe(c), short(digest.Digest(layer))))
+				describe(c), report.Short(digest.Digest(layer))))
 		}
 	}
 	return errors.Join(errs...)
@@ -274,7 +274,7 @@ func (r *Runtime) whyKept(ctx context.Context, s *survey, left []snapshots.Info)
 			by = []string{"a lease or content that refers to it"}
 		}
 		slices.Sort(by)
-		kept = append(kept, fmt.Sprintf("layer %s and those below it, for %s", short(digest.Digest(info.Name)), strings.Join(by, ", ")))
+		kept = append(kept, fmt.Sprintf("layer %s and those below it, for %s", report.Short(digest.Digest(info.Name)), strings.Join(by, ", ")))
 	}
 	return kept
 }

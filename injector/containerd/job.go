@@ -69,7 +69,7 @@ func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk, removed []string) ([]
 			}
 			for _, name := range img.Names {
 				if other, ok := claimed[name]; ok {
-					j.left = append(j.left, fmt.Sprintf("%s comes from the newer cache %s", name, short(other.ID)))
+					j.left = append(j.left, fmt.Sprintf("%s comes from the newer cache %s", name, report.Short(other.ID)))
 					continue
 				}
 				claimed[name] = d
@@ -109,10 +109,10 @@ func (j *job) compareName(s *survey, name string) {
 		if s.outranked(ours, j.disk) {
 			j.write = append(j.write, name)
 		} else if !same {
-			j.left = append(j.left, fmt.Sprintf("%s comes from the newer cache %s", name, short(ours)))
+			j.left = append(j.left, fmt.Sprintf("%s comes from the newer cache %s", name, report.Short(ours)))
 		}
 	case !same:
-		j.left = append(j.left, fmt.Sprintf("%s is %s on this node", name, short(record.Target.Digest)))
+		j.left = append(j.left, fmt.Sprintf("%s is %s on this node", name, report.Short(record.Target.Digest)))
 	case j.runsOnOurs(s):
 		// A pull of the same image replaced all labels of our record.
 		j.write = append(j.write, name)
@@ -289,12 +289,4 @@ func sourceFor(from []source, cache digest.Digest) source {
 		}
 	}
 	return from[0]
-}
-
-// short is a digest as a person compares it.
-func short(d digest.Digest) string {
-	if e := d.Encoded(); len(e) > 12 {
-		return e[:12]
-	}
-	return d.String()
 }

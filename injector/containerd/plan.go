@@ -48,9 +48,9 @@ func (r *Runtime) plan(ctx context.Context, s *survey, jobs []*job, ref string) 
 			continue
 		}
 		answer.Cover, answer.Layers, answer.Cached = report.Hit, len(j.chain), len(j.chain)
-		answer.Reason = "registered from cache " + short(j.disk.ID)
+		answer.Reason = "registered from cache " + report.Short(j.disk.ID)
 		if !j.done() {
-			answer.Reason = "inject registers it from cache " + short(j.disk.ID)
+			answer.Reason = "inject registers it from cache " + report.Short(j.disk.ID)
 		}
 		return answer
 	}
@@ -73,7 +73,7 @@ func (j *job) serves(s *survey, name string) bool {
 func (r *Runtime) planRecord(ctx context.Context, s *survey, jobs []*job, answer report.Reference, record images.Image) report.Reference {
 	chain, err := r.chain(ctx, record)
 	if err != nil {
-		answer.Reason = fmt.Sprintf("the node has a record of %s without its content (%v)", short(record.Target.Digest), err)
+		answer.Reason = fmt.Sprintf("the node has a record of %s without its content (%v)", report.Short(record.Target.Digest), err)
 		return answer
 	}
 	answer.Layers = len(chain)
@@ -85,12 +85,12 @@ func (r *Runtime) planRecord(ctx context.Context, s *survey, jobs []*job, answer
 	switch {
 	case answer.Cached == answer.Layers:
 		answer.Cover = report.Hit
-		answer.Reason = fmt.Sprintf("the node has it, as %s, not from the cache", short(record.Target.Digest))
+		answer.Reason = fmt.Sprintf("the node has it, as %s, not from the cache", report.Short(record.Target.Digest))
 	case answer.Cached > 0:
 		answer.Cover = report.Partial
-		answer.Reason = fmt.Sprintf("the node's %s lacks %d layers", short(record.Target.Digest), answer.Layers-answer.Cached)
+		answer.Reason = fmt.Sprintf("the node's %s lacks %d layers", report.Short(record.Target.Digest), answer.Layers-answer.Cached)
 	default:
-		answer.Reason = fmt.Sprintf("the node's %s has no layer unpacked", short(record.Target.Digest))
+		answer.Reason = fmt.Sprintf("the node's %s has no layer unpacked", report.Short(record.Target.Digest))
 	}
 	return answer
 }

@@ -78,7 +78,7 @@ func (r *Runtime) readable(s *survey, cache digest.Digest, chain []digest.Digest
 	}
 	for _, id := range chain {
 		if !s.committed(id) {
-			return fmt.Errorf("layer %s is not registered any more; run inject", short(id))
+			return fmt.Errorf("layer %s is not registered any more; run inject", report.Short(id))
 		}
 		info := s.snapshots[chainName(id)]
 		if !isLayer(info) {
@@ -86,13 +86,13 @@ func (r *Runtime) readable(s *survey, cache digest.Digest, chain []digest.Digest
 		}
 		a := s.anchors[cacheOf(info.Labels)]
 		if a == nil {
-			return fmt.Errorf("the anchor of cache %s is gone", short(cacheOf(info.Labels)))
+			return fmt.Errorf("the anchor of cache %s is gone", report.Short(cacheOf(info.Labels)))
 		}
 		if err := a.alive(); err != nil {
 			return err
 		}
 		if r.link(info) == "" {
-			return fmt.Errorf("layer %s has lost its link", short(id))
+			return fmt.Errorf("layer %s has lost its link", report.Short(id))
 		}
 	}
 	return nil

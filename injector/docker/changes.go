@@ -267,7 +267,7 @@ func (p *planner) refuse(d *cachedisk.Disk, img manifest.Image, chain []digest.D
 // gone.
 func (p *planner) leave(d *cachedisk.Disk, n name, id digest.Digest) string {
 	newer := func(cache digest.Digest) string {
-		return fmt.Sprintf("%s comes from the newer cache %s", n.ref, short(cache))
+		return fmt.Sprintf("%s comes from the newer cache %s", n.ref, report.Short(cache))
 	}
 	if c, ok := p.claimed[n]; ok {
 		if c.id == id {

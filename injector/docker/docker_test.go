@@ -408,7 +408,7 @@ func TestPlanNames(t *testing.T) {
 				switch {
 				case rep.CacheID == d.ID && (!strings.HasPrefix(reason, tt.left) || tt.left == "" && reason != ""):
 					t.Errorf("reported %q, want %q", reason, tt.left)
-				case rep.CacheID != d.ID && tt.created == older && reason != "x:1 comes from the newer cache "+short(d.ID):
+				case rep.CacheID != d.ID && tt.created == older && reason != "x:1 comes from the newer cache "+report.Short(d.ID):
 					t.Errorf("of the older disk reported %q", reason)
 				}
 			}

@@ -225,7 +225,7 @@ func (e *ejection) removeImage(ctx context.Context, img recordImage) error {
 	// name the image: the node's own must survive.
 	if !own && !slices.ContainsFunc(others, name.tagged) {
 		if len(ours) > 0 {
-			e.keep("name %s: it is the only one of the node's own image %s", ours[0].ref, short(img.ID))
+			e.keep("name %s: it is the only one of the node's own image %s", ours[0].ref, report.Short(img.ID))
 		}
 		return nil
 	}
@@ -282,7 +282,7 @@ func (e *ejection) retire(rec *record, left map[digest.Digest]string) error {
 	}
 	if kept > 0 || slices.ContainsFunc(rec.Images, e.remains) {
 		if kept > 0 {
-			e.keep("cache %s: %d of its layers are used by other images, the build cache or an earlier docker save; remove the images, prune the cache, or restart docker and inject, and then eject again", short(rec.CacheID), kept)
+			e.keep("cache %s: %d of its layers are used by other images, the build cache or an earlier docker save; remove the images, prune the cache, or restart docker and inject, and then eject again", report.Short(rec.CacheID), kept)
 		}
 		return nil
 	}

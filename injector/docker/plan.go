@@ -89,7 +89,7 @@ func (r *reader) onNode(id digest.Digest) (report.Reference, error) {
 	if err != nil {
 		return report.Reference{}, err
 	}
-	a := report.Reference{Cover: report.Hit, Reason: "on the node, as image " + short(id)}
+	a := report.Reference{Cover: report.Hit, Reason: "on the node, as image " + report.Short(id)}
 	if top == "" {
 		return a, nil
 	}
@@ -118,9 +118,4 @@ func inRepository(img manifest.Image, repository string) bool {
 		}
 	}
 	return false
-}
-
-func short(d digest.Digest) string {
-	e := d.Encoded()
-	return e[:min(12, len(e))]
 }

@@ -114,7 +114,7 @@ func (r *reader) readable(chain digest.Digest) error {
 	}
 	switch state {
 	case layerMissing, layerDamaged:
-		return fmt.Errorf("layer %s is not complete in docker's store", short(chain))
+		return fmt.Errorf("layer %s is not complete in docker's store", report.Short(chain))
 	case layerNode:
 		return nil
 	}
@@ -126,7 +126,7 @@ func (r *reader) readable(chain digest.Digest) error {
 		return err
 	}
 	if _, err := os.Stat(r.host(target)); err != nil {
-		return fmt.Errorf("layer %s: %w", short(chain), err)
+		return fmt.Errorf("layer %s: %w", report.Short(chain), err)
 	}
 	return nil
 }
@@ -135,7 +135,7 @@ func (r *reader) readable(chain digest.Digest) error {
 // which generation: it is readable if one that has the layer is.
 func (r *reader) bound(chain digest.Digest, id string) error {
 	if !r.mounted[filepath.Join(r.root, "overlay2", id, "diff")] {
-		return fmt.Errorf("layer %s: its bind mount is gone", short(chain))
+		return fmt.Errorf("layer %s: its bind mount is gone", report.Short(chain))
 	}
 	var failed error
 	for _, rec := range r.records {

@@ -182,3 +182,12 @@ func Title(names []string) string {
 	}
 	return names[0]
 }
+
+// Short is a digest as a person compares it: its first 12 digits, which eject takes as
+// well. What is no digest stays as it is.
+func Short(d digest.Digest) string {
+	if d.Validate() != nil {
+		return d.String()
+	}
+	return d.Encoded()[:12]
+}
