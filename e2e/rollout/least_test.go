@@ -83,6 +83,9 @@ func TestSameAsKustomize(t *testing.T) {
 	if diff := cmp.Diff(theirs.sets["selkies-image-injector-us-central1-a"].Spec.UpdateStrategy, ours.sets[disk].Spec.UpdateStrategy); diff != "" {
 		t.Errorf("update strategy: %s", diff)
 	}
+	if diff := cmp.Diff(theirs.sets["selkies-image-gate"], ours.sets["selkies-image-gate"]); diff != "" {
+		t.Errorf("gate: %s", diff)
+	}
 	ourVolume, theirVolume := ours.volumes[disk].Spec, theirs.volumes["image-cache-us-central1-a"].Spec
 	theirVolume.Capacity = ourVolume.Capacity // that of the disk
 	if diff := cmp.Diff(replace.Replace(marshal(t, theirVolume)), replace.Replace(marshal(t, ourVolume))); diff != "" {

@@ -26,11 +26,11 @@ import (
 // as a library would be the larger half of the plugin. A test compares the two.
 const (
 	accessDir    = "base/access"
+	gateDir      = "base/gate"
 	daemonSetDir = "base/daemonset"
 	diskFile     = "pvc/zonal-disk/disk.yaml"
 
-	namespace     = "selkies-image-cache" // as it stands in the files
-	containerName = "injector"
+	namespace = "selkies-image-cache" // as it stands in the files
 )
 
 // Labels of Kubernetes objects.
@@ -59,8 +59,38 @@ func (d *zoneDisk) labels() map[string]string {
 	}
 }
 
-// accessObjects are what all DaemonSets of a cluster share.
-func accessObjects() ([]*unstructured.Unstructured, error) { return kustomization(accessDir) }
+// shared are the objects that a cluster has once: what the agents may do, and the gate
+// for nodes whose disk cannot be attached. They bear no cache's label, for caches of
+// other names have them too.
+func (c *Config) shared() ([]*unstructured.Unstructured, error) {
+	objects, err := kustomization(accessDir)
+	if err != nil {
+		return nil, err
+	}
+	gate, err := c.daemonSet(gateDir)
+	if err != nil {
+		return nil, err
+	}
+	o, err := toUnstructured(gate)
+	return append(objects, o), err
+}
+
+// daemonSet is that of a folder, for the nodes and with the image of the
+// configuration.
+func (c *Config) daemonSet(dir string) (*appsv1.DaemonSet, error) {
+	objects, err := kustomization(dir)
+	if err != nil {
+		return nil, err
+	}
+	var ds appsv1.DaemonSet
+	if err := convert(objects[0], &ds); err != nil {
+		return nil, err
+	}
+	pod := &ds.Spec.Template.Spec
+	maps.Copy(pod.NodeSelector, c.NodeSelector)
+	pod.Containers[0].Image = c.InjectorImage
+	return &ds, nil
+}
 
 // volume are the PersistentVolume of a disk and the claim to it.
 func (d *zoneDisk) volume() ([]*unstructured.Unstructured, error) {
@@ -105,12 +135,8 @@ func (d *zoneDisk) volume() ([]*unstructured.Unstructured, error) {
 // daemonSet is the agent for the nodes of the disk's zone that have this disk, or
 // none yet: a node keeps the generation that it began with.
 func (d *zoneDisk) daemonSet() (*unstructured.Unstructured, error) {
-	objects, err := kustomization(daemonSetDir)
+	ds, err := d.config.daemonSet(daemonSetDir)
 	if err != nil {
-		return nil, err
-	}
-	var ds appsv1.DaemonSet
-	if err := convert(objects[0], &ds); err != nil {
 		return nil, err
 	}
 	app := maps.Clone(ds.Spec.Selector.MatchLabels)
@@ -121,12 +147,7 @@ func (d *zoneDisk) daemonSet() (*unstructured.Unstructured, error) {
 	maps.Copy(template.Labels, map[string]string{labelDisk: d.name, labelInstance: d.config.CacheName})
 
 	pod := &template.Spec
-	maps.Copy(pod.NodeSelector, d.config.NodeSelector)
-	c := container(pod)
-	if c == nil {
-		return nil, fmt.Errorf("%s has no container %s", daemonSetDir, containerName)
-	}
-	c.Image = d.config.InjectorImage
+	c := &pod.Containers[0]
 	c.Env = append(c.Env, corev1.EnvVar{Name: "SELKIES_CACHE_PD", Value: d.name})
 	c.VolumeMounts = append(c.VolumeMounts, corev1.VolumeMount{Name: "cache", MountPath: "/cache", ReadOnly: true})
 	pod.Volumes = append(pod.Volumes, corev1.Volume{Name: "cache", VolumeSource: corev1.VolumeSource{
@@ -136,16 +157,7 @@ func (d *zoneDisk) daemonSet() (*unstructured.Unstructured, error) {
 		NodeAffinity:    d.nodes(has, hasNone),
 		PodAntiAffinity: d.alone(app),
 	}
-	return toUnstructured(&ds)
-}
-
-func container(pod *corev1.PodSpec) *corev1.Container {
-	for i := range pod.Containers {
-		if pod.Containers[i].Name == containerName {
-			return &pod.Containers[i]
-		}
-	}
-	return nil
+	return toUnstructured(ds)
 }
 
 // What a node says of its disk.

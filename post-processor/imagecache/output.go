@@ -46,7 +46,7 @@ func (r *run) writeManifests() error {
 
 // manifests are all objects of a cluster.
 func (k *cluster) manifests() ([]*unstructured.Unstructured, error) {
-	objects, err := accessObjects()
+	objects, err := k.run.config.shared()
 	if err != nil {
 		return nil, err
 	}

@@ -22,11 +22,11 @@ func (k *cluster) rollOut(ctx context.Context) error {
 	if len(k.zones) == 0 {
 		return nil
 	}
-	access, err := accessObjects()
+	shared, err := k.run.config.shared()
 	if err != nil {
 		return err
 	}
-	for _, o := range access {
+	for _, o := range shared {
 		if err := k.apply(ctx, o); err != nil {
 			return err
 		}
