@@ -105,6 +105,10 @@ func TestBadNode(t *testing.T) {
 			n.Refused(t, 1, append([]string{"setpriv", "--reuid=1000", "--clear-groups"}, injectCache...), "not root", "run with sudo")
 			unchanged(t)
 		})
+		t.Run("no look at the host", func(t *testing.T) {
+			n.Refused(t, 1, append([]string{"setpriv", "--bounding-set", "-sys_ptrace"}, injectCache...), stateDir, "permission denied", "CAP_SYS_PTRACE")
+			unchanged(t)
+		})
 		t.Run("not a reference", func(t *testing.T) {
 			n.Refused(t, 2, []string{"selkies-image-injector", "plan", ref(app1), "Bad:::ref"}, `"Bad:::ref"`, "plan --help")
 			unchanged(t)

@@ -84,7 +84,7 @@ func TestMovedTag(t *testing.T) {
 
 	n.inject(t, "--cache", cacheDir)
 	older := id(moved)
-	// Both at once, in the order in which they are not found.
+	// Both at once, the older one named first.
 	r := n.inject(t, "--cache", cacheDir, "--cache", newerDir)
 	newer := id(world.newer)
 	if id(moved) != newer || newer == older {
@@ -158,6 +158,11 @@ func TestDeadDisk(t *testing.T) {
 					t.Errorf("%s: %s", r.Names, r.Problem)
 				}
 			}
+			// Nothing is led back to a disk that is dead.
+			if r := n.eject(t, world.second.id(t)); len(r.Kept) == 0 {
+				t.Errorf("nothing is kept: %+v", r)
+			}
+			n.hello(t, ref("shared:1"))
 		})
 	}
 }

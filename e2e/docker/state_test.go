@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -431,6 +432,16 @@ func TestRefused(t *testing.T) {
 		before := n.state(t)
 		n.Refused(t, 1, []string{"setpriv", "--reuid", "1000", "--clear-groups", "selkies-image-injector", "--runtime", "docker", "inject"}, "not root")
 		same(t, "after a refusal", before.files, n.state(t).files)
+	})
+	t.Run("no look at the host", func(t *testing.T) {
+		// As a container that lacks the capability.
+		weak := []string{"setpriv", "--bounding-set", "-sys_ptrace", "selkies-image-injector", "--runtime", "docker"}
+		for _, command := range []string{"inject", "status", "eject"} {
+			n.Refused(t, 1, append(slices.Clone(weak), command), dataRoot, "permission denied", "CAP_SYS_PTRACE")
+		}
+		// And one that has a PID namespace of its own, and a root without Docker's files.
+		n.Refused(t, 1, []string{"unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-ec",
+			"mount -t tmpfs none " + dataRoot + "; exec selkies-image-injector --runtime docker inject"}, dataRoot, "--host-root", "PID namespace")
 	})
 	t.Run("running containers", func(t *testing.T) {
 		n.Output(t, "docker", "pull", "-q", ref("one-layer:latest"))

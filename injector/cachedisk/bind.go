@@ -15,7 +15,7 @@ func BindOnHost(hostRoot string, binds []Bind) error {
 	return inHost(hostRoot, func() error {
 		for _, b := range binds {
 			if err := unix.Mount(b.Source, b.Target, "", unix.MS_BIND, ""); err != nil {
-				return fmt.Errorf("binding the host's %s on %s: %w", b.Source, b.Target, explain(err))
+				return fmt.Errorf("binding the host's %s on %s: %w", b.Source, b.Target, Explain(err))
 			}
 		}
 		return nil

@@ -38,7 +38,7 @@ func (d *Disk) MountOnHost(hostRoot, target string) error {
 		return err
 	}
 	if err := d.cloneTo(hostRoot, target); err != nil {
-		return fmt.Errorf("mounting cache disk %s on the host's %s: %w", d.Dir, target, explain(err))
+		return fmt.Errorf("mounting cache disk %s on the host's %s: %w", d.Dir, target, Explain(err))
 	}
 	return CheckOnHost(hostRoot, target, d.ID)
 }
@@ -88,7 +88,7 @@ func UnmountOnHost(hostRoot, target string) error {
 		}
 	})
 	if err != nil {
-		return fmt.Errorf("unmounting the host's %s: %w", target, explain(err))
+		return fmt.Errorf("unmounting the host's %s: %w", target, Explain(err))
 	}
 	return nil
 }
@@ -97,7 +97,7 @@ func UnmountOnHost(hostRoot, target string) error {
 func MountsOnHost(hostRoot, dir string) ([]string, error) {
 	f, err := os.Open(filepath.Join(hostRoot, "proc/1/mountinfo"))
 	if err != nil {
-		return nil, fmt.Errorf("listing the host's mounts: %w", explain(err))
+		return nil, fmt.Errorf("listing the host's mounts: %w", Explain(err))
 	}
 	defer f.Close()
 	mounts, err := mountinfo.GetMountsFromReader(f, mountinfo.PrefixFilter(dir))
@@ -159,15 +159,16 @@ func inHost(hostRoot string, f func() error) error {
 	return <-done
 }
 
-// explain adds the remedy to the errors that a wrong set-up gives.
-func explain(err error) error {
+// Explain adds the remedy to the errors that a wrong set-up gives to whom it reaches
+// for the host's files and mounts.
+func Explain(err error) error {
 	switch {
 	case errors.Is(err, unix.ENOSYS):
 		return fmt.Errorf("%w: the kernel is too old; Linux 5.12 or newer is needed", err)
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w: run as root, in a container with CAP_SYS_ADMIN, CAP_SYS_CHROOT and CAP_SYS_PTRACE", err)
 	case errors.Is(err, unix.ENOENT):
-		return fmt.Errorf("%w: mount the host's root, with what is mounted below it, and name it with --host-root", err)
+		return fmt.Errorf("%w: run in the host's PID namespace, or mount the host's root, with what is mounted below it, and name it with --host-root", err)
 	}
 	return err
 }

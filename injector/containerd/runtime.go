@@ -143,10 +143,8 @@ func (r *Runtime) check(ctx context.Context) error {
 		}
 	}
 	dir := r.host(r.root)
-	if _, err := os.Stat(dir); errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("containerd's directory %s is not below %s: mount the host's root, with what is mounted below it, and name it with --host-root", r.root, r.host("/"))
-	} else if err != nil {
-		return fmt.Errorf("looking at containerd's directory: %w", err)
+	if _, err := os.Stat(dir); err != nil {
+		return fmt.Errorf("looking at containerd's directory %s: %w", r.root, cachedisk.Explain(err))
 	}
 	return nil
 }

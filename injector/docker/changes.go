@@ -114,7 +114,8 @@ func (r *Runtime) plan(disks []*cachedisk.Disk, check checker) (*changes, error)
 	}
 	recs, err := r.records()
 	if err != nil {
-		return nil, err
+		// What such a generation named is taken for the node's; inject is the remedy.
+		r.opt.Log.Warn("what was registered is not fully known", "error", err)
 	}
 	p := &planner{
 		store: r.store, link: r.opt.Link, repos: repos, mounted: mounted, records: recs, check: check,

@@ -34,10 +34,13 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/docker/docker/api/types/system"
 	"github.com/docker/docker/client"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 )
 
 const (
@@ -163,7 +166,12 @@ func (r *Runtime) open(ctx context.Context) error {
 		root = DefaultRoot
 	}
 	r.store = store{hostRoot: r.opt.HostRoot, root: filepath.Clean(root)}
-	return r.store.check()
+	err = r.store.check()
+	if r.info != nil && errors.Is(err, errNoStore) {
+		// The daemon has one; this process looks for it in another place.
+		return fmt.Errorf("docker data root %s is not to be found: %w", r.root, cachedisk.Explain(syscall.ENOENT))
+	}
+	return err
 }
 
 // lock waits for other injectors to end, and looks at docker anew: it may have been

@@ -344,6 +344,26 @@ func TestPlanRefuses(t *testing.T) {
 	}
 }
 
+// TestBrokenRecord has a record that a faulty disk has spoilt: inject writes it again.
+func TestBrokenRecord(t *testing.T) {
+	r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink, Log: slog.New(slog.DiscardHandler)}}
+	d := newDisk(t, 1, "docker.io/library/x:1")
+	write(t, r.recordFile(d.ID), "{")
+	if _, err := r.records(); err == nil || !strings.Contains(err.Error(), "run inject") {
+		t.Errorf("says %v", err)
+	}
+	c, err := r.plan([]*cachedisk.Disk{d}, r.checker())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.save(c.records[0]); err != nil {
+		t.Fatal(err)
+	}
+	if recs, err := r.records(); err != nil || len(recs) != 1 {
+		t.Errorf("records %v, %v", recs, err)
+	}
+}
+
 // TestPlanNames has a tag of the disk that stands for another image on the node.
 func TestPlanNames(t *testing.T) {
 	const older, newer = 0, 2 // the disk is of second 1

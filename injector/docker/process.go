@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 )
 
 // configFile is what dockerd reads unless --config-file names another.
@@ -65,6 +67,9 @@ func (s store) user() (pid int, root string, err error) {
 		}
 		if root != "" {
 			return pid, root, nil
+		}
+		if errors.Is(err, fs.ErrPermission) {
+			err = cachedisk.Explain(err)
 		}
 		if err != nil {
 			doubtful, unclear = pid, err

@@ -48,7 +48,8 @@ func (s store) recordFile(id digest.Digest) string {
 	return filepath.Join(s.stateDir(), id.Encoded()+".json")
 }
 
-// records reads the records of all generations, oldest first.
+// records reads the records of all generations, oldest first. One that cannot be read
+// does not hide another: records may come together with an error.
 func (s store) records() ([]*record, error) {
 	entries, err := os.ReadDir(s.stateDir())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -58,6 +59,7 @@ func (s store) records() ([]*record, error) {
 		return nil, fmt.Errorf("reading records: %w", err)
 	}
 	var rs []*record
+	var errs []error
 	for _, e := range entries {
 		if !strings.HasSuffix(e.Name(), ".json") {
 			continue
@@ -69,7 +71,8 @@ func (s store) records() ([]*record, error) {
 			err = json.Unmarshal(b, r)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("reading record %s: %w; run inject with its cache disk to write it again", name, err)
+			errs = append(errs, fmt.Errorf("reading record %s: %w; run inject with its cache disk to write it again", name, err))
+			continue
 		}
 		rs = append(rs, r)
 	}
@@ -79,7 +82,7 @@ func (s store) records() ([]*record, error) {
 		}
 		return strings.Compare(a.CacheID.String(), b.CacheID.String())
 	})
-	return rs, nil
+	return rs, errors.Join(errs...)
 }
 
 // save adds r to what is recorded of its generation and writes that if it changed.

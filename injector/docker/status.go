@@ -122,8 +122,10 @@ func (r *reader) readable(chain digest.Digest) error {
 	if err != nil {
 		return r.bound(chain, id)
 	}
-	if err := r.check(r.generation(id)); err != nil {
-		return err
+	if from := r.generation(id); from != "" {
+		if err := r.check(from); err != nil {
+			return err
+		}
 	}
 	if _, err := os.Stat(r.host(target)); err != nil {
 		return fmt.Errorf("layer %s: %w", report.Short(chain), err)

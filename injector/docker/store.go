@@ -76,6 +76,8 @@ func (s store) checker() checker {
 	}
 }
 
+var errNoStore = errors.New("no overlay2 store")
+
 // check refuses a data root that holds no overlay2 store, or one for remapped users.
 func (s store) check() error {
 	if remapped.MatchString(filepath.Base(s.root)) {
@@ -84,9 +86,9 @@ func (s store) check() error {
 	for _, dir := range []string{s.overlay("l"), s.image("layerdb"), s.image("imagedb", "content", "sha256")} {
 		switch _, err := os.Stat(dir); {
 		case errors.Is(err, fs.ErrNotExist):
-			return fmt.Errorf("docker data root %s holds no overlay2 store; start docker once with the overlay2 storage driver, or name its data root with --docker-root", s.root)
+			return fmt.Errorf("docker data root %s holds %w; start docker once with the overlay2 storage driver, or name its data root with --docker-root", s.root, errNoStore)
 		case err != nil:
-			return fmt.Errorf("looking at docker data root %s: %w", s.root, err)
+			return fmt.Errorf("looking at docker data root %s: %w", s.root, cachedisk.Explain(err))
 		}
 	}
 	return nil
