@@ -223,7 +223,7 @@ func TestKubernetes(t *testing.T) {
 	// Idle, with the watch of the node.
 	a = n.start(t, append(args, "--check-interval=1m")...)
 	n.waitReady(t)
-	idle(t, a, time.Minute)
+	a.idle(t, time.Minute)
 
 	// Without the API server it registers all the same.
 	a.stop(t)

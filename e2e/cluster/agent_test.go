@@ -32,10 +32,13 @@ type agentConfig struct {
 	image     string            // injector by default
 	env       map[string]string // of the containers
 	gate      bool              // base/gate as well
+	// eager has kubelet ask every second whether the agent is ready, for tests that wait
+	// for it: as often as the manifests say, it takes a minute to see that it is.
+	eager bool
 }
 
 // deploy applies the agent's manifests, and deletes the DaemonSet at the test's end.
-func deploy(t *testing.T, a agentConfig) {
+func deploy(t testing.TB, a agentConfig) {
 	t.Helper()
 	if a.image == "" {
 		a.image = injector
@@ -50,6 +53,9 @@ func deploy(t *testing.T, a agentConfig) {
 	var patches strings.Builder
 	for _, key := range sortedKeys(a.env) {
 		fmt.Fprintf(&patches, "    - {op: add, path: /spec/template/spec/containers/0/env/-, value: {name: %s, value: %q}}\n", key, a.env[key])
+	}
+	if a.eager {
+		patches.WriteString("    - {op: replace, path: /spec/template/spec/containers/0/readinessProbe/periodSeconds, value: 1}\n")
 	}
 	if patches.Len() == 0 {
 		patches.WriteString("    []\n")
@@ -84,7 +90,7 @@ patches:
 }
 
 // removeAgent deletes the DaemonSet and waits for its pods to be gone.
-func removeAgent(ctx context.Context, t *testing.T) {
+func removeAgent(ctx context.Context, t testing.TB) {
 	t.Helper()
 	_, err := world.cluster.Kubectl(ctx, "delete", "daemonset", "-n", agentNamespace, "--all", "--cascade=foreground", "--timeout=2m")
 	if err != nil {

@@ -5,24 +5,41 @@ package cluster_test
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
 
-// readyNode is a node with the first cache disk as a claim, whose images are registered.
-func readyNode(t *testing.T, config cluster.NodeConfig) *cluster.Node {
+// readyNode is a node with the first cache disk as a claim, whose images an agent has
+// registered.
+func readyNode(t testing.TB, config cluster.NodeConfig, agent agentConfig) *cluster.Node {
 	t.Helper()
 	disk := cluster.Disk{Name: firstDevice, Image: world.first}
 	config.Disks = []cluster.Disk{disk}
 	n := world.cluster.Node(t, config)
 	world.cluster.Claim(t, agentNamespace, "image-cache", disk, n)
-	deploy(t, agentConfig{component: "pvc"})
+	agent.component = "pvc"
+	deploy(t, agent)
 	n.WaitCondition(t, agentCondition)
 	return n
+}
+
+// quickRestarts has kubelet wait a second before it starts a container again, not ten
+// and more.
+var quickRestarts = map[string]any{"crashLoopBackOff": map[string]string{"maxContainerRestartPeriod": "1s"}}
+
+// rolledOut waits until the agent's pods are all of the last version, and ready.
+func rolledOut(t *testing.T) {
+	t.Helper()
+	world.cluster.Output(t, "rollout", "status", "daemonset/selkies-image-injector", "-n", agentNamespace, "--timeout=3m")
 }
 
 // containers are the IDs of a pod's running containers.
@@ -68,13 +85,16 @@ const (
 	// by kubelet.
 	anchors = "io.containerd.snapshotter.v1.overlayfs/snapshots/"
 	volumes = "/kubernetes.io/local-volume/mounts/"
+
+	stateDir  = "/var/lib/containerd"
+	snapshots = stateDir + "/" + anchors
 )
 
 // TestReboot reboots a node: pods of cached images come back with the agent, also if
 // it comes long after them.
 func TestReboot(t *testing.T) {
 	c := world.cluster
-	n := readyNode(t, cluster.NodeConfig{})
+	n := readyNode(t, cluster.NodeConfig{Kubelet: quickRestarts}, agentConfig{})
 	ns := c.Namespace(t)
 	pod := podOn(n, ns, "pod", ref(app))
 	pod.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
@@ -109,40 +129,65 @@ func TestReboot(t *testing.T) {
 	expectPulls(t)
 }
 
-// TestKillAgent ends the agent by SIGKILL again and again, a little later each time,
-// while it registers images and after.
+// killWhen ends the agent by SIGKILL as soon as a condition holds on the node, in the
+// shell's own words: a program takes longer than a layer. It prints how many layers
+// are linked then.
+const killWhen = `
+links() {
+	n=0
+	for fs in ` + snapshots + `/*/fs; do [ -L "$fs" ] && n=$((n+1)); done
+	echo $n
+}
+mounted() { set -- ` + snapshots + `/*/fs/selkies-image-cache; [ -e "$1" ]; }
+pid=
+until [ -n "$pid" ]; do
+	for p in /proc/[0-9]*; do
+		read -r name <$p/comm || continue
+		[ "$name" != selkies-image-i ] || pid=${p#/proc/}
+	done
+done 2>/dev/null
+until %s; do :; done
+kill -KILL $pid
+while [ -e /proc/$pid ]; do :; done
+links`
+
+// TestKillAgent ends the agent by SIGKILL in every phase of its work, and each time
+// another one goes on from there.
 func TestKillAgent(t *testing.T) {
 	c := world.cluster
 	disk := cluster.Disk{Name: firstDevice, Image: world.first}
 	n := c.Node(t, cluster.NodeConfig{
-		Taints: []corev1.Taint{startupTaint},
-		Disks:  []cluster.Disk{disk},
-		// Not ten seconds and more before it starts the agent again.
-		Kubelet: map[string]any{"crashLoopBackOff": map[string]string{"maxContainerRestartPeriod": "1s"}},
+		Taints:  []corev1.Taint{startupTaint},
+		Disks:   []cluster.Disk{disk},
+		Kubelet: quickRestarts,
 	})
 	c.Claim(t, agentNamespace, "image-cache", disk, n)
 	ns := c.Namespace(t)
 	pod := podOn(n, ns, "pod", ref(app))
 	pod.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
 	c.Run(t, pod)
-	deploy(t, agentConfig{component: "pvc"})
-	const kill = `
-for delay in 0 0.01 0.02 0.03 0.05 0.1 0.2 0.4 0.8; do
-	pid=
-	until [ -n "$pid" ]; do
-		for p in /proc/[0-9]*; do
-			case $(readlink "$p/exe") in /usr/local/bin/selkies-image-injector) pid=${p#/proc/};; esac
-		done
-	done
-	sleep $delay
-	kill -KILL $pid
-	while [ -e /proc/$pid ]; do sleep 0.01; done
-done`
-	n.Output(t, "sh", "-c", kill)
-
-	n.WaitCondition(t, agentCondition)
+	config := strings.TrimPrefix(blobsOf(t, indexed)[0], "sha256:")
+	deploy(t, agentConfig{component: "pvc", eager: true})
+	kill := func(phase, condition string) {
+		t.Helper()
+		t.Logf("killed when %s: %s layers", phase, strings.TrimSpace(n.Output(t, "sh", "-c", fmt.Sprintf(killWhen, condition))))
+	}
+	kill("it starts", "true")
+	kill("the disk is mounted", "mounted")
+	for layers := 1; layers <= 4; layers++ {
+		kill(fmt.Sprintf("layer %d is linked", layers), fmt.Sprintf("[ $(links) -ge %d ]", layers))
+	}
+	kill("an image's content is there", "[ -e "+stateDir+"/io.containerd.content.v1.content/blobs/sha256/"+config+" ]")
 	n.WaitTaint(t, startupTaint.Key, false)
+	kill("the gate is open", "true")
+	n.WaitCondition(t, agentCondition)
 	c.WaitPodReady(t, ns, "pod")
+	kill("all is done", "true")
+
+	rolledOut(t)
+	if got := c.WaitPodReady(t, ns, "pod").Status.ContainerStatuses[0]; got.RestartCount != 0 {
+		t.Errorf("the pod was started again: %+v", got)
+	}
 	// containerd has one for each sandbox.
 	if out := n.Output(t, "ctr", "-n", "k8s.io", "leases", "list"); strings.Contains(out, "selkies.io/") {
 		t.Errorf("leases are left:\n%s", out)
@@ -152,79 +197,186 @@ done`
 	}
 }
 
-// TestRollOut takes the agent to a new version and then away: the volume stays in use
-// for as long as there is an agent, and running pods notice nothing.
+// mountIDs are the IDs of the node's mounts whose lines have all of the words. Another
+// mount in the same place has another ID, before Linux 6.8 not always.
+func mountIDs(t *testing.T, n *cluster.Node, words ...string) []uint64 {
+	t.Helper()
+	var ids []uint64
+	for _, line := range mounted(t, n, words...) {
+		var st unix.Statx_t
+		if err := unix.Statx(unix.AT_FDCWD, n.Path(strings.Fields(line)[4]), 0, unix.STATX_MNT_ID|unix.STATX_MNT_ID_UNIQUE, &st); err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, st.Mnt_id)
+	}
+	return ids
+}
+
+// watchAgents follows the agent's pods, and fails the test if at any time none is
+// ready. stop ends that.
+func watchAgents(t *testing.T) (stop func()) {
+	t.Helper()
+	pods := world.cluster.Client.CoreV1().Pods(agentNamespace)
+	list, err := pods.List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ready := map[string]bool{}
+	for _, p := range list.Items {
+		ready[p.Name] = isReady(&p)
+	}
+	w, err := pods.Watch(t.Context(), metav1.ListOptions{ResourceVersion: list.ResourceVersion})
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for e := range w.ResultChan() {
+			p, ok := e.Object.(*corev1.Pod)
+			if !ok {
+				t.Errorf("watching the agent's pods: %v", e.Object)
+				return
+			}
+			ready[p.Name] = e.Type != watch.Deleted && isReady(p)
+			if !slices.Contains(slices.Collect(maps.Values(ready)), true) {
+				t.Errorf("no agent is ready: %s is %s", p.Name, e.Type)
+			}
+		}
+	}()
+	return func() {
+		w.Stop()
+		<-done
+		if len(ready) < 2 {
+			t.Errorf("there was no other pod of the agent: %v", ready)
+		}
+	}
+}
+
+func isReady(pod *corev1.Pod) bool {
+	return slices.ContainsFunc(pod.Status.Conditions, func(c corev1.PodCondition) bool {
+		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
+	})
+}
+
+// TestRollOut takes the agent to a new version and then away: there is always a pod
+// that uses the volume for as long as there is an agent, and running pods notice
+// nothing.
 func TestRollOut(t *testing.T) {
 	c := world.cluster
-	n := readyNode(t, cluster.NodeConfig{})
+	n := readyNode(t, cluster.NodeConfig{}, agentConfig{eager: true})
+	rolledOut(t)
 	ns := c.Namespace(t)
 	pod := podOn(n, ns, "pod", ref(app))
 	pod.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
+	// It ends when it cannot read its image.
+	pod.Spec.Containers[0].Command = []string{"/bin/sh", "-c", "trap exit TERM; while cat /bin/busybox >/dev/null; do sleep 0.1; done"}
 	c.Run(t, pod)
 	before := c.WaitPodReady(t, ns, "pod")
-	// A mount that went and came back would have another ID.
-	anchor, volume := mounted(t, n, anchors, "/fs "), mounted(t, n, volumes)
+	anchor, volume := mountIDs(t, n, anchors, "/fs "), mountIDs(t, n, volumes)
 	if len(anchor) != 1 || len(volume) != 1 {
-		t.Fatalf("the disk is mounted as %q and %q", anchor, volume)
+		t.Fatalf("the disk is mounted as %d and %d", anchor, volume)
+	}
+	undisturbed := func(when string) {
+		t.Helper()
+		if got := mountIDs(t, n, anchors, "/fs "); !slices.Equal(got, anchor) {
+			t.Errorf("%s the anchor is mount %d, before %d", when, got, anchor)
+		}
+		if got := mountIDs(t, n, volumes); !slices.Equal(got, volume) {
+			t.Errorf("%s the volume is mount %d, before %d", when, got, volume)
+		}
+		if got := containers(c.WaitPodReady(t, ns, "pod")); got != containers(before) {
+			t.Errorf("%s the pod's container is %s, before %s", when, got, containers(before))
+		}
 	}
 
-	deploy(t, agentConfig{component: "pvc", image: injectorV2})
-	c.Output(t, "rollout", "status", "daemonset/selkies-image-injector", "-n", agentNamespace, "--timeout=3m")
-	if got := mounted(t, n, anchors, "/fs "); strings.Join(got, "\n") != anchor[0] {
-		t.Errorf("after the roll-out the anchor is %q, before %q", got, anchor)
-	}
-	if got := mounted(t, n, volumes); strings.Join(got, "\n") != volume[0] {
-		t.Errorf("after the roll-out the volume is %q, before %q", got, volume)
-	}
+	stop := watchAgents(t)
+	deploy(t, agentConfig{component: "pvc", image: injectorV2, eager: true})
+	rolledOut(t)
+	stop()
+	undisturbed("after the roll-out")
 
 	// kubelet does not unmount a device that is mounted elsewhere too: as long as the
 	// anchor is, the disk stays in use and attached, also without an agent.
 	removeAgent(t.Context(), t)
-	if got := mounted(t, n, anchors, "/fs "); strings.Join(got, "\n") != anchor[0] {
-		t.Errorf("without the agent the anchor is %q, before %q", got, anchor)
-	}
-	if got := mounted(t, n, volumes); strings.Join(got, "\n") != volume[0] {
-		t.Errorf("without the agent the volume is %q, before %q", got, volume)
-	}
+	undisturbed("without the agent")
 	// What is registered outlives the agent.
 	later := podOn(n, ns, "later", ref(app))
 	later.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
 	c.Run(t, later)
 	c.WaitPodReady(t, ns, "later")
-	if got := containers(c.WaitPodReady(t, ns, "pod")); got != containers(before) {
-		t.Errorf("the pod's container is %s, before it was %s", got, containers(before))
-	}
+	undisturbed("after another pod's start")
 }
 
-// TestImageGCKeepsCached has kubelet collect all images that it may.
+// TestImageGCKeepsCached has kubelet collect all images that it may, for want of room
+// on the disk.
 func TestImageGCKeepsCached(t *testing.T) {
 	c := world.cluster
-	n := readyNode(t, cluster.NodeConfig{})
+	n := readyNode(t, cluster.NodeConfig{}, agentConfig{})
 	ns := c.Namespace(t)
+	agent := containers(onlyAgent(t))
 	n.Output(t, "ctr", "-n", "k8s.io", "images", "pull", "--plain-http", ref(other))
-	if err := n.SetKubelet(t.Context(), cluster.EagerImageGC()); err != nil {
+	images := func() string { return n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q") }
+	cluster.Wait(t, "the CRI to know the image", func(context.Context) error {
+		// The CRI gives it a name more.
+		if got := n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "name=="+ref(other)); !strings.Contains(got, "io.cri-containerd.image=managed") {
+			return fmt.Errorf("there is %s", got)
+		}
+		return nil
+	})
+	if err := n.SetKubelet(t.Context(), cluster.DiskPressure()); err != nil {
 		t.Fatal(err)
 	}
-	images := func() string { return n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q") }
+	n.WaitCondition(t, corev1.NodeDiskPressure)
 	cluster.Wait(t, "kubelet to collect an image", func(context.Context) error {
 		if got := images(); strings.Contains(got, ref(other)) {
 			return fmt.Errorf("there are:\n%s", got)
 		}
 		return nil
 	})
+	log := n.Journal(t.Context(), 1000, "kubelet")
+	if !strings.Contains(log, "Attempting to delete unused images") {
+		t.Errorf("kubelet has collected %s for another reason:\n%s", other, log)
+	}
+	for _, failure := range []string{"errors in image deletion", "Failed to remove image", "error when attempting to reduce resource pressure"} {
+		if strings.Contains(log, failure) {
+			t.Errorf("kubelet could not remove an image:\n%s", log)
+		}
+	}
+	got := images()
 	for _, image := range cached["first"] {
-		if got := images(); !strings.Contains(got, ref(image)) {
+		if !strings.Contains(got, ref(image)) {
 			t.Errorf("%s is gone; there are:\n%s", image, got)
 		}
+	}
+	if now := containers(onlyAgent(t)); now != agent {
+		t.Errorf("the agent's container is %s, before the pressure %s", now, agent)
+	}
+
+	if err := n.SetKubelet(t.Context(), map[string]any{"evictionHard": map[string]string{}}); err != nil {
+		t.Fatal(err)
+	}
+	n.WaitTaint(t, corev1.TaintNodeDiskPressure, false)
+	for _, image := range cached["first"] {
 		name := strings.ReplaceAll(image, ":", "-")
 		pod := podOn(n, ns, name, ref(image))
 		pod.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
 		c.Run(t, pod)
 		c.WaitPodReady(t, ns, name)
 	}
-	if log := n.Journal(t.Context(), 1000, "kubelet"); strings.Contains(log, "errors in image deletion") {
-		t.Errorf("kubelet could not remove an image:\n%s", log)
+}
+
+// onlyAgent is the agent's one pod.
+func onlyAgent(t *testing.T) *corev1.Pod {
+	t.Helper()
+	pods, err := world.cluster.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{})
+	if err != nil {
+		t.Fatal(err)
 	}
+	if len(pods.Items) != 1 {
+		t.Fatalf("there are %d pods of the agent", len(pods.Items))
+	}
+	return &pods.Items[0]
 }
 
 // TestTwoDisks has two disks with an image in common, as secondary boot disks.

@@ -44,11 +44,12 @@ const (
 	app        = "shared:1"         // four layers, on both cache disks
 	appNext    = "shared:2"         // the same and one more, on the second cache disk
 	indexed    = "platforms:latest" // behind an index, on the first cache disk
+	moving     = "moving:latest"    // as app, on the first cache disk; a test moves the tag
 	injector   = "injector:1"
 	injectorV2 = "injector:2" // the same program, another image
 )
 
-var cached = map[string][]string{"first": {app, indexed}, "second": {app, appNext}}
+var cached = map[string][]string{"first": {app, indexed, moving}, "second": {app, appNext}}
 
 func TestMain(m *testing.M) {
 	cluster.Main(func(ctx context.Context, dir string) error {
@@ -126,6 +127,9 @@ func push(ctx context.Context, injectorLayout string) error {
 		return err
 	}
 	if _, err := images.Push(ctx, world.reg.Addr, append(all, pause)); err != nil {
+		return err
+	}
+	if err := tag(ctx, app, moving); err != nil {
 		return err
 	}
 	index, err := layout.ImageIndexFromPath(injectorLayout)

@@ -268,11 +268,16 @@ func (n *Node) DetachDisk(d Disk) error {
 	return loop.Close()
 }
 
-// EagerImageGC has kubelet remove every image that no container uses and that is not
-// pinned when it starts, because of its age. For want of room on the disk it would
-// remove the same ones, but not before it has looked at the disk: five minutes later.
-func EagerImageGC() map[string]any {
-	return map[string]any{"imageMinimumGCAge": "1ns", "imageMaximumGCAge": "2ns"}
+// DiskPressure has kubelet find too little room on the disk, however much there is: it
+// removes every image that no container uses and that is not pinned, and evicts one
+// pod after another.
+func DiskPressure() map[string]any {
+	return map[string]any{
+		"evictionHard":      map[string]string{"nodefs.available": "99.9%", "imagefs.available": "99.9%"},
+		"imageMinimumGCAge": "1ns",
+		// How long the condition and its taint outlast the pressure.
+		"evictionPressureTransitionPeriod": "1s",
+	}
 }
 
 // SetKubelet changes settings of kubelet, by their names in KubeletConfiguration,

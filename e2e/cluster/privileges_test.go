@@ -78,7 +78,11 @@ func daemonSets(t *testing.T, variant string) []appsv1.DaemonSet {
 // set's, with all of its privileges and with each capability taken away.
 func TestPrivileges(t *testing.T) {
 	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
-		t.Run(string(release), func(t *testing.T) { testPrivileges(t, release) })
+		t.Run(string(release), func(t *testing.T) {
+			// Most of it is waiting for pods.
+			t.Parallel()
+			testPrivileges(t, release)
+		})
 	}
 }
 
@@ -135,6 +139,7 @@ func testPrivileges(t *testing.T, release machine.Release) {
 		spec.Affinity = nil
 		for i := range spec.Volumes {
 			if claim := spec.Volumes[i].PersistentVolumeClaim; claim != nil {
+				claim.ClaimName += "-" + string(release)
 				world.cluster.Claim(t, agentNamespace, claim.ClaimName, disk, n)
 			}
 		}

@@ -57,6 +57,10 @@ var containerdConfig = map[Release]string{
     sandbox = %[1]q
   [plugins."io.containerd.cri.v1.images".registry]
     config_path = "/etc/containerd/certs.d"
+# Pulls unpack for the default snapshotter otherwise, and fail if it is another one.
+[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux/amd64"
+  snapshotter = %[2]q
 `,
 }
 
