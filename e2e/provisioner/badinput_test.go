@@ -135,7 +135,7 @@ func TestSomeFail(t *testing.T) {
 	// The manifest of broken can be had but its layer cannot.
 	image := newImage(t, layer(t, map[string]int{"broken": 1000}))
 	broken := pushed(t, reg, "broken:1", image)
-	blob := layerDigest(t, image, 0)
+	blob := layerDescriptor(t, image, 0).Digest
 	if err := os.Remove(filepath.Join(blobs, blob.Algorithm, blob.Hex)); err != nil {
 		t.Fatal(err)
 	}

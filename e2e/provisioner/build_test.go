@@ -22,12 +22,14 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/docker/go-units"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -58,6 +60,8 @@ func TestBuild(t *testing.T) {
 			t.Fatal(err)
 		}
 		testBuild(t, v, true)
+		t.Run("rebuild", func(t *testing.T) { testRebuild(t, v) })
+		t.Run("progress", func(t *testing.T) { testProgress(t, v) })
 		t.Run("own daemon", func(t *testing.T) {
 			reg := registry.New(t, registry.Config{})
 			refs := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
@@ -213,15 +217,21 @@ func checkBlobs(t *testing.T, dir string, m *manifest.Manifest) {
 
 // TestRebuild builds several times on one disk: only what is new is pulled, what is
 // no longer listed leaves, and without a change not a byte of the manifest changes.
-func TestRebuild(t *testing.T) {
-	v := world.debian
+func TestRebuild(t *testing.T) { testRebuild(t, world.debian) }
+
+func testRebuild(t *testing.T, v *vm) {
 	reg := registry.New(t, registry.Config{})
 	shared := layer(t, map[string]int{"shared": 3 << 20})
 	added := layer(t, map[string]int{"added": 1 << 20})
 	first := pushed(t, reg, "app:1", newImage(t, shared))
 	newer := newImage(t, shared, added)
 	second := pushed(t, reg, "app:2", newer)
-	other := pushed(t, reg, "other:1", newImage(t, layer(t, map[string]int{"other": 1 << 20})))
+	another := newImage(t, layer(t, map[string]int{"other": 1 << 20}))
+	other := pushed(t, reg, "other:1", another)
+	size := func(image v1.Image, i int) int64 { return layerDescriptor(t, image, i).Size }
+	counts := func(pulled, kept int64) string {
+		return "pulled " + units.HumanSize(float64(pulled)) + ", kept " + units.HumanSize(float64(kept))
+	}
 	d := newDisk(t, v, 256)
 
 	v.mustBuild(t, imagesOption(first, other), d.block())
@@ -236,14 +246,14 @@ func TestRebuild(t *testing.T) {
 		if _, data := d.manifest(t); !bytes.Equal(data, generation1) {
 			t.Errorf("the manifest changed: %s", cmp.Diff(string(generation1), string(data)))
 		}
-		if !strings.Contains(out, "pulled 0B, kept 4.1") {
-			t.Errorf("does not say what it kept:\n%s", out)
+		if want := counts(0, size(newer, 0)+size(another, 0)); !strings.Contains(out, want) {
+			t.Errorf("does not say %q:\n%s", want, out)
 		}
 	})
 	t.Run("newer", func(t *testing.T) {
 		reg.Reset()
 		out := v.mustBuild(t, imagesOption(second, other), d.block())
-		if diff := cmp.Diff([]string{layerDigest(t, newer, 1).String()}, layerBlobs(t, reg, newer)); diff != "" {
+		if diff := cmp.Diff([]string{layerDescriptor(t, newer, 1).Digest.String()}, layerBlobs(t, reg, newer)); diff != "" {
 			t.Errorf("blobs pulled: %s", diff)
 		}
 		m, _ := d.manifest(t)
@@ -252,6 +262,9 @@ func TestRebuild(t *testing.T) {
 		}
 		if !strings.Contains(out, "removed "+first) {
 			t.Errorf("does not say that it removed %s:\n%s", first, out)
+		}
+		if want := counts(size(newer, 1), size(newer, 0)+size(another, 0)); !strings.Contains(out, want) {
+			t.Errorf("does not say %q:\n%s", want, out)
 		}
 	})
 	t.Run("moved tag", func(t *testing.T) {
@@ -269,6 +282,43 @@ func TestRebuild(t *testing.T) {
 			}
 		})
 	})
+}
+
+// TestProgress has a registry so slow that the build tells how far it is.
+func TestProgress(t *testing.T) { testProgress(t, world.debian) }
+
+func testProgress(t *testing.T, v *vm) {
+	reg := registry.New(t, registry.Config{})
+	image := newImage(t, layer(t, map[string]int{"large": 8 << 20}))
+	pushed(t, reg, "app:1", image)
+	large := layerDescriptor(t, image, 0)
+	// 640 kB/s take longer than the ten seconds after which progress is told.
+	addr := serveBlob(t, reg, large.Digest, func(w http.ResponseWriter, _ *http.Request, resp *http.Response) {
+		tick := time.NewTicker(100 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			if _, err := io.CopyN(w, resp.Body, 64<<10); err != nil {
+				return
+			}
+			w.(http.Flusher).Flush()
+			<-tick.C
+		}
+	})
+	ref := addr + "/app:1"
+	d := newDisk(t, v, 256)
+	out := v.mustBuild(t, imagesOption(ref), d.block())
+
+	const some = `[1-7](\.\d+)?MB of `
+	total := units.HumanSize(float64(large.Size))
+	for _, want := range []string{
+		`: 0 of 1 images, ` + some + regexp.QuoteMeta(total) + `, \d+(\.\d+)?kB/s, about \d+s left`,
+		`:   ` + regexp.QuoteMeta(ref) + `: ` + some + regexp.QuoteMeta(total),
+		`: pulled ` + regexp.QuoteMeta(total) + `, kept 0B`,
+	} {
+		if !regexp.MustCompile(want).MatchString(out) {
+			t.Errorf("does not say %s:\n%s", want, out)
+		}
+	}
 }
 
 // TestLabel finds a disk by its label, and keeps what is no longer listed if asked.

@@ -4,6 +4,7 @@ package provisioner_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -26,8 +27,30 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// stalling is a registry in front of another that serves half of a blob and then
-// nothing more.
+// serveBlob is a registry in front of another that leaves to serve how one blob comes.
+func serveBlob(t *testing.T, reg *registry.Registry, blob v1.Hash, serve func(http.ResponseWriter, *http.Request, *http.Response)) (addr string) {
+	t.Helper()
+	target := &url.URL{Scheme: "http", Host: reg.Addr}
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/blobs/"+blob.String()) {
+			proxy.ServeHTTP(w, r)
+			return
+		}
+		resp, err := http.Get(target.String() + r.URL.Path)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer resp.Body.Close()
+		w.Header().Set("Content-Length", resp.Header.Get("Content-Length"))
+		serve(w, r, resp)
+	}))
+	t.Cleanup(server.Close)
+	return server.Listener.Addr().String()
+}
+
+// stalling is a registry that serves half of a blob and then nothing more.
 type stalling struct {
 	addr    string
 	stalled chan struct{} // closed by then
@@ -45,22 +68,9 @@ func (s *stalling) hasStalled() bool {
 func newStalling(t *testing.T, reg *registry.Registry, blob v1.Hash) *stalling {
 	t.Helper()
 	s := &stalling{stalled: make(chan struct{})}
-	target := &url.URL{Scheme: "http", Host: reg.Addr}
-	proxy := httputil.NewSingleHostReverseProxy(target)
 	ending := make(chan struct{})
 	var once sync.Once
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/blobs/"+blob.String()) {
-			proxy.ServeHTTP(w, r)
-			return
-		}
-		resp, err := http.Get(target.String() + r.URL.Path)
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusBadGateway)
-			return
-		}
-		defer resp.Body.Close()
-		w.Header().Set("Content-Length", resp.Header.Get("Content-Length"))
+	s.addr = serveBlob(t, reg, blob, func(w http.ResponseWriter, r *http.Request, resp *http.Response) {
 		io.CopyN(w, resp.Body, resp.ContentLength/2)
 		w.(http.Flusher).Flush()
 		once.Do(func() { close(s.stalled) })
@@ -68,12 +78,9 @@ func newStalling(t *testing.T, reg *registry.Registry, blob v1.Hash) *stalling {
 		case <-r.Context().Done():
 		case <-ending:
 		}
-	}))
-	t.Cleanup(func() {
-		close(ending)
-		server.Close()
 	})
-	s.addr = server.Listener.Addr().String()
+	// Before the server closes, which waits for its requests.
+	t.Cleanup(func() { close(ending) })
 	return s
 }
 
@@ -193,18 +200,14 @@ func (v *vm) inStore(t *testing.T, pattern string) []string {
 	return files
 }
 
-// layerDigest is the digest of an image's layer, as the registry has it.
-func layerDigest(t *testing.T, image v1.Image, i int) v1.Hash {
+// layerDescriptor is an image's layer, as the registry has it.
+func layerDescriptor(t *testing.T, image v1.Image, i int) v1.Descriptor {
 	t.Helper()
-	layers, err := image.Layers()
+	m, err := image.Manifest()
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, err := layers[i].Digest()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return d
+	return m.Layers[i]
 }
 
 // TestCancel ends a build in the middle of a download, in every way in which a build
@@ -216,7 +219,7 @@ func TestCancel(t *testing.T) {
 	pushed(t, reg, "app:1", image)
 	for _, e := range endings {
 		t.Run(e.name, func(t *testing.T) {
-			slow := newStalling(t, reg, layerDigest(t, image, 1))
+			slow := newStalling(t, reg, layerDescriptor(t, image, 1).Digest)
 			d := newDisk(t, v, 256)
 			v.cancel(t, e, slow.hasStalled, imagesOption(slow.addr+"/app:1"), d.block())
 			v.mustBuild(t, imagesOption(reg.Addr+"/app:1"), d.block(), "verify = true")
@@ -255,7 +258,7 @@ func TestKilledDaemon(t *testing.T) {
 	base := layer(t, map[string]int{"base": 1 << 20})
 	alone, image := newImage(t, base), newImage(t, base, layer(t, map[string]int{"large": 8 << 20}))
 	baseRef, appRef := pushed(t, reg, "base:1", alone), pushed(t, reg, "app:1", image)
-	slow := newStalling(t, reg, layerDigest(t, image, 1))
+	slow := newStalling(t, reg, layerDescriptor(t, image, 1).Digest)
 	d := newDisk(t, v, 256)
 	before := v.state(t)
 	registered := func() bool {
@@ -295,7 +298,7 @@ func TestLeftovers(t *testing.T) {
 	reg := registry.New(t, registry.Config{})
 	image := newImage(t, layer(t, map[string]int{"large": 8 << 20}))
 	ref := pushed(t, reg, "app:1", image)
-	slow := newStalling(t, reg, layerDigest(t, image, 0))
+	slow := newStalling(t, reg, layerDescriptor(t, image, 0).Digest)
 	d := newDisk(t, v, 256)
 	before := v.state(t)
 	first := v.start(t, slow.hasStalled, imagesOption(slow.addr+"/app:1"), d.block())
@@ -313,5 +316,57 @@ func TestLeftovers(t *testing.T) {
 	}
 	if diff := cmp.Diff(before, v.state(t)); diff != "" {
 		t.Errorf("the VM is not as it was: %s", diff)
+	}
+}
+
+// TestLeftoverStops builds while an earlier build's unit is still at work on the disk,
+// as when a cancelled build has much to write back.
+func TestLeftoverStops(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
+	for _, unit := range []string{"selkies-image-cache.service", "selkies-image-cache-dockerd.service"} {
+		t.Run(unit, func(t *testing.T) {
+			d := newDisk(t, v, 64)
+			before := v.state(t)
+			release := "/run/release-" + unit
+			v.Output(t, "systemd-run", "--unit="+unit, "--collect", "--quiet", "--property=TimeoutStopSec=600",
+				"--property=ExecStopPost=-/bin/sh -c 'until test -e "+release+"; do sleep 0.1; done'", "true")
+			t.Cleanup(func() { v.Run(context.Background(), "touch", release) })
+			stopping := func() bool { return strings.Contains(v.Output(t, "systemctl", "list-jobs"), unit) }
+			b := v.start(t, stopping, imagesOption(ref), d.block())
+			if out, err := exec.Command("blkid", "--probe", d.device).CombinedOutput(); len(out) > 0 {
+				t.Errorf("the disk changed meanwhile: %s (%v)", out, err)
+			}
+			v.Output(t, "touch", release)
+			if err := <-b.ended; err != nil {
+				t.Errorf("packer build: %v\n%s", err, b.out.String())
+			}
+			if diff := cmp.Diff(before, v.state(t)); diff != "" {
+				t.Errorf("the VM is not as it was: %s", diff)
+			}
+		})
+	}
+}
+
+// TestNoSystemd has a VM whose systemd cannot be asked: the disk stays as it is.
+func TestNoSystemd(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
+	d := newDisk(t, v, 64)
+	hide := v.Path("/usr/bin/systemctl")
+	if err := os.Rename(hide, hide+".hidden"); err != nil {
+		t.Fatal(err)
+	}
+	out, err := v.build(t, imagesOption(ref), d.block())
+	if err := os.Rename(hide+".hidden", hide); err != nil {
+		t.Fatal(err)
+	}
+	if err == nil || !strings.Contains(errorLine(t, out), "disk { ... } needs a VM that runs systemd") {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+	if out, err := exec.Command("blkid", "--probe", d.device).CombinedOutput(); len(out) > 0 {
+		t.Errorf("the disk changed: %s (%v)", out, err)
 	}
 }

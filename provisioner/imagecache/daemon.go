@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"path"
+	"strings"
 	"time"
 )
 
@@ -69,7 +70,7 @@ func startLifeline(ctx context.Context, r *vm, mountPoint string, made []string)
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		return nil, fmt.Errorf("starting %s on the build VM: %w; disk { ... } needs a VM that runs systemd", lifelineUnit, err)
+		return nil, fmt.Errorf("starting %s on the build VM: %w; see systemctl status %[1]s there", lifelineUnit, err)
 	}
 	return l, nil
 }
@@ -84,15 +85,20 @@ func (l *lifeline) end(ctx context.Context) error {
 }
 
 // stopLeftovers ends what a build left behind whose connection has not been found
-// dead yet.
+// dead yet, and waits for what is still ending.
 func stopLeftovers(ctx context.Context, r *vm, say func(string, ...any)) error {
 	for _, unit := range []string{lifelineUnit, dockerdUnit} {
-		_, err := r.run(ctx, "systemctl", "is-active", "--quiet", unit)
+		// A unit that is not there is inactive. One that unmounts the disk is
+		// deactivating, which is-active does not tell from that.
+		state, err := r.run(ctx, "systemctl", "show", "--property=ActiveState", "--value", unit)
 		if exitStatus(err) > 0 {
-			continue
+			return fmt.Errorf("%w; disk { ... } needs a VM that runs systemd", err)
 		}
 		if err != nil {
 			return err
+		}
+		if strings.TrimSpace(string(state)) == "inactive" {
+			continue
 		}
 		say("stopping %s, which an earlier build left running", unit)
 		if _, err := r.run(ctx, "systemctl", "stop", unit); err != nil {
