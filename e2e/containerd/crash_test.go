@@ -257,7 +257,7 @@ func TestGenerations(t *testing.T) {
 			t.Errorf("both again: %s", diff)
 		}
 
-		if r := n.eject(t, first.String()); len(r.Kept) != 0 || len(r.Images) != 0 {
+		if r := n.eject(t, first.Encoded()[:12]); len(r.Kept) != 0 || len(r.Images) != 0 {
 			t.Errorf("eject of the older: %+v", r)
 		}
 		n.Output(t, "umount", cacheDir)
