@@ -112,13 +112,8 @@ func (r *Runtime) plan(disks []*cachedisk.Disk, check checker) (*changes, error)
 	if err != nil {
 		return nil, err
 	}
-	recs, err := r.records()
-	if err != nil {
-		// What such a generation named is taken for the node's; inject is the remedy.
-		r.opt.Log.Warn("what was registered is not fully known", "error", err)
-	}
 	p := &planner{
-		store: r.store, link: r.opt.Link, repos: repos, mounted: mounted, records: recs, check: check,
+		store: r.store, link: r.opt.Link, repos: repos, mounted: mounted, records: r.knownRecords(), check: check,
 		here:    map[digest.Digest]bool{},
 		claimed: map[name]claim{},
 		planned: map[digest.Digest]newLayer{},

@@ -352,6 +352,10 @@ func TestBrokenRecord(t *testing.T) {
 	if _, err := r.records(); err == nil || !strings.Contains(err.Error(), "run inject") {
 		t.Errorf("says %v", err)
 	}
+	// The agent, which asks for them first, gets to inject.
+	if gens, err := r.Generations(t.Context()); err != nil || len(gens) != 0 {
+		t.Errorf("generations %v, %v", gens, err)
+	}
 	c, err := r.plan([]*cachedisk.Disk{d}, r.checker())
 	if err != nil {
 		t.Fatal(err)

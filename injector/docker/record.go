@@ -85,6 +85,16 @@ func (s store) records() ([]*record, error) {
 	return rs, errors.Join(errs...)
 }
 
+// knownRecords are those that can be read. A broken one must not stop inject, which is
+// its remedy; what its generation named is taken for the node's until then.
+func (r *Runtime) knownRecords() []*record {
+	rs, err := r.records()
+	if err != nil {
+		r.opt.Log.Warn("what was registered is not fully known", "error", err)
+	}
+	return rs
+}
+
 // save adds r to what is recorded of its generation and writes that if it changed.
 func (s store) save(r *record) error {
 	old := &record{}

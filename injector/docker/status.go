@@ -43,12 +43,10 @@ func (r *Runtime) Status(context.Context) ([]report.Registration, error) {
 	return regs, nil
 }
 
-// Generations lists those that images were registered from.
+// Generations lists those that images were registered from. One whose record is broken
+// is left out until an inject has written it again.
 func (r *Runtime) Generations(context.Context) ([]report.Generation, error) {
-	recs, err := r.records()
-	if err != nil {
-		return nil, err
-	}
+	recs := r.knownRecords()
 	var gens []report.Generation
 	for _, rec := range recs {
 		gens = append(gens, report.Generation{CacheID: rec.CacheID, Dir: mountpoint(rec.CacheID)})
