@@ -72,6 +72,12 @@ type Config struct {
 	// How many generations to keep, the new one included. What nodes still use is kept
 	// in any case. Defaults to 2.
 	Keep int `mapstructure:"keep"`
+	// What the names of the builder's own disks begin with, up to a dash, such as
+	// `selkies-image-cache-build-`. Disks of such names in `project_id` that no
+	// instance uses, and that were made more than a day before the image, are deleted:
+	// a build that was killed has left them. See
+	// [What a killed build leaves](#what-a-killed-build-leaves). None are by default.
+	BuilderDiskPrefix string `mapstructure:"builder_disk_prefix"`
 	// Say what would be done and change nothing. Defaults to `false`.
 	DryRun bool `mapstructure:"dry_run"`
 	// A directory to write the manifests to, one file for each cluster, instead of
@@ -93,9 +99,10 @@ const (
 )
 
 var (
-	nameRE  = regexp.MustCompile(`^[a-z]([a-z0-9-]*[a-z0-9])?$`)
-	zoneRE  = regexp.MustCompile(`^[a-z]+-[a-z]+[0-9]+-[a-z]$`)
-	labelRE = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,62}$`)
+	nameRE   = regexp.MustCompile(`^[a-z]([a-z0-9-]*[a-z0-9])?$`)
+	prefixRE = regexp.MustCompile(`^[a-z][a-z0-9-]*[a-z0-9]-$`)
+	zoneRE   = regexp.MustCompile(`^[a-z]+-[a-z]+[0-9]+-[a-z]$`)
+	labelRE  = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,62}$`)
 )
 
 func (c *Config) prepare(raws ...any) error {
@@ -141,6 +148,9 @@ func (c *Config) prepare(raws ...any) error {
 		if !labelRE.MatchString(k) || k == labelName || k == labelImage {
 			fail("disk_labels: %q cannot be used as the name of a label", k)
 		}
+	}
+	if c.BuilderDiskPrefix != "" && !prefixRE.MatchString(c.BuilderDiskPrefix) {
+		fail("builder_disk_prefix %q is not lower case letters, digits and dashes, with a dash at the end", c.BuilderDiskPrefix)
 	}
 	if c.DiskSizeGB < 0 {
 		fail("disk_size_gb is %d; leave it out for the image's size", c.DiskSizeGB)

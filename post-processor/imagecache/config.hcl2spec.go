@@ -40,6 +40,7 @@ type FlatConfig struct {
 	InjectorImage             *string           `mapstructure:"injector_image" cty:"injector_image" hcl:"injector_image"`
 	NodeSelector              map[string]string `mapstructure:"node_selector" cty:"node_selector" hcl:"node_selector"`
 	Keep                      *int              `mapstructure:"keep" cty:"keep" hcl:"keep"`
+	BuilderDiskPrefix         *string           `mapstructure:"builder_disk_prefix" cty:"builder_disk_prefix" hcl:"builder_disk_prefix"`
 	DryRun                    *bool             `mapstructure:"dry_run" cty:"dry_run" hcl:"dry_run"`
 	OutputDir                 *string           `mapstructure:"output_dir" cty:"output_dir" hcl:"output_dir"`
 }
@@ -86,6 +87,7 @@ func (*FlatConfig) HCL2Spec() map[string]hcldec.Spec {
 		"injector_image":              &hcldec.AttrSpec{Name: "injector_image", Type: cty.String, Required: false},
 		"node_selector":               &hcldec.AttrSpec{Name: "node_selector", Type: cty.Map(cty.String), Required: false},
 		"keep":                        &hcldec.AttrSpec{Name: "keep", Type: cty.Number, Required: false},
+		"builder_disk_prefix":         &hcldec.AttrSpec{Name: "builder_disk_prefix", Type: cty.String, Required: false},
 		"dry_run":                     &hcldec.AttrSpec{Name: "dry_run", Type: cty.Bool, Required: false},
 		"output_dir":                  &hcldec.AttrSpec{Name: "output_dir", Type: cty.String, Required: false},
 	}

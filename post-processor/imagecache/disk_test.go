@@ -225,6 +225,52 @@ func TestCancelled(t *testing.T) {
 	}
 }
 
+// TestBuilderDisks has killed builds leave disks, among others that are to stay.
+func TestBuilderDisks(t *testing.T) {
+	s := gcp.New(t, gcp.Config{Token: token})
+	clients := s.Clients(t)
+	insert := func(name string, labels map[string]string) {
+		op, err := clients.Disks.Insert(t.Context(), &computepb.InsertDiskRequest{
+			Project: project, Zone: "us-central1-b", DiskResource: &computepb.Disk{Name: &name, SizeGb: new(int64(20)), Labels: labels},
+		})
+		gcp.Wait(t, op, err)
+	}
+	insert("games-build-1", nil)
+	insert("games-build-1-data", nil)
+	insert("games-build-used", nil)
+	insert("games-build-of-a-cache", map[string]string{labelName: "games-build"})
+	insert("games-builder", nil)
+	insert("old-games-build-1", nil)
+	s.AddInstance(project, "us-central1-b", "vm")
+	op, err := clients.Instances.AttachDisk(t.Context(), &computepb.AttachDiskInstanceRequest{
+		Project: project, Zone: "us-central1-b", Instance: "vm",
+		AttachedDiskResource: &computepb.AttachedDisk{Source: new("projects/p/zones/us-central1-b/disks/games-build-used")},
+	})
+	gcp.Wait(t, op, err)
+	s.Forward(23 * time.Hour)
+	insert("games-build-young", nil)
+	s.Forward(2 * time.Hour)
+	s.AddImage(project, cacheImage(built))
+
+	dryRun := diskOptions(s, "builder_disk_prefix", "games-build-", "dry_run", true)
+	before := s.Resources()
+	if _, err := postProcess(t, t.Context(), dryRun, builderArtifact(built)); err != nil {
+		t.Fatal(err)
+	}
+	wantResources(t, s, before)
+
+	for range 2 { // the second finds nothing
+		if _, err := postProcess(t, t.Context(), diskOptions(s, "builder_disk_prefix", "games-build-"), builderArtifact(built)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := slices.DeleteFunc(append(before, bothDisks[1:]...), func(r string) bool {
+		return strings.HasSuffix(r, "/games-build-1") || strings.HasSuffix(r, "/games-build-1-data")
+	})
+	slices.Sort(want)
+	wantResources(t, s, want)
+}
+
 func TestDryRunOfDisks(t *testing.T) {
 	s := google(t, gcp.Config{})
 	if _, err := postProcess(t, t.Context(), diskOptions(s, "dry_run", true), builderArtifact(built)); err != nil {

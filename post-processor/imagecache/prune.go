@@ -16,8 +16,11 @@ import (
 
 // makeRoom prunes what failed builds have left, before new disks need the quota. The
 // generation that is about to be rolled out comes on top of those to keep. What goes
-// wrong here does so again in prune, and fails the build there.
+// wrong here does so again in prune, and fails the build there, or in the next run.
 func (r *run) makeRoom(ctx context.Context) error {
+	if err := r.deleteBuilderDisks(ctx); err != nil && ctx.Err() == nil {
+		r.say("making room: disks of the builder: %v; going on", err)
+	}
 	if !r.prunes() || r.config.DryRun { // which tells of it at the end
 		return nil
 	}
@@ -116,7 +119,7 @@ func (k *cluster) names(zone, disk string) bool {
 
 // pruneDisks deletes disks that nothing uses and returns the images of the others.
 func (r *run) pruneDisks(ctx context.Context, keep map[string]bool) (onDisks map[string]bool, err error) {
-	disks, err := r.listDisks(ctx)
+	disks, err := r.listDisks(ctx, fmt.Sprintf("labels.%s = %s", labelName, r.config.CacheName), r.ofCache)
 	if err != nil {
 		return nil, fmt.Errorf("listing disks: %w", gcp.Explain(err))
 	}
@@ -171,12 +174,48 @@ func (r *run) named(zone, disk string) bool {
 	return slices.ContainsFunc(r.clusters, func(k *cluster) bool { return k.names(zone, disk) })
 }
 
-// listDisks lists the disks of this cache in all zones.
-func (r *run) listDisks(ctx context.Context) (disks []*computepb.Disk, err error) {
-	request := &computepb.AggregatedListDisksRequest{
-		Project: r.config.ProjectID,
-		Filter:  new(fmt.Sprintf("labels.%s = %s", labelName, r.config.CacheName)),
+// builderDiskAge is how long before the image a disk of the builder must have been
+// made to be what a killed build left. No build takes that long, so that those that
+// run at the same time keep theirs, also for the moment in which no VM has them.
+const builderDiskAge = 24 * time.Hour
+
+// deleteBuilderDisks deletes the disks that killed builds have left. Disks of a cache
+// are never among them, whatever their names are.
+func (r *run) deleteBuilderDisks(ctx context.Context) error {
+	prefix := r.config.BuilderDiskPrefix
+	if prefix == "" {
+		return nil
 	}
+	disks, err := r.listDisks(ctx, fmt.Sprintf(`name eq "%s.*"`, prefix), func(d *computepb.Disk) bool {
+		return strings.HasPrefix(d.GetName(), prefix) && d.GetLabels()[labelName] == "" && len(d.GetUsers()) == 0
+	})
+	if err != nil {
+		return gcp.Explain(err)
+	}
+	var errs []error
+	for _, d := range disks {
+		created, err := time.Parse(time.RFC3339, d.GetCreationTimestamp())
+		if err != nil {
+			return fmt.Errorf("disk %s: %w", d.GetName(), err)
+		}
+		if r.generation.created.Sub(created) < builderDiskAge {
+			continue
+		}
+		// One that an instance has taken since is refused.
+		if err := r.deleteDisk(ctx, lastElement(d.GetZone()), d.GetName()); err != nil {
+			errs = append(errs, fmt.Errorf("deleting disk %s: %w", d.GetName(), gcp.Explain(err)))
+		}
+	}
+	return join(errs)
+}
+
+// ofCache tells whether a disk is one of this cache.
+func (r *run) ofCache(d *computepb.Disk) bool { return d.GetLabels()[labelName] == r.config.CacheName }
+
+// listDisks lists the disks in all zones that pass a filter, which Compute Engine may
+// take for a pattern, and match.
+func (r *run) listDisks(ctx context.Context, filter string, match func(*computepb.Disk) bool) (disks []*computepb.Disk, err error) {
+	request := &computepb.AggregatedListDisksRequest{Project: r.config.ProjectID, Filter: &filter}
 	err = gcp.Retry(ctx, func() error {
 		disks = nil
 		for pair, err := range r.disks.AggregatedList(ctx, request).All() {
@@ -184,7 +223,7 @@ func (r *run) listDisks(ctx context.Context) (disks []*computepb.Disk, err error
 				return err
 			}
 			for _, d := range pair.Value.GetDisks() {
-				if d.GetLabels()[labelName] == r.config.CacheName && d.GetZone() != "" { // the filter matches patterns
+				if match(d) && d.GetZone() != "" { // not a regional one
 					disks = append(disks, d)
 				}
 			}
