@@ -3,6 +3,7 @@
 package provisioner_test
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"fmt"
@@ -173,12 +174,12 @@ func TestSomeFail(t *testing.T) {
 	d.checkStore(t, len(good))
 }
 
-// TestDiskFull has more to pull than the disk can hold.
+// TestDiskFull has a layer of zeros, which only its contents show to be too large.
 func TestDiskFull(t *testing.T) {
 	v := world.debian
 	reg := registry.New(t, registry.Config{})
 	small := pushed(t, reg, "small:1", newImage(t, layer(t, map[string]int{"small": 1000})))
-	large := pushed(t, reg, "large:1", newImage(t, layer(t, map[string]int{"large": 100 << 20})))
+	large := pushed(t, reg, "large:1", newImage(t, zeros(t, 100<<20)))
 	d := newDisk(t, v, 64)
 	v.mustBuild(t, imagesOption(small), d.block())
 	_, manifest := d.manifest(t)
@@ -247,6 +248,24 @@ func TestUnusableDocker(t *testing.T) {
 	fails("install Docker there before this provisioner runs")
 	m.Output(t, "mv", "/usr/sbin/dockerd", "/usr/sbin/dockerd-away")
 	fails("install Docker on the build VM before this provisioner runs", d.block())
+}
+
+// zeros is a tar stream of one file that compresses to nearly nothing.
+func zeros(t *testing.T, size int) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	err := w.WriteHeader(&tar.Header{Name: "zeros", Mode: 0o644, Size: int64(size)})
+	if err == nil {
+		_, err = w.Write(make([]byte, size))
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
 }
 
 func run(t *testing.T, args ...string) {

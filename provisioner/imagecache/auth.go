@@ -50,18 +50,29 @@ func (k configured) Resolve(target authn.Resource) (authn.Authenticator, error) 
 // hideSecrets has the credentials of every registry filtered out of the log. It
 // runs before anything else does, since the SDK's filter must not be added to
 // while lines pass through it.
-func (r *registries) hideSecrets(ctx context.Context, refs []reference) error {
-	seen := map[string]bool{}
+func (r *registries) hideSecrets(ctx context.Context, refs []reference, catalogs []*catalog) error {
+	targets := map[string]authn.Resource{}
 	for _, ref := range refs {
-		if seen[ref.registry()] {
+		if targets[ref.registry()] != nil {
 			continue
 		}
-		seen[ref.registry()] = true
-		cfg, err := r.authorization(ctx, ref)
+		target, err := name.NewRepository(ref.named.Name())
+		if err != nil {
+			return fmt.Errorf("%s: %q: %w", ref.from, ref, err)
+		}
+		targets[ref.registry()] = target
+	}
+	for _, c := range catalogs {
+		if targets[c.host()] == nil {
+			targets[c.host()] = c.target()
+		}
+	}
+	for host, target := range targets {
+		cfg, err := r.authorization(ctx, host, target)
 		if err != nil {
 			return err
 		}
-		header, err := authHeader(ref, cfg)
+		header, err := authHeader(host, cfg)
 		if err != nil {
 			return err
 		}
@@ -73,14 +84,18 @@ func (r *registries) hideSecrets(ctx context.Context, refs []reference) error {
 // header is the value of X-Registry-Auth for pulls from ref's registry, "" without
 // credentials. Tokens that expire are renewed by their keychain.
 func (r *registries) header(ctx context.Context, ref reference) (string, error) {
-	cfg, err := r.authorization(ctx, ref)
+	target, err := name.NewRepository(ref.named.Name())
+	if err != nil {
+		return "", fmt.Errorf("%s: %q: %w", ref.from, ref, err)
+	}
+	cfg, err := r.authorization(ctx, ref.registry(), target)
 	if err != nil {
 		return "", err
 	}
-	return authHeader(ref, cfg)
+	return authHeader(ref.registry(), cfg)
 }
 
-func authHeader(ref reference, cfg *authn.AuthConfig) (string, error) {
+func authHeader(host string, cfg *authn.AuthConfig) (string, error) {
 	if *cfg == (authn.AuthConfig{}) {
 		return "", nil
 	}
@@ -89,26 +104,22 @@ func authHeader(ref reference, cfg *authn.AuthConfig) (string, error) {
 		Password:      cfg.Password,
 		IdentityToken: cfg.IdentityToken,
 		RegistryToken: cfg.RegistryToken,
-		ServerAddress: ref.registry(),
+		ServerAddress: host,
 	})
 	if err != nil {
-		return "", fmt.Errorf("encoding the credentials for %s: %w", ref.registry(), err)
+		return "", fmt.Errorf("encoding the credentials for %s: %w", host, err)
 	}
 	return header, nil
 }
 
-func (r *registries) authorization(ctx context.Context, ref reference) (*authn.AuthConfig, error) {
-	repo, err := name.NewRepository(ref.named.Name())
+func (r *registries) authorization(ctx context.Context, host string, target authn.Resource) (*authn.AuthConfig, error) {
+	a, err := authn.Resolve(ctx, r.keychain, target)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %q: %w", ref.from, ref, err)
-	}
-	a, err := authn.Resolve(ctx, r.keychain, repo)
-	if err != nil {
-		return nil, fmt.Errorf("finding credentials for %s: %w; set registry_auth", ref.registry(), err)
+		return nil, fmt.Errorf("finding credentials for %s: %w; set registry_auth", host, err)
 	}
 	cfg, err := authn.Authorization(ctx, a)
 	if err != nil {
-		return nil, fmt.Errorf("finding credentials for %s: %w; set registry_auth", ref.registry(), err)
+		return nil, fmt.Errorf("finding credentials for %s: %w; set registry_auth", host, err)
 	}
 	return cfg, nil
 }
@@ -116,25 +127,28 @@ func (r *registries) authorization(ctx context.Context, ref reference) (*authn.A
 // parse makes a reference that go-containerregistry understands.
 func (r *registries) parse(ref reference, s string) (name.Reference, error) {
 	var opts []name.Option
-	if r.isInsecure(ref) {
+	if r.isInsecure(ref.registry()) {
 		opts = append(opts, name.Insecure)
 	}
 	return name.ParseReference(s, opts...)
 }
 
-func (r *registries) isInsecure(ref reference) bool {
-	return slices.Contains(r.insecure, ref.registry())
+func (r *registries) isInsecure(host string) bool {
+	return slices.Contains(r.insecure, host)
 }
 
-func (r *registries) options(ctx context.Context, ref reference) []remote.Option {
-	t := remote.DefaultTransport
-	if r.isInsecure(ref) {
-		t = r.insecureTransport
+func (r *registries) transport(host string) http.RoundTripper {
+	if r.isInsecure(host) {
+		return r.insecureTransport
 	}
+	return remote.DefaultTransport
+}
+
+func (r *registries) options(ctx context.Context, host string) []remote.Option {
 	return []remote.Option{
 		remote.WithContext(ctx),
 		remote.WithAuthFromKeychain(r.keychain),
-		remote.WithTransport(t),
+		remote.WithTransport(r.transport(host)),
 		remote.WithUserAgent(toolName()),
 	}
 }

@@ -1,5 +1,5 @@
 //go:generate packer-sdc struct-markdown
-//go:generate packer-sdc mapstructure-to-hcl2 -type Config,Disk,RegistryAuth
+//go:generate packer-sdc mapstructure-to-hcl2 -type Config,Catalog,Disk,RegistryAuth
 
 package imagecache
 
@@ -25,11 +25,19 @@ type Config struct {
 
 	// Image references to put on the disk, such as `debian:12`,
 	// `us-docker.pkg.dev/project/repo/app:v1` or `name:tag@sha256:...`.
-	// At least one reference is needed, here or in `image_list_file`.
+	// At least one is needed, here, in `image_list_file` or through `catalog`.
 	Images []string `mapstructure:"images"`
 	// A file on the Packer host with one image reference a line. Blank lines and
 	// what follows a `#` at the start of a line or after a blank are ignored.
 	ImageListFile string `mapstructure:"image_list_file"`
+	// Takes the images that a registry lists; may be repeated. See
+	// [The `catalog` block](#the-catalog-block).
+	Catalog []Catalog `mapstructure:"catalog"`
+	// Only say which images there are, how large they are, what of it is on the disk and
+	// whether the rest fits: nothing is pulled, and the disk, blank or not, stays as it
+	// is. Packer goes on after that as after a build; see [A dry run](#a-dry-run).
+	// Defaults to `false`.
+	DryRun bool `mapstructure:"dry_run"`
 	// The platform to take from images that are built for several, as
 	// `os/architecture[/variant]`. Defaults to `linux/amd64`.
 	Platform string `mapstructure:"platform"`
@@ -83,8 +91,30 @@ type Config struct {
 	InsecureRegistries []string `mapstructure:"insecure_registries"`
 
 	references []reference
+	catalogs   []*catalog
 	platform   ocispec.Platform
 	ctx        interpolate.Context
+}
+
+// Catalog finds images by the lists that a registry keeps.
+type Catalog struct {
+	// Where to look: a registry's repositories below `host[:port]/path`, or all of them
+	// for `host[:port]`. An Artifact Registry repository is
+	// `REGION-docker.pkg.dev/PROJECT/REPOSITORY`.
+	Repository string `mapstructure:"repository" required:"true"`
+	// Regular expressions ([RE2](https://github.com/google/re2/wiki/Syntax)) for the
+	// repositories to take, by their whole names below `repository`, such as `apps/.*`;
+	// `repository` itself is `.`. By default all.
+	Include []string `mapstructure:"include"`
+	// The same for repositories to leave out, also of those in `include`.
+	Exclude []string `mapstructure:"exclude"`
+	// Regular expressions for the tags to take, by their whole names. By default what was
+	// uploaded last in each repository, under all of its tags; where the registry does
+	// not say when, as only Google's do, the tag `latest`.
+	Tags []string `mapstructure:"tags"`
+	// How many references the block may find. The build fails if there are more, before
+	// anything is pulled. Defaults to 100.
+	Limit int `mapstructure:"limit"`
 }
 
 // Disk is the disk to fill. A Docker daemon of its own runs on it for the time of
@@ -153,6 +183,7 @@ func (c *Config) prepare(raws ...any) error {
 		}
 	}
 	c.setDefaults()
+	check(c.prepareCatalogs())
 	check(c.prepareReferences())
 	check(c.preparePlatform())
 	check(c.prepareDisk())
@@ -197,12 +228,28 @@ func (c *Config) prepareReferences() error {
 		refs, errs = append(refs, more...), append(errs, err...)
 	}
 	errs = append(errs, duplicates(refs)...)
-	if len(refs) == 0 && len(errs) == 0 {
-		errs = append(errs, errors.New("images and image_list_file name no image; list at least one"))
+	if len(refs) == 0 && len(c.Catalog) == 0 && len(errs) == 0 {
+		errs = append(errs, errors.New("images and image_list_file name no image; list at least one, or set catalog"))
 	}
 	c.references = refs
 	if len(errs) > 0 {
 		return packersdk.MultiErrorAppend(nil, errs...)
+	}
+	return nil
+}
+
+func (c *Config) prepareCatalogs() error {
+	var errs *packersdk.MultiError
+	for i, block := range c.Catalog {
+		found, err := newCatalog(fmt.Sprintf("catalog[%d]", i), block, c.InsecureRegistries)
+		if err != nil {
+			errs = packersdk.MultiErrorAppend(errs, err)
+			continue
+		}
+		c.catalogs = append(c.catalogs, found)
+	}
+	if errs != nil {
+		return errs
 	}
 	return nil
 }

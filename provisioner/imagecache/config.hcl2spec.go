@@ -7,6 +7,37 @@ import (
 	"github.com/zclconf/go-cty/cty"
 )
 
+// FlatCatalog is an auto-generated flat version of Catalog.
+// Where the contents of a field with a `mapstructure:,squash` tag are bubbled up.
+type FlatCatalog struct {
+	Repository *string  `mapstructure:"repository" required:"true" cty:"repository" hcl:"repository"`
+	Include    []string `mapstructure:"include" cty:"include" hcl:"include"`
+	Exclude    []string `mapstructure:"exclude" cty:"exclude" hcl:"exclude"`
+	Tags       []string `mapstructure:"tags" cty:"tags" hcl:"tags"`
+	Limit      *int     `mapstructure:"limit" cty:"limit" hcl:"limit"`
+}
+
+// FlatMapstructure returns a new FlatCatalog.
+// FlatCatalog is an auto-generated flat version of Catalog.
+// Where the contents a fields with a `mapstructure:,squash` tag are bubbled up.
+func (*Catalog) FlatMapstructure() interface{ HCL2Spec() map[string]hcldec.Spec } {
+	return new(FlatCatalog)
+}
+
+// HCL2Spec returns the hcl spec of a Catalog.
+// This spec is used by HCL to read the fields of Catalog.
+// The decoded values from this spec will then be applied to a FlatCatalog.
+func (*FlatCatalog) HCL2Spec() map[string]hcldec.Spec {
+	s := map[string]hcldec.Spec{
+		"repository": &hcldec.AttrSpec{Name: "repository", Type: cty.String, Required: false},
+		"include":    &hcldec.AttrSpec{Name: "include", Type: cty.List(cty.String), Required: false},
+		"exclude":    &hcldec.AttrSpec{Name: "exclude", Type: cty.List(cty.String), Required: false},
+		"tags":       &hcldec.AttrSpec{Name: "tags", Type: cty.List(cty.String), Required: false},
+		"limit":      &hcldec.AttrSpec{Name: "limit", Type: cty.Number, Required: false},
+	}
+	return s
+}
+
 // FlatConfig is an auto-generated flat version of Config.
 // Where the contents of a field with a `mapstructure:,squash` tag are bubbled up.
 type FlatConfig struct {
@@ -20,6 +51,8 @@ type FlatConfig struct {
 	PackerSensitiveVars []string           `mapstructure:"packer_sensitive_variables" cty:"packer_sensitive_variables" hcl:"packer_sensitive_variables"`
 	Images              []string           `mapstructure:"images" cty:"images" hcl:"images"`
 	ImageListFile       *string            `mapstructure:"image_list_file" cty:"image_list_file" hcl:"image_list_file"`
+	Catalog             []FlatCatalog      `mapstructure:"catalog" cty:"catalog" hcl:"catalog"`
+	DryRun              *bool              `mapstructure:"dry_run" cty:"dry_run" hcl:"dry_run"`
 	Platform            *string            `mapstructure:"platform" cty:"platform" hcl:"platform"`
 	DockerHost          *string            `mapstructure:"docker_host" cty:"docker_host" hcl:"docker_host"`
 	Disk                *FlatDisk          `mapstructure:"disk" cty:"disk" hcl:"disk"`
@@ -56,6 +89,8 @@ func (*FlatConfig) HCL2Spec() map[string]hcldec.Spec {
 		"packer_sensitive_variables": &hcldec.AttrSpec{Name: "packer_sensitive_variables", Type: cty.List(cty.String), Required: false},
 		"images":                     &hcldec.AttrSpec{Name: "images", Type: cty.List(cty.String), Required: false},
 		"image_list_file":            &hcldec.AttrSpec{Name: "image_list_file", Type: cty.String, Required: false},
+		"catalog":                    &hcldec.BlockListSpec{TypeName: "catalog", Nested: hcldec.ObjectSpec((*FlatCatalog)(nil).HCL2Spec())},
+		"dry_run":                    &hcldec.AttrSpec{Name: "dry_run", Type: cty.Bool, Required: false},
 		"platform":                   &hcldec.AttrSpec{Name: "platform", Type: cty.String, Required: false},
 		"docker_host":                &hcldec.AttrSpec{Name: "docker_host", Type: cty.String, Required: false},
 		"disk":                       &hcldec.BlockSpec{TypeName: "disk", Nested: hcldec.ObjectSpec((*FlatDisk)(nil).HCL2Spec())},

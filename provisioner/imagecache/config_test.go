@@ -33,6 +33,13 @@ func TestPrepare(t *testing.T) {
 		return m
 	}
 	digest := "@sha256:" + strings.Repeat("a", 64)
+	catalog := func(kv ...any) []map[string]any {
+		m := map[string]any{"repository": "registry:5000/apps"}
+		for i := 0; i < len(kv); i += 2 {
+			m[kv[i].(string)] = kv[i+1]
+		}
+		return []map[string]any{m}
+	}
 	tests := []struct {
 		name   string
 		config map[string]any
@@ -44,6 +51,16 @@ func TestPrepare(t *testing.T) {
 			"execute_command", "doas {{ .Command }}", "keep_blobs", true, "insecure_registries", []string{"10.0.0.1:5000"}), ""},
 		{"list only", map[string]any{"image_list_file": write("ok", "# list\n\n debian:12 # stable\nregistry:5000/a/b"+digest+"\n")}, ""},
 		{"tag and its digest", with("images", []string{"app:1", "app" + digest}), ""},
+		{"catalog only", map[string]any{"catalog": catalog("include", []string{"a|b/.*"}, "exclude", []string{"c"}, "tags", []string{"v[0-9]+"}, "limit", 5)}, ""},
+		{"catalog of a registry", map[string]any{"catalog": catalog("repository", "localhost")}, ""},
+		{"catalog without repository", map[string]any{"catalog": []map[string]any{{}}}, `catalog[0]: repository "" does not begin with a registry`},
+		{"catalog without registry", with("catalog", catalog("repository", "apps/a")), `catalog[0]: repository "apps/a" does not begin with a registry`},
+		{"catalog with a malformed repository", with("catalog", catalog("repository", "registry:5000/Apps")), `catalog[0]: repository "registry:5000/Apps"`},
+		{"catalog with a slash too many", with("catalog", catalog("repository", "registry:5000/")), `catalog[0]: repository "registry:5000/"`},
+		{"include", with("catalog", catalog("include", []string{"a", "*"})), `catalog[0]: include: "*" is not a regular expression`},
+		{"tags", with("catalog", catalog("tags", []string{"v(1"})), `catalog[0]: tags: "v(1" is not a regular expression`},
+		{"limit", with("catalog", catalog("limit", -1)), "catalog[0]: limit is -1"},
+		{"dry_run", with("dry_run", true), ""},
 		{"nothing", map[string]any{}, "images and image_list_file name no image"},
 		{"empty list", map[string]any{"image_list_file": write("empty", "# nothing\n")}, "name no image"},
 		{"missing list", with("image_list_file", filepath.Join(dir, "none")), "image_list_file: open "},

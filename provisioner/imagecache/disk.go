@@ -21,13 +21,17 @@ type cacheDisk struct {
 	config Disk
 	say    func(format string, a ...any)
 
-	device   string
+	device string
+	// blank is a disk that is about to be formatted.
+	blank bool
+	// growth is by how many bytes the file system is about to grow.
+	growth   int64
 	lifeline *lifeline
 }
 
-// prepare checks the disk, formats it if it may, and mounts it. A disk that is
-// refused is left as it was.
-func (d *cacheDisk) prepare(ctx context.Context) error {
+// look checks the disk and finds out what a build starts from. It changes nothing on the
+// disk: one with a file system is left mounted read-only.
+func (d *cacheDisk) look(ctx context.Context) error {
 	major, minor, err := d.find(ctx)
 	if err != nil {
 		return err
@@ -41,10 +45,47 @@ func (d *cacheDisk) prepare(ctx context.Context) error {
 	if err := d.checkUnmounted(ctx, major, minor); err != nil {
 		return err
 	}
-	if err := d.format(ctx); err != nil {
+	if d.blank, err = d.toFormat(ctx); err != nil || d.blank {
 		return err
 	}
-	return d.mount(ctx)
+	if err := d.makeMountPoint(ctx); err != nil {
+		return err
+	}
+	// Not even its journal is touched if the disk is refused.
+	if err := d.attach(ctx, "ro,noload"); err != nil {
+		return err
+	}
+	if err := d.checkOurs(ctx); err != nil {
+		return err
+	}
+	d.growth, err = d.unused(ctx)
+	return err
+}
+
+// prepare makes the disk ready for a daemon, and mounts it for writing.
+func (d *cacheDisk) prepare(ctx context.Context) error {
+	if d.blank {
+		if err := d.format(ctx); err != nil {
+			return err
+		}
+		if err := d.makeMountPoint(ctx); err != nil {
+			return err
+		}
+	} else {
+		if _, err := d.vm.run(ctx, "umount", d.config.MountPoint); err != nil {
+			return fmt.Errorf("mounting %s for writing: %w", d.option(), err)
+		}
+		if err := d.grow(ctx); err != nil {
+			return err
+		}
+	}
+	if err := d.attach(ctx, "nodev,noatime"); err != nil {
+		return err
+	}
+	if _, err := d.vm.run(ctx, "mkdir", "--parents", path.Join(d.config.MountPoint, manifest.Dir)); err != nil {
+		return fmt.Errorf("marking %s as an image cache: %w", d.option(), err)
+	}
+	return nil
 }
 
 // option names what the configuration calls the disk.
@@ -122,20 +163,25 @@ func mountTable(ctx context.Context, r *vm) ([]*mountinfo.Info, error) {
 	return mounts, nil
 }
 
-func (d *cacheDisk) format(ctx context.Context) error {
+// toFormat decides whether the disk is formatted, and refuses one that may not be used.
+func (d *cacheDisk) toFormat(ctx context.Context) (bool, error) {
 	holds, err := d.holds(ctx)
 	if err != nil {
-		return err
+		return false, err
 	}
 	switch {
 	case d.config.Format == formatAlways:
 	case holds == "an ext4 file system":
-		return nil
+		return false, nil
 	case holds != "":
-		return fmt.Errorf(`%s holds %s; choose another disk, or erase this one with disk.format = "always"`, d.option(), holds)
+		return false, fmt.Errorf(`%s holds %s; choose another disk, or erase this one with disk.format = "always"`, d.option(), holds)
 	case d.config.Format == formatNever:
-		return fmt.Errorf(`%s is blank; set disk.format = "if-blank" to have it formatted`, d.option())
+		return false, fmt.Errorf(`%s is blank; set disk.format = "if-blank" to have it formatted`, d.option())
 	}
+	return true, nil
+}
+
+func (d *cacheDisk) format(ctx context.Context) error {
 	d.say("making an ext4 file system on %s", d.device)
 	// No blocks are reserved for root: nothing else will ever write to this disk.
 	if _, err := d.vm.run(ctx, "mkfs.ext4", "-q", "-F", "-m", "0", "-L", fileSystemLabel, d.device); err != nil {
@@ -179,8 +225,8 @@ func (d *cacheDisk) holds(ctx context.Context) (string, error) {
 	return "", nil
 }
 
-// mount mounts the device under the care of the lifeline.
-func (d *cacheDisk) mount(ctx context.Context) error {
+// makeMountPoint makes the mount point, and starts the lifeline that undoes what follows.
+func (d *cacheDisk) makeMountPoint(ctx context.Context) error {
 	var made []string
 	for _, dir := range []string{d.config.MountPoint, dockerConfig} {
 		if _, err := d.vm.run(ctx, "stat", "--format=%F", dir); exitStatus(err) > 0 {
@@ -195,22 +241,6 @@ func (d *cacheDisk) mount(ctx context.Context) error {
 	}
 	if _, err := d.vm.run(ctx, "mkdir", "--parents", d.config.MountPoint); err != nil {
 		return fmt.Errorf("making disk.mount_point: %w", err)
-	}
-	// Read-only first: not even its journal is touched if the disk is refused.
-	if err := d.attach(ctx, "ro,noload"); err != nil {
-		return err
-	}
-	if err := d.checkOurs(ctx); err != nil {
-		return err
-	}
-	if _, err := d.vm.run(ctx, "umount", d.config.MountPoint); err != nil {
-		return fmt.Errorf("mounting %s for writing: %w", d.option(), err)
-	}
-	if err := d.attach(ctx, "nodev,noatime"); err != nil {
-		return err
-	}
-	if _, err := d.vm.run(ctx, "mkdir", "--parents", path.Join(d.config.MountPoint, manifest.Dir)); err != nil {
-		return fmt.Errorf("marking %s as an image cache: %w", d.option(), err)
 	}
 	return nil
 }

@@ -39,27 +39,37 @@ func (p *Provisioner) Prepare(raws ...any) error { return p.config.prepare(raws.
 func (p *Provisioner) Provision(ctx context.Context, ui packersdk.Ui, comm packersdk.Communicator, data map[string]any) error {
 	b := &build{config: &p.config, ui: ui, comm: comm, data: data}
 	defer b.cleanUp(ctx)
-	for _, step := range []struct {
+	type step struct {
 		name string
 		run  func(context.Context) error
-	}{
+	}
+	// These change nothing, neither on the disk nor in the VM's Docker.
+	steps := []step{
 		{"finding credentials", b.findCredentials},
 		{"connecting to the build VM", b.connect},
+		{"listing catalogs", b.listCatalogs},
 		{"resolving images", b.resolve},
-		{"preparing the disk", b.prepareDisk},
-		{"connecting to Docker", b.connectDocker},
-		{"reading the earlier layer manifest", b.readEarlier},
-		{"pulling", b.pull},
-		{"verifying layers", b.verifyLayers},
-		{"keeping layer blobs", b.keepBlobs},
-		{"recording the layer manifest", b.record},
-		{"pruning", b.prune},
-		{"verifying the disk", b.verifyDisk},
-		{"releasing the disk", b.release},
-	} {
-		err := step.run(ctx)
+		{"looking at the disk", b.look},
+		{"planning", b.plan},
+	}
+	if !p.config.DryRun {
+		steps = append(steps, []step{
+			{"preparing the disk", b.prepareDisk},
+			{"starting Docker on the disk", b.startDocker},
+			{"reading the earlier layer manifest", b.readEarlier},
+			{"pulling", b.pull},
+			{"verifying layers", b.verifyLayers},
+			{"keeping layer blobs", b.keepBlobs},
+			{"recording the layer manifest", b.record},
+			{"pruning", b.prune},
+			{"verifying the disk", b.verifyDisk},
+			{"releasing the disk", b.release},
+		}...)
+	}
+	for _, s := range steps {
+		err := s.run(ctx)
 		if ctx.Err() != nil {
-			return fmt.Errorf("%s: %w", step.name, context.Cause(ctx))
+			return fmt.Errorf("%s: %w", s.name, context.Cause(ctx))
 		}
 		if err != nil {
 			return errors.New(packersdk.LogSecretFilter.FilterString(err.Error()))
@@ -77,6 +87,7 @@ type build struct {
 
 	registries *registries
 	vm         *vm
+	references []reference // of the configuration, then of the catalogs
 	images     []*wanted
 	failures   []failure
 	disk       *cacheDisk // nil without a disk block
@@ -95,7 +106,7 @@ func (b *build) say(format string, a ...any) {
 
 func (b *build) findCredentials(ctx context.Context) error {
 	b.registries = newRegistries(b.config)
-	return b.registries.hideSecrets(ctx, b.config.references)
+	return b.registries.hideSecrets(ctx, b.config.references, b.config.catalogs)
 }
 
 func (b *build) connect(ctx context.Context) (err error) {
@@ -103,40 +114,61 @@ func (b *build) connect(ctx context.Context) (err error) {
 	return err
 }
 
+func (b *build) listCatalogs(ctx context.Context) (err error) {
+	b.references, err = b.registries.listAll(ctx, b.config.references, b.config.catalogs, b.config.Concurrency)
+	if n := len(b.references) - len(b.config.references); n > 0 {
+		b.say("found %d references in catalogs", n)
+	}
+	return err
+}
+
 // resolve finds out what the registries have, before anything on the VM changes.
 func (b *build) resolve(ctx context.Context) (err error) {
-	b.images, b.failures, err = b.registries.resolveAll(ctx, b.config.references, b.config.platform, b.config.Concurrency)
+	b.images, b.failures, err = b.registries.resolveAll(ctx, b.references, b.config.platform, b.config.Concurrency)
 	if err != nil {
 		return err
 	}
 	if len(b.images) == 0 {
 		return b.failed()
 	}
-	b.say("resolved %d references to %d images for %s", len(b.config.references)-len(b.failures), len(b.images), b.config.Platform)
+	b.say("resolved %d references to %d images for %s", len(b.references)-len(b.failures), len(b.images), b.config.Platform)
 	for _, f := range b.failures {
 		b.say("%v; going on with the others", f)
 	}
 	return nil
 }
 
-func (b *build) prepareDisk(ctx context.Context) error {
+// look finds the disk, or else the VM's own daemon, and refuses what cannot be used.
+func (b *build) look(ctx context.Context) error {
 	if b.config.Disk == nil {
-		return nil
+		return b.connectDocker(ctx, b.config.DockerHost)
 	}
 	b.disk = &cacheDisk{vm: b.vm, config: *b.config.Disk, say: b.say}
+	return b.disk.look(ctx)
+}
+
+func (b *build) prepareDisk(ctx context.Context) error {
+	if b.disk == nil {
+		return nil
+	}
 	if err := b.disk.prepare(ctx); err != nil {
 		return err
 	}
 	return b.disk.removeOrphans(ctx)
 }
 
-func (b *build) connectDocker(ctx context.Context) (err error) {
-	host := b.config.DockerHost
-	if b.disk != nil {
-		if host, err = b.disk.startDaemon(ctx, b.config); err != nil {
-			return err
-		}
+func (b *build) startDocker(ctx context.Context) error {
+	if b.disk == nil {
+		return nil
 	}
+	host, err := b.disk.startDaemon(ctx, b.config)
+	if err != nil {
+		return err
+	}
+	return b.connectDocker(ctx, host)
+}
+
+func (b *build) connectDocker(ctx context.Context, host string) (err error) {
 	// One connection more than there are pulls, for everything else.
 	if b.engine, err = connectEngine(ctx, b.vm, host, b.config.Concurrency+1); err != nil {
 		return err
@@ -203,7 +235,7 @@ func (b *build) failed() error {
 	for i, f := range b.failures {
 		lines[i] = oneLine(f.Error())
 	}
-	return fmt.Errorf("%d of %d references failed: %s", len(lines), len(b.config.references), strings.Join(lines, "; "))
+	return fmt.Errorf("%d of %d references failed: %s", len(lines), len(b.references), strings.Join(lines, "; "))
 }
 
 // verifyLayers runs before anything is recorded or dropped on the word of the store.

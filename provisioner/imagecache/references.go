@@ -44,6 +44,10 @@ func (r reference) pinned() digest.Digest {
 	return ""
 }
 
+// key is the same for references that would give one tag, or one image without a tag,
+// to two.
+func (r reference) key() string { return cmp.Or(r.tag(), r.named.String()) }
+
 func (r reference) registry() string { return dref.Domain(r.named) }
 
 func parseList(images []string) (refs []reference, errs []error) {
@@ -115,12 +119,11 @@ func parseReference(from, s string) (reference, error) {
 func duplicates(refs []reference) (errs []error) {
 	first := map[string]string{}
 	for _, r := range refs {
-		key := cmp.Or(r.tag(), r.named.String())
-		if from, ok := first[key]; ok {
+		if from, ok := first[r.key()]; ok {
 			errs = append(errs, fmt.Errorf("%s: %q is a duplicate of %s; remove one", r.from, r, from))
 			continue
 		}
-		first[key] = r.from
+		first[r.key()] = r.from
 	}
 	return errs
 }

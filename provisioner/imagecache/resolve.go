@@ -168,7 +168,7 @@ func (r *registries) get(ctx context.Context, ref reference, s string) (*remote.
 	if err != nil {
 		return nil, err
 	}
-	desc, err := remote.Get(parsed, r.options(ctx, ref)...)
+	desc, err := remote.Get(parsed, r.options(ctx, ref.registry())...)
 	if err != nil {
 		return nil, explainRegistry(err)
 	}

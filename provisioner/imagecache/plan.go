@@ -1,0 +1,143 @@
+package imagecache
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"path"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/docker/go-units"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// unpackedFactor is how many bytes on the disk a compressed one is taken to become, since
+// registries tell compressed sizes only. A Debian 12 system with Docker, 175 MB with gzip,
+// takes 511 MB on ext4; what compresses less, such as games, takes less.
+const unpackedFactor = 3
+
+// plan says what is to be pulled, before anything is, and whether it fits.
+func (b *build) plan(ctx context.Context) error {
+	stored, room, err := b.stored(ctx)
+	if err != nil {
+		return err
+	}
+	p := newProgress(b.images, stored, time.Now())
+	for _, line := range p.table() {
+		b.say("%s", line)
+	}
+	_, pull, _ := p.counts()
+	warning, err := checkRoom(pull, room, b.config.KeepBlobs)
+	if err != nil {
+		return err
+	}
+	if warning != "" {
+		b.say("%s", warning)
+	}
+	if b.config.DryRun {
+		b.say("dry_run is set: nothing was pulled, and the disk is as it was")
+		return b.failed()
+	}
+	return nil
+}
+
+// stored are the chain IDs of the layers that are on the disk, and the bytes that there
+// is room for beside them.
+func (b *build) stored(ctx context.Context) (chains map[digest.Digest]bool, room int64, err error) {
+	if b.disk == nil {
+		if chains, err = storedLayers(ctx, b.vm, b.engine.info.DockerRootDir); err != nil {
+			return nil, 0, err
+		}
+		room, err = freeBytes(ctx, b.vm, b.engine.info.DockerRootDir)
+		return chains, room, err
+	}
+	if !b.disk.blank {
+		if chains, err = storedLayers(ctx, b.vm, path.Join(b.config.Disk.MountPoint, b.config.Disk.DockerRoot)); err != nil {
+			return nil, 0, err
+		}
+	}
+	room, err = b.disk.room(ctx)
+	return chains, room, err
+}
+
+// storedLayers are the chain IDs that Docker's metadata in a data root has: also those
+// that a build left there which did not get as far as to write a layer manifest. A pull
+// takes them for present.
+func storedLayers(ctx context.Context, r *vm, dataRoot string) (map[digest.Digest]bool, error) {
+	dir := path.Join(dataRoot, "image", manifest.DriverOverlay2, "layerdb", digest.SHA256.String())
+	chains := map[digest.Digest]bool{}
+	if _, err := r.run(ctx, "stat", "--format=%F", dir); exitStatus(err) > 0 {
+		return chains, nil // no store yet
+	} else if err != nil {
+		return nil, err
+	}
+	out, err := r.run(ctx, "find", dir, "-mindepth", "1", "-maxdepth", "1", "-type", "d", "-printf", `%f\0`)
+	if err != nil {
+		return nil, fmt.Errorf("listing the layers that are there: %w", err)
+	}
+	for encoded := range strings.SplitSeq(string(out), "\x00") {
+		chains[digest.NewDigestFromEncoded(digest.SHA256, encoded)] = true
+	}
+	return chains, nil
+}
+
+// freeBytes is what root may still write to the file system that holds a directory.
+func freeBytes(ctx context.Context, r *vm, dir string) (int64, error) {
+	out, err := r.run(ctx, "stat", "--file-system", "--format=%f %S", dir)
+	if err != nil {
+		return 0, fmt.Errorf("asking for the free space of %s: %w", dir, err)
+	}
+	var blocks, size int64
+	if _, err := fmt.Sscan(string(out), &blocks, &size); err != nil {
+		return 0, fmt.Errorf("asking for the free space of %s: %w", dir, err)
+	}
+	return blocks * size, nil
+}
+
+// checkRoom fails when pull compressed bytes certainly do not fit into room, and warns
+// when they probably do not. Unpacked, a layer is never much smaller than compressed.
+// Blobs that are kept take the compressed size once more.
+func checkRoom(pull, room int64, keepBlobs bool) (warning string, err error) {
+	least, likely := pull, unpackedFactor*pull
+	if keepBlobs {
+		least, likely = least+pull, likely+pull
+	}
+	size := func(n int64) string { return units.HumanSize(float64(n)) }
+	if least > room {
+		return "", fmt.Errorf("the disk has room for %s, and what is to be pulled takes more than %s (%s compressed); use a larger disk, or list fewer images", size(room), size(least), size(pull))
+	}
+	if likely > room {
+		return fmt.Sprintf("warning: the disk may be too small: it has room for %s, and what is to be pulled takes about %s", size(room), size(likely)), nil
+	}
+	return "", nil
+}
+
+// table lists the images with the compressed sizes of their layers. A layer that several
+// images share is in the row of each, and once in the total.
+func (p *progress) table() []string {
+	_, pull, kept := p.counts()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var b bytes.Buffer
+	w := tabwriter.NewWriter(&b, 0, 0, 3, ' ', 0)
+	row := func(name string, pull, kept int64) {
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\n", name, units.HumanSize(float64(pull+kept)), units.HumanSize(float64(kept)), units.HumanSize(float64(pull)))
+	}
+	fmt.Fprintln(w, "IMAGE\tCOMPRESSED\tON THE DISK\tTO PULL")
+	for _, ip := range p.images {
+		_, _, pull := p.imageLocked(ip)
+		var size int64
+		for _, d := range ip.byID {
+			size += p.blobs[d].size
+		}
+		row(ip.image.String(), pull, size-pull)
+	}
+	row("total, shared layers once", pull, kept)
+	w.Flush()
+	return slices.Collect(strings.SplitSeq(strings.TrimSuffix(b.String(), "\n"), "\n"))
+}

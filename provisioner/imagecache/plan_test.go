@@ -1,0 +1,71 @@
+package imagecache
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// TestTable has two images that share a layer, and one of a cache that has them all.
+func TestTable(t *testing.T) {
+	layered := func(ref string, layers ...int64) *wanted {
+		r, err := parseReference("images[0]", ref)
+		if err != nil {
+			t.Fatal(err)
+		}
+		w := &wanted{refs: []reference{r}}
+		for _, size := range layers {
+			d := digest.FromString(time.Duration(size).String())
+			w.blobs = append(w.blobs, ocispec.Descriptor{Digest: d, Size: size})
+			w.chain = append(w.chain, d)
+		}
+		return w
+	}
+	images := []*wanted{layered("base:1", 100e6), layered("apps/desktop:1", 100e6, 20e6, 3e6), layered("other:1", 50e6, 5e6)}
+	stored := map[digest.Digest]bool{images[0].chain[0]: true, images[2].chain[0]: true}
+	want := []string{
+		"IMAGE                      COMPRESSED   ON THE DISK   TO PULL",
+		"base:1                     100MB        100MB         0B",
+		"apps/desktop:1             123MB        100MB         23MB",
+		"other:1                    55MB         50MB          5MB",
+		"total, shared layers once  178MB        150MB         28MB",
+	}
+	for i, line := range newProgress(images, stored, time.Time{}).table() {
+		if diff := cmp.Diff(strings.Fields(want[i]), strings.Fields(line)); diff != "" {
+			t.Error(diff)
+		}
+	}
+}
+
+func TestCheckRoom(t *testing.T) {
+	tests := []struct {
+		name          string
+		pull, room    int64
+		keepBlobs     bool
+		warning, fail string
+	}{
+		{name: "nothing to pull", pull: 0, room: 0},
+		{name: "fits unpacked", pull: 100e6, room: 300e6},
+		{name: "may not fit", pull: 100e6, room: 299e6, warning: "it has room for 299MB, and what is to be pulled takes about 300MB"},
+		{name: "just as compressed", pull: 100e6, room: 100e6, warning: "room for 100MB"},
+		{name: "cannot fit", pull: 100e6, room: 99e6, fail: "the disk has room for 99MB, and what is to be pulled takes more than 100MB (100MB compressed); use a larger disk, or list fewer images"},
+		{name: "fits with blobs", pull: 100e6, room: 400e6, keepBlobs: true},
+		{name: "may not fit with blobs", pull: 100e6, room: 399e6, keepBlobs: true, warning: "about 400MB"},
+		{name: "cannot fit with blobs", pull: 100e6, room: 199e6, keepBlobs: true, fail: "takes more than 200MB (100MB compressed)"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			warning, err := checkRoom(tt.pull, tt.room, tt.keepBlobs)
+			if !strings.Contains(warning, tt.warning) || tt.warning == "" && warning != "" {
+				t.Errorf("warning is %q, want %q", warning, tt.warning)
+			}
+			if tt.fail == "" && err != nil || tt.fail != "" && (err == nil || !strings.Contains(err.Error(), tt.fail)) {
+				t.Errorf("error is %v, want %q", err, tt.fail)
+			}
+		})
+	}
+}
