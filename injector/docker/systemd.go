@@ -170,22 +170,28 @@ func (r *Runtime) settle(ctx context.Context) error {
 		return err
 	}
 	defer conn.Close()
-	const unit = "docker.service"
-	state, err := activeState(ctx, conn, unit)
-	if err != nil {
-		return err
-	}
-	switch state {
-	case "deactivating":
-		if err := job(ctx, unit, conn.StopUnitContext); err != nil {
-			return fmt.Errorf("waiting for the stop of %s: %w", unit, err)
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		// Both at once: a unit whose stop is queued is still active.
+		props, err := conn.GetUnitPropertiesContext(ctx, "docker.service")
+		if err != nil {
+			return fmt.Errorf("asking systemd for docker.service: %w", err)
 		}
-	case "activating":
-		return r.start(ctx, conn)
-	case "active", "reloading":
-		return removeIfThere(r.stoppedFile())
+		if job, ok := props["Job"].([]any); !ok || len(job) == 0 || job[0] == uint32(0) {
+			if props["ActiveState"] == "active" {
+				return removeIfThere(r.stoppedFile())
+			}
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for systemd to stop or start docker.service: %w", ctx.Err())
+		}
 	}
-	return nil
 }
 
 // resume starts what a killed run has stopped, if anything.
@@ -202,24 +208,15 @@ func (r *Runtime) resume(ctx context.Context) error {
 	return r.start(ctx, conn)
 }
 
-// activeState is a unit's state as systemctl is-active prints it.
-func activeState(ctx context.Context, conn *dbus.Conn, unit string) (string, error) {
-	prop, err := conn.GetUnitPropertyContext(ctx, unit, "ActiveState")
-	if err != nil {
-		return "", fmt.Errorf("asking systemd for %s: %w", unit, err)
-	}
-	state, _ := prop.Value.Value().(string)
-	return state, nil
-}
-
 // stop stops the units that are active, and notes them before.
 func (r *Runtime) stop(ctx context.Context, conn *dbus.Conn) error {
 	var active []string
 	for _, u := range units {
-		state, err := activeState(ctx, conn, u)
+		prop, err := conn.GetUnitPropertyContext(ctx, u, "ActiveState")
 		if err != nil {
-			return err
+			return fmt.Errorf("asking systemd for %s: %w", u, err)
 		}
+		state, _ := prop.Value.Value().(string)
 		if state == "active" || state == "activating" || state == "reloading" {
 			active = append(active, u)
 		}
