@@ -194,14 +194,18 @@ func TestInterruptProvisioner(t *testing.T) {
 }
 
 // TestKill has the machine that Packer runs on go away in the middle of a build. The
-// VM ends when its time is up, if it was made so; its disks stay.
+// VM ends when its time is up, if it was made so; its disks stay until a build of a
+// later day deletes them.
 func TestKill(t *testing.T) {
 	c := newRecords(t)
 	before := c.Resources()
+	build := func(n string) string {
+		return strings.NewReplacer(`"vm"`, `"build-`+n+`"`, `"boot"`, `"build-`+n+`"`, `"data"`, `"build-`+n+`-data"`, `"new"`, `"selkies-image-cache-`+n+`"`).Replace(named)
+	}
 	b := c.startHeld(t, "instances.get", `
   max_run_duration_in_seconds = 3600
   instance_termination_action = "DELETE"
-`+named)
+`+build("1700000001"))
 	for _, pid := range descendants(t, b.cmd.Process.Pid) {
 		// One may have ended with its parent.
 		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
@@ -210,9 +214,22 @@ func TestKill(t *testing.T) {
 	}
 	_ = b.cmd.Wait()
 	close(b.hold)
-	c.wantLeft(t, before, []string{boot, data, vm}, b.said(t))
+	in := "projects/broker/zones/us-central1-a/"
+	disks := []string{in + "disks/build-1700000001", in + "disks/build-1700000001-data"}
+	c.wantLeft(t, before, append(disks, in+"instances/build-1700000001"), b.said(t))
 	c.Forward(time.Hour)
-	c.wantLeft(t, before, []string{boot, data}, b.said(t))
+	c.wantLeft(t, before, disks, b.said(t))
+
+	c.Forward(24 * time.Hour)
+	out := c.mustBuild(t, build("1700000002"), fmt.Sprintf(`
+  post-processor "selkies-image-cache" {
+    zones               = [%q]
+    skip_roll_out       = true
+    builder_disk_prefix = "build-"
+    access_token        = %q
+    custom_endpoints    = { compute = "%s/compute/v1/" }
+  }`, zone, c.token, c.URL))
+	c.wantLeft(t, before, []string{"projects/broker/global/images/selkies-image-cache-1700000002", in + "disks/selkies-image-cache-us-central1-a-1700000002"}, out)
 }
 
 // descendants are a process and all that came of it.

@@ -5,8 +5,8 @@ package pipeline_test
 import (
 	"context"
 	"encoding/base64"
-	"encoding/json"
 	"fmt"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,6 +20,7 @@ import (
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
 // TestPipeline runs the whole template four times. The first generation comes to a
@@ -110,10 +111,10 @@ func (c *cloud) addBroker(zones []string) {
 // cached are the images of the cache.
 var cached = []string{"stable:1", "app:1"}
 
-// run runs the template.
+// run runs the example template as it is, with variables only.
 func (c *cloud) run(t *testing.T, args ...string) {
 	t.Helper()
-	template, err := filepath.Abs("testdata/pipeline.pkr.hcl")
+	template, err := filepath.Abs(filepath.Join(examples, "image-cache.pkr.hcl"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,12 +122,9 @@ func (c *cloud) run(t *testing.T, args ...string) {
 	for _, image := range cached {
 		refs = append(refs, world.registry.Addr+"/"+image)
 	}
-	images, err := json.Marshal(refs)
-	if err != nil {
-		t.Fatal(err)
-	}
-	args = append([]string{"build", "-var", "compute=" + c.URL + "/compute/v1/", "-var", "container=" + c.URL + "/", "-var", "access_token=" + c.token,
-		"-var", "images=" + string(images), "-var", "injector_image=" + world.registry.Addr + "/injector:1"}, args...)
+	args = append([]string{"build", "-var", "project_id=" + project, "-var", "zone=" + zone, "-var", "disk_size_gb=20",
+		"-var", "access_token=" + c.token, "-var", fmt.Sprintf(`custom_endpoints={ compute = "%[1]s/compute/v1/", container = "%[1]s/" }`, c.URL),
+		"-var", "images=" + hclList(refs...), "-var", "injector_image=" + world.registry.Addr + "/injector:1"}, args...)
 	cmd := packerCommand(t.Context(), append(args, template)...)
 	cmd.Dir = t.TempDir()
 	out, err := cmd.CombinedOutput()
@@ -189,7 +187,7 @@ func (c *cloud) checkPods(t *testing.T, n *cluster.Node) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(pods.Items) != len(cached)+1 { // and the agent
+	if len(pods.Items) != len(cached)+2 { // and the agent and the gate
 		t.Errorf("%s has %d pods", n.Name, len(pods.Items))
 	}
 	for _, p := range pods.Items {
@@ -243,13 +241,29 @@ func checkNotFetched(t *testing.T, images ...v1.Image) {
 
 // TestTemplates has Packer look at every template of the project.
 func TestTemplates(t *testing.T) {
+	key := filepath.Join(t.TempDir(), "key")
+	if _, err := host.Output(exec.CommandContext(t.Context(), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)); err != nil {
+		t.Fatal(err)
+	}
+	variables := map[string][]string{ // those that have no default
+		"gke": {"project_id=broker", "zone=us-central1-a", "injector_image=registry.example/injector:1", `images=["debian:12"]`},
+		"local": {`images=["debian:12"]`, "device=/dev/sdb", "ssh_host=localhost", "ssh_private_key_file=" + key},
+	}
 	templates, err := filepath.Glob("../../example/*/*.pkr.hcl")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, template := range append(templates, "testdata/pipeline.pkr.hcl") {
-		t.Run(filepath.Base(filepath.Dir(template)), func(t *testing.T) {
-			for _, args := range [][]string{{"fmt", "-check", "-diff"}, {"validate", "-syntax-only"}} {
+	if len(templates) != len(variables) {
+		t.Errorf("there are %d templates, %q", len(templates), templates)
+	}
+	for _, template := range templates {
+		example := filepath.Base(filepath.Dir(template))
+		t.Run(example, func(t *testing.T) {
+			validate := []string{"validate"}
+			for _, v := range variables[example] {
+				validate = append(validate, "-var", v)
+			}
+			for _, args := range [][]string{{"fmt", "-check", "-diff"}, validate} {
 				if out, err := packerCommand(t.Context(), append(args, template)...).CombinedOutput(); err != nil {
 					t.Errorf("packer %v: %v\n%s", args, err, out)
 				}

@@ -1,0 +1,167 @@
+//go:build e2e
+
+package pipeline_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+)
+
+// broker is Selkies' namespace.
+const broker = "pod-broker-system"
+
+// TestCronJob installs the CronJob as Cloud Build does, and starts it by hand in the
+// ways that docs/pipeline.md has.
+func TestCronJob(t *testing.T) {
+	world.Output(t, "create", "namespace", broker)
+	t.Cleanup(func() {
+		if _, err := world.Kubectl(context.Background(), "delete", "namespace", broker, "--wait=false"); err != nil {
+			t.Error(err)
+		}
+	})
+	// As in the repository, and as installed.
+	world.Output(t, "apply", "--dry-run=server", "-k", examples)
+	dir := installed(t, map[string]string{"_EXCLUDE_REGIONS": "europe-west4 us-east1", "_IMAGE_BUILD_SCHEDULE": "30 2 * * *"})
+	world.Output(t, "apply", "-k", dir)
+
+	cron, err := world.Client.BatchV1().CronJobs(broker).Get(t.Context(), "update-image-cache", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := cron.Spec; s.Schedule != "30 2 * * *" || s.ConcurrencyPolicy != batchv1.ForbidConcurrent {
+		t.Errorf("the CronJob is %+v", s)
+	}
+	account, err := world.Client.CoreV1().ServiceAccounts(broker).Get(t.Context(), cron.Spec.JobTemplate.Spec.Template.Spec.ServiceAccountName, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := account.Annotations["iam.gke.io/gcp-service-account"]; got != "image-cache@broker.iam.gserviceaccount.com" {
+		t.Errorf("the job is the Google service account %q", got)
+	}
+
+	for _, tt := range []struct {
+		job, command string
+		more         map[string]string // variables, besides those of every run
+	}{
+		{"manual", "kubectl create job --from=cronjob/update-image-cache -n pod-broker-system manual", nil},
+		{"reset", byHand("reset", "PKR_VAR_rebuild=true"), map[string]string{"rebuild": "true"}},
+		{"roll-back", byHand("roll-back", "PKR_VAR_rollback_to=selkies-image-cache-1700000001"), map[string]string{"rollback_to": "selkies-image-cache-1700000001"}},
+		{"dry-run", byHand("dry-run", "PKR_VAR_rollback_to=selkies-image-cache-1700000001 PKR_VAR_dry_run=true"),
+			map[string]string{"rollback_to": "selkies-image-cache-1700000001", "dry_run": "true"}},
+	} {
+		t.Run(tt.job, func(t *testing.T) {
+			documented(t, tt.command)
+			kubectl(t, tt.command)
+			c := container(t, tt.job)
+			if want := "us-docker.pkg.dev/broker/tools/selkies-image-cache-packer:0b1c"; c.Image != want {
+				t.Errorf("the image is %s, want %s", c.Image, want)
+			}
+			files, env := mounted(t, c)
+			want := map[string]string{
+				"project_id": "broker", "region": "us-central1", "zone": "us-central1-a", "machine_type": "e2-standard-8", "disk_size_gb": "100",
+				"exclude_regions": "europe-west4 us-east1", "image_list_file": files + "/images.txt",
+				"injector_image": "us-docker.pkg.dev/broker/tools/selkies-image-injector:0.1.0",
+			}
+			for name, value := range tt.more {
+				want[name] = value
+			}
+			if diff := cmp.Diff(want, variablesOf(t, filepath.Join(files, "image-cache.pkr.hcl"), env)); diff != "" {
+				t.Errorf("variables (-want +got):\n%s", diff)
+			}
+			args := strings.Split(strings.ReplaceAll(strings.Join(c.Args, " "), "/template/", files+"/"), " ")
+			validate(t, t.TempDir(), args, env)
+		})
+	}
+}
+
+// byHand is a command for a run with other settings than the CronJob's.
+func byHand(job, settings string) string {
+	return `kubectl create job --from=cronjob/update-image-cache -n pod-broker-system ` + job + ` --dry-run=client -o yaml |
+  kubectl set env --local -f - -o yaml ` + settings + ` |
+  kubectl create -f -`
+}
+
+// documented fails the test if docs/pipeline.md lacks a command. An image is named
+// IMAGE there.
+func documented(t *testing.T, command string) {
+	t.Helper()
+	data, err := os.ReadFile("../../docs/pipeline.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	command = strings.ReplaceAll(command, "selkies-image-cache-1700000001", "IMAGE")
+	if !strings.Contains(string(data), "    "+strings.ReplaceAll(command, "\n", "\n    ")+"\n") {
+		t.Errorf("docs/pipeline.md does not have\n%s", command)
+	}
+}
+
+// kubectl runs a line with kubectl as the administrator.
+func kubectl(t *testing.T, line string) {
+	t.Helper()
+	tools, err := host.Tool(t.Context(), "kubernetes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "bash", "-ceu", "-o", "pipefail", line)
+	cmd.Env = append(os.Environ(), "PATH="+tools+":"+os.Getenv("PATH"), "KUBECONFIG="+world.Kubeconfig)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", line, err, out)
+	}
+}
+
+// container is that of the pod that the controller manager makes for a job.
+func container(t *testing.T, job string) *corev1.Container {
+	t.Helper()
+	var found *corev1.Container
+	cluster.Wait(t, "the pod of job "+job, func(ctx context.Context) error {
+		pods, err := world.Client.CoreV1().Pods(broker).List(ctx, metav1.ListOptions{LabelSelector: batchv1.JobNameLabel + "=" + job})
+		if err != nil {
+			return err
+		}
+		if len(pods.Items) == 0 {
+			return errors.New("there is none")
+		}
+		found = &pods.Items[0].Spec.Containers[0]
+		return nil
+	})
+	return found
+}
+
+// mounted writes the files that a container finds under /template to a folder, and
+// returns it with the container's environment.
+func mounted(t *testing.T, c *corev1.Container) (dir string, env []string) {
+	t.Helper()
+	configMap := func(name string) map[string]string {
+		m, err := world.Client.CoreV1().ConfigMaps(broker).Get(t.Context(), name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m.Data
+	}
+	dir = t.TempDir()
+	for name, data := range configMap("update-image-cache") {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, value := range configMap(c.EnvFrom[0].ConfigMapRef.Name) {
+		env = append(env, name+"="+value)
+	}
+	for _, e := range c.Env {
+		env = append(env, e.Name+"="+strings.ReplaceAll(e.Value, "/template/", dir+"/"))
+	}
+	return dir, env
+}
