@@ -4,6 +4,7 @@ package cluster_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -58,6 +59,24 @@ func waitRestarted(t *testing.T, before *corev1.Pod) *corev1.Pod {
 		s := pod.Status.ContainerStatuses
 		if len(s) != 1 || !s[0].Ready || s[0].ContainerID == before.Status.ContainerStatuses[0].ContainerID {
 			return fmt.Errorf("its containers are %+v", s)
+		}
+		return nil
+	})
+}
+
+// eject takes back what is registered on a node without an agent. kubelet removes
+// containers of pods that are gone when they have ended, some of them not before a minute
+// has passed.
+func eject(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	spec := daemonSets(t, "secondary-boot-disk")[0].Spec.Template.Spec
+	cluster.Wait(t, "eject to succeed", func(context.Context) error {
+		ok, said := runOnce(t, n, spec, nil, "eject")
+		if !ok && !strings.Contains(said, "remove the container first") {
+			t.Fatal(said)
+		}
+		if !ok {
+			return errors.New(said)
 		}
 		return nil
 	})
@@ -229,12 +248,17 @@ func watchAgents(t *testing.T) (stop func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	done := make(chan struct{})
+	stopping, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
 		for e := range w.ResultChan() {
 			p, ok := e.Object.(*corev1.Pod)
 			if !ok {
+				select {
+				case <-stopping: // which it takes for an error
+					return
+				default:
+				}
 				t.Errorf("watching the agent's pods: %v", e.Object)
 				return
 			}
@@ -245,6 +269,7 @@ func watchAgents(t *testing.T) (stop func()) {
 		}
 	}()
 	return func() {
+		close(stopping)
 		w.Stop()
 		<-done
 		if len(ready) < 2 {
@@ -306,6 +331,20 @@ func TestRollOut(t *testing.T) {
 	c.Run(t, later)
 	c.WaitPodReady(t, ns, "later")
 	undisturbed("after another pod's start")
+
+	for _, name := range []string{"pod", "later"} {
+		if err := c.Client.CoreV1().Pods(ns).Delete(t.Context(), name, metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		c.WaitPodGone(t, ns, name)
+	}
+	eject(t, n)
+	cluster.Wait(t, "kubelet to let go of the volume", func(context.Context) error {
+		if got := mounted(t, n, volumes); len(got) != 0 {
+			return fmt.Errorf("it is mounted as %q", got)
+		}
+		return nil
+	})
 }
 
 // TestImageGCKeepsCached has kubelet collect all images that it may, for want of room

@@ -14,6 +14,7 @@ import (
 // TestReproducible builds the injector's image in two folders. The digest, which the
 // program prints, must be the same.
 func TestReproducible(t *testing.T) {
+	t.Parallel()
 	src, dir := world.source, t.TempDir()
 	var digests []string
 	for _, name := range []string{"one", "another/place"} {

@@ -1,7 +1,9 @@
 //go:build e2e
 
 // Package cluster_test runs the node agent, and pods of the images that it registers,
-// on the nodes of a real cluster.
+// on the nodes of a real cluster. Tests that have the agent's DaemonSet, or that count
+// what is asked of the registry, run alone; the others wait for pods most of the time
+// and run in parallel.
 package cluster_test
 
 import (
@@ -44,7 +46,7 @@ const (
 	app        = "shared:1"         // four layers, on both cache disks
 	appNext    = "shared:2"         // the same and one more, on the second cache disk
 	indexed    = "platforms:latest" // behind an index, on the first cache disk
-	moving     = "moving:latest"    // as app, on the first cache disk; a test moves the tag
+	moving     = "unstable:latest"  // as app, on the first cache disk; a test moves the tag
 	injector   = "injector:1"
 	injectorV2 = "injector:2" // the same program, another image
 )

@@ -122,6 +122,10 @@ func (n *Node) kubeletConfig() map[string]any {
 		"cgroupsPerQOS":            false,
 		"enforceNodeAllocatable":   []string{},
 		"evictionHard":             map[string]string{},
+		// How soon it is seen that a node is ready after a reboot; the other says how often
+		// a node is heard of without news, and is its default.
+		"nodeStatusUpdateFrequency": "1s",
+		"nodeStatusReportFrequency": "5m",
 		// It only logs that /proc/sys is read-only.
 		"featureGates":       map[string]bool{"KubeletInUserNamespace": true},
 		"registerWithTaints": n.config.Taints,

@@ -45,6 +45,7 @@ func podOn(n *cluster.Node, namespace, name, image string) *corev1.Pod {
 // TestStartupTaint has a node join with the startup taint: a pod that tolerates it
 // runs, another one only once it is gone.
 func TestStartupTaint(t *testing.T) {
+	t.Parallel()
 	c := world.cluster
 	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{startupTaint}})
 	ns := c.Namespace(t)
@@ -71,6 +72,7 @@ func TestStartupTaint(t *testing.T) {
 // TestClaim mounts a disk through a claim: kubelet mounts the device for the pod and
 // unmounts it when the pod goes.
 func TestClaim(t *testing.T) {
+	t.Parallel()
 	c := world.cluster
 	disk := cluster.Disk{Name: "data", Image: filepath.Join(t.TempDir(), "disk")}
 	if err := host.NewDisk(disk.Image, 64<<20); err != nil {
@@ -133,6 +135,7 @@ func TestClaim(t *testing.T) {
 
 // TestKillContainerd ends containerd under a running pod, which goes on.
 func TestKillContainerd(t *testing.T) {
+	t.Parallel()
 	c := world.cluster
 	n := c.Node(t, cluster.NodeConfig{Release: machine.Debian})
 	ns := c.Namespace(t)

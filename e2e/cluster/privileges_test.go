@@ -77,9 +77,9 @@ func daemonSets(t *testing.T, variant string) []appsv1.DaemonSet {
 // TestPrivileges runs the injector's commands once each in pods like the daemon
 // set's, with all of its privileges and with each capability taken away.
 func TestPrivileges(t *testing.T) {
+	t.Parallel()
 	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
 		t.Run(string(release), func(t *testing.T) {
-			// Most of it is waiting for pods.
 			t.Parallel()
 			testPrivileges(t, release)
 		})
