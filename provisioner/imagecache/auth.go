@@ -52,20 +52,11 @@ func (k configured) Resolve(target authn.Resource) (authn.Authenticator, error) 
 // while lines pass through it.
 func (r *registries) hideSecrets(ctx context.Context, refs []reference, catalogs []*catalog) error {
 	targets := map[string]authn.Resource{}
-	for _, ref := range refs {
-		if targets[ref.registry()] != nil {
-			continue
-		}
-		target, err := name.NewRepository(ref.named.Name())
-		if err != nil {
-			return fmt.Errorf("%s: %q: %w", ref.from, ref, err)
-		}
-		targets[ref.registry()] = target
-	}
 	for _, c := range catalogs {
-		if targets[c.host()] == nil {
-			targets[c.host()] = c.target()
-		}
+		targets[c.host()] = c.target()
+	}
+	for _, ref := range refs {
+		targets[ref.registry()] = ref.repository
 	}
 	for host, target := range targets {
 		cfg, err := r.authorization(ctx, host, target)
@@ -84,11 +75,7 @@ func (r *registries) hideSecrets(ctx context.Context, refs []reference, catalogs
 // header is the value of X-Registry-Auth for pulls from ref's registry, "" without
 // credentials. Tokens that expire are renewed by their keychain.
 func (r *registries) header(ctx context.Context, ref reference) (string, error) {
-	target, err := name.NewRepository(ref.named.Name())
-	if err != nil {
-		return "", fmt.Errorf("%s: %q: %w", ref.from, ref, err)
-	}
-	cfg, err := r.authorization(ctx, ref.registry(), target)
+	cfg, err := r.authorization(ctx, ref.registry(), ref.repository)
 	if err != nil {
 		return "", err
 	}

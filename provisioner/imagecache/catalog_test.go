@@ -157,6 +157,8 @@ func (a artifactRegistry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	list, known := a[repo]
 	switch {
 	case path == "":
+	case path == "_catalog":
+		http.NotFound(w, req)
 	case ok && known:
 		json.NewEncoder(w).Encode(list)
 	case ok && strings.HasPrefix(repo, "project/secret"):
@@ -193,6 +195,7 @@ func TestArtifactRegistry(t *testing.T) {
 			google.ManifestInfo{Tags: []string{"b"}, Uploaded: day(1)},
 		)},
 		"project/apps/untagged": {Manifests: manifests(google.ManifestInfo{Uploaded: day(1)})},
+		"project/empty":         {Name: "project/empty"},
 		"project/mixed":         {Children: []string{"there", "gone"}},
 		"project/mixed/there":   {Manifests: manifests(google.ManifestInfo{Tags: []string{"1"}, Uploaded: day(1)})},
 	}
@@ -209,6 +212,8 @@ func TestArtifactRegistry(t *testing.T) {
 		{"filters", Catalog{Repository: "project/apps", Exclude: []string{"desktop"}}, nil, []string{"project/apps/team/editor:b"}, ""},
 		{"one repository", Catalog{Repository: "project/apps/desktop", Tags: []string{"v2"}}, nil, []string{"project/apps/desktop:v2"}, ""},
 		{"limit", Catalog{Repository: "project/apps", Tags: []string{"v.*"}, Limit: 2}, nil, nil, "has 3 tags that match, more than limit = 2"},
+		{"empty", Catalog{Repository: "project/empty"}, nil, nil, "project/empty has no image that matches"},
+		{"no such repository", Catalog{Repository: "project/none"}, nil, nil, "project/none has no image that matches"},
 		{"no permission", Catalog{Repository: "project/secret"}, nil, nil, "the registry refused access (403 Forbidden); set registry_auth"},
 		// Without what it holds, pruning would take that off the disk.
 		{"gone in between", Catalog{Repository: "project/mixed"}, nil, nil, "project/mixed/gone: "},

@@ -23,11 +23,11 @@ const unpackedFactor = 3
 
 // plan says what is to be pulled, before anything is, and whether it fits.
 func (b *build) plan(ctx context.Context) error {
-	stored, room, err := b.stored(ctx)
+	room, err := b.takeStock(ctx)
 	if err != nil {
 		return err
 	}
-	p := newProgress(b.images, stored, time.Now())
+	p := newProgress(b.images, b.stored, time.Now())
 	for _, line := range p.table() {
 		b.say("%s", line)
 	}
@@ -46,23 +46,21 @@ func (b *build) plan(ctx context.Context) error {
 	return nil
 }
 
-// stored are the chain IDs of the layers that are on the disk, and the bytes that there
-// is room for beside them.
-func (b *build) stored(ctx context.Context) (chains map[digest.Digest]bool, room int64, err error) {
+// takeStock finds out which layers are there, and for how many bytes there is room
+// beside them.
+func (b *build) takeStock(ctx context.Context) (room int64, err error) {
 	if b.disk == nil {
-		if chains, err = storedLayers(ctx, b.vm, b.engine.info.DockerRootDir); err != nil {
-			return nil, 0, err
+		if b.stored, err = storedLayers(ctx, b.vm, b.engine.info.DockerRootDir); err != nil {
+			return 0, err
 		}
-		room, err = freeBytes(ctx, b.vm, b.engine.info.DockerRootDir)
-		return chains, room, err
+		return freeBytes(ctx, b.vm, b.engine.info.DockerRootDir)
 	}
 	if !b.disk.blank {
-		if chains, err = storedLayers(ctx, b.vm, path.Join(b.config.Disk.MountPoint, b.config.Disk.DockerRoot)); err != nil {
-			return nil, 0, err
+		if b.stored, err = storedLayers(ctx, b.vm, path.Join(b.config.Disk.MountPoint, b.config.Disk.DockerRoot)); err != nil {
+			return 0, err
 		}
 	}
-	room, err = b.disk.room(ctx)
-	return chains, room, err
+	return b.disk.room(ctx)
 }
 
 // storedLayers are the chain IDs that Docker's metadata in a data root has: also those

@@ -16,6 +16,7 @@ import (
 	"github.com/docker/go-units"
 	"github.com/hashicorp/hcl/v2/hcldec"
 	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
@@ -90,7 +91,8 @@ type build struct {
 	references []reference // of the configuration, then of the catalogs
 	images     []*wanted
 	failures   []failure
-	disk       *cacheDisk // nil without a disk block
+	disk       *cacheDisk             // nil without a disk block
+	stored     map[digest.Digest]bool // chain IDs of the layers that were there
 	engine     *engine
 	store      manifest.Store
 	root       string // where the disk with the store is mounted on the VM
@@ -198,16 +200,9 @@ func (b *build) readEarlier(ctx context.Context) (err error) {
 }
 
 func (b *build) pull(ctx context.Context) error {
-	stored, err := b.engine.storedChains(ctx)
-	if err != nil {
-		return err
-	}
 	p := &puller{
 		engine: b.engine, registries: b.registries, platform: b.config.platform, attempts: b.config.MaxPullAttempts,
-		say: b.say, progress: newProgress(b.images, stored, time.Now()),
-	}
-	if _, total, kept := p.progress.counts(); total > 0 {
-		b.say("%s to pull, %s is there", units.HumanSize(float64(total)), units.HumanSize(float64(kept)))
+		say: b.say, progress: newProgress(b.images, b.stored, time.Now()),
 	}
 	telling, stop := context.WithCancel(ctx)
 	var teller sync.WaitGroup

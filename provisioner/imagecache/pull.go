@@ -7,15 +7,12 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"sync"
 	"time"
 
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/docker/docker/api/types/image"
 	"github.com/docker/go-units"
-	"github.com/opencontainers/go-digest"
-	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 )
@@ -201,35 +198,4 @@ func explainPull(ref reference, err error) error {
 		return fmt.Errorf("%w; put the certificate of its authority into /etc/docker/certs.d/%s/ca.crt on the build VM, or set insecure_registries", err, ref.registry())
 	}
 	return err
-}
-
-// storedChains are the chain IDs of all layers of all images in the store.
-func (e *engine) storedChains(ctx context.Context) (map[digest.Digest]bool, error) {
-	images, err := e.ImageList(ctx, image.ListOptions{All: true})
-	if err != nil {
-		return nil, fmt.Errorf("listing the images in the store: %w", err)
-	}
-	chains := map[digest.Digest]bool{}
-	var mu sync.Mutex
-	var g errgroup.Group
-	g.SetLimit(2)
-	for _, summary := range images {
-		g.Go(func() error {
-			inspect, err := e.ImageInspect(ctx, summary.ID)
-			if err != nil {
-				return fmt.Errorf("inspecting image %s: %w", summary.ID, err)
-			}
-			diffIDs := make([]digest.Digest, len(inspect.RootFS.Layers))
-			for i, l := range inspect.RootFS.Layers {
-				diffIDs[i] = digest.Digest(l)
-			}
-			mu.Lock()
-			defer mu.Unlock()
-			for _, c := range identity.ChainIDs(diffIDs) {
-				chains[c] = true
-			}
-			return nil
-		})
-	}
-	return chains, g.Wait()
 }

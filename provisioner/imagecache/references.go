@@ -18,6 +18,8 @@ type reference struct {
 	// `images.txt:12`.
 	from  string
 	named dref.Named
+	// repository is named's for the library that talks to registries.
+	repository name.Repository
 }
 
 func (r reference) String() string { return dref.FamiliarString(r.named) }
@@ -107,11 +109,12 @@ func parseReference(from, s string) (reference, error) {
 	if full, err := dref.ParseNormalizedNamed(s); err == nil {
 		named = dref.TagNameOnly(full)
 	}
-	// The library that talks to registries is the stricter one.
-	if _, err := name.NewRepository(named.Name()); err != nil {
+	// That library is the stricter one.
+	repository, err := name.NewRepository(named.Name())
+	if err != nil {
 		return reference{}, fmt.Errorf("%s: %q: %w", from, s, err)
 	}
-	return reference{from: from, named: named}, nil
+	return reference{from: from, named: named, repository: repository}, nil
 }
 
 // duplicates finds references that are there twice, and tags that are to name two
