@@ -59,6 +59,7 @@ func TestCronJob(t *testing.T) {
 		{"manual", "kubectl create job --from=cronjob/update-image-cache -n pod-broker-system manual", nil},
 		{"reset", byHand("reset", "PKR_VAR_rebuild=true"), map[string]string{"rebuild": "true"}},
 		{"roll-back", byHand("roll-back", "PKR_VAR_rollback_to=selkies-image-cache-1700000001"), map[string]string{"rollback_to": "selkies-image-cache-1700000001"}},
+		{"plan", byHand("plan", "PKR_VAR_dry_run=true"), map[string]string{"dry_run": "true"}},
 		{"dry-run", byHand("dry-run", "PKR_VAR_rollback_to=selkies-image-cache-1700000001 PKR_VAR_dry_run=true"),
 			map[string]string{"rollback_to": "selkies-image-cache-1700000001", "dry_run": "true"}},
 	} {
@@ -72,7 +73,7 @@ func TestCronJob(t *testing.T) {
 			files, env := mounted(t, c)
 			want := map[string]string{
 				"project_id": "broker", "region": "us-central1", "zone": "us-central1-a", "machine_type": "e2-standard-8", "disk_size_gb": "100",
-				"exclude_regions": "europe-west4 us-east1", "image_list_file": files + "/images.txt",
+				"exclude_regions": "europe-west4 us-east1", "repositories": "", "image_list_file": files + "/images.txt",
 				"injector_image": "us-docker.pkg.dev/broker/tools/selkies-image-injector:0.1.0",
 			}
 			for name, value := range tt.more {

@@ -14,6 +14,7 @@ import (
 
 	"cloud.google.com/go/compute/apiv1/computepb"
 	"cloud.google.com/go/container/apiv1/containerpb"
+	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -23,10 +24,10 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
-// TestPipeline runs the whole template four times. The first generation comes to a
+// TestPipeline runs the whole template five times. The first generation comes to a
 // node, the second, with one image changed, to a later node while the first goes on,
-// the third starts from nothing, and the fourth finds the first node gone. Pods of the
-// cached images start without a pull.
+// the third starts from nothing, the fourth finds the first node gone, and the last goes
+// back to the second. Pods of the cached images start without a pull.
 func TestPipeline(t *testing.T) {
 	c := newCloud(t, administrator(t))
 	c.addBroker([]string{zone})
@@ -70,7 +71,7 @@ func TestPipeline(t *testing.T) {
 	c.removeNode(t, first)
 	c.run(t)
 	gone := []string{
-		"projects/broker/global/images/selkies-image-cache-" + old[strings.LastIndex(old, "-")+1:],
+		"projects/broker/global/images/" + imageOf(old),
 		"projects/broker/zones/us-central1-a/disks/" + old,
 		"projects/broker/zones/us-central1-a/instances/" + first.Name,
 	}
@@ -86,6 +87,35 @@ func TestPipeline(t *testing.T) {
 		t.Errorf("the cluster has\n%s", out)
 	}
 	c.checkPods(t, second)
+
+	// The way back builds nothing.
+	fourth := c.Resources()
+	back := imageOf(c.diskOf(t, second))
+	if out, want := c.run(t, "-var", "rollback_to="+back), "Image "+back+" is on 1 disks, in 1 clusters"; !strings.Contains(out, want) {
+		t.Errorf("Packer does not say %q", want)
+	}
+	if diff := cmp.Diff(fourth, c.Resources()); diff != "" {
+		t.Errorf("the way back changed (-before +after):\n%s", diff)
+	}
+}
+
+// TestDryRun runs the template for the list of images alone. One is from a catalog.
+func TestDryRun(t *testing.T) {
+	c := newCloud(t, "ya29.dryrun")
+	before := c.Resources()
+	listed := push(t, world.registry, "stable:1", newLayer(t))
+	found := push(t, world.registry, "apps/found:latest", newLayer(t))
+	world.registry.Reset()
+	out := c.run(t, "-var", "dry_run=true", "-var", "images="+hclList(world.registry.Addr+"/stable:1"), "-var", "repositories="+world.registry.Addr+"/apps")
+	checkNotFetched(t, listed, found)
+	for _, ref := range []string{"/stable:1", "/apps/found:latest"} {
+		if !strings.Contains(out, world.registry.Addr+ref+" ") {
+			t.Errorf("the list does not have %s", ref)
+		}
+	}
+	if diff := cmp.Diff(before, c.Resources()); diff != "" {
+		t.Errorf("left over (-want +got):\n%s", diff)
+	}
 }
 
 // administrator is the token of an account of the cluster that may do everything, as
@@ -111,8 +141,9 @@ func (c *cloud) addBroker(zones []string) {
 // cached are the images of the cache.
 var cached = []string{"stable:1", "app:1"}
 
-// run runs the example template as it is, with variables only.
-func (c *cloud) run(t *testing.T, args ...string) {
+// run runs the example template as it is, with variables only, and returns what Packer
+// said.
+func (c *cloud) run(t *testing.T, args ...string) string {
 	t.Helper()
 	template, err := filepath.Abs(filepath.Join(examples, "image-cache.pkr.hcl"))
 	if err != nil {
@@ -135,6 +166,7 @@ func (c *cloud) run(t *testing.T, args ...string) {
 		t.Error("the access token is in the output")
 	}
 	t.Logf("packer build:\n%s", out)
+	return string(out)
 }
 
 // node is a node of the zone, which waits for its images before it takes pods.
@@ -158,6 +190,11 @@ func (c *cloud) diskOf(t *testing.T, n *cluster.Node) string {
 		t.Fatal(err)
 	}
 	return node.Labels["app.broker/cache-pd"]
+}
+
+// imageOf is the image that a cache disk was made from.
+func imageOf(disk string) string {
+	return "selkies-image-cache-" + disk[strings.LastIndex(disk, "-")+1:]
 }
 
 // startPods starts a pod of each cached image on a node and waits for them.
@@ -246,7 +283,7 @@ func TestTemplates(t *testing.T) {
 		t.Fatal(err)
 	}
 	variables := map[string][]string{ // those that have no default
-		"gke": {"project_id=broker", "zone=us-central1-a", "injector_image=registry.example/injector:1", `images=["debian:12"]`},
+		"gke":   {"project_id=broker", "zone=us-central1-a", "injector_image=registry.example/injector:1", "repositories=registry.example/apps registry.example/games"},
 		"local": {`images=["debian:12"]`, "device=/dev/sdb", "ssh_host=localhost", "ssh_private_key_file=" + key},
 	}
 	templates, err := filepath.Glob("../../example/*/*.pkr.hcl")

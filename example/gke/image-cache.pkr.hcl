@@ -32,7 +32,7 @@ variable "injector_image" {
   type        = string
 }
 
-# Which images to cache: one of these, or both.
+# Which images to cache: one of these or more.
 
 variable "images" {
   type    = list(string)
@@ -41,6 +41,12 @@ variable "images" {
 
 variable "image_list_file" {
   description = "A file with one image a line."
+  type        = string
+  default     = ""
+}
+
+variable "repositories" {
+  description = "Repositories of a registry from which the newest image of each name is taken, with blanks or commas between them, such as us-docker.pkg.dev/my-project/apps."
   type        = string
   default     = ""
 }
@@ -97,7 +103,7 @@ variable "keep" {
 }
 
 variable "dry_run" {
-  description = "Only say what the roll-out would do. The image is built all the same, unless rollback_to is set."
+  description = "Only say what would be pulled and whether it fits. With rollback_to: what the roll-out would make, apply and delete."
   type        = bool
   default     = false
 }
@@ -153,6 +159,9 @@ variable "custom_endpoints" {
 locals {
   device  = "selkies-image-cache"
   builder = "${var.cache_name}-build-"
+
+  repositories    = compact(split(",", replace(var.repositories, " ", ",")))
+  exclude_regions = compact(split(",", replace(var.exclude_regions, " ", ",")))
 }
 
 data "selkies-image-cache" "last" {
@@ -190,6 +199,7 @@ source "googlecompute" "cache" {
   source_image_project_id = ["debian-cloud"]
   image_name              = "${var.cache_name}-{{timestamp}}"
   image_family            = var.cache_name
+  skip_create_image       = var.dry_run
 
   disk_attachment {
     source_image = data.selkies-image-cache.last.image # blank at first
@@ -219,6 +229,14 @@ build {
     only            = ["googlecompute.cache"]
     images          = var.images
     image_list_file = var.image_list_file
+    dry_run         = var.dry_run
+
+    dynamic "catalog" {
+      for_each = local.repositories
+      content {
+        repository = catalog.value
+      }
+    }
 
     disk {
       device = "/dev/disk/by-id/google-${local.device}"
@@ -235,7 +253,7 @@ build {
     image_name          = var.rollback_to
     cluster_pattern     = var.cluster_pattern
     cluster_endpoint    = var.cluster_endpoint
-    exclude_regions     = compact(split(",", replace(var.exclude_regions, " ", ",")))
+    exclude_regions     = local.exclude_regions
     node_selector       = var.node_selector
     injector_image      = var.injector_image
     keep                = var.keep
