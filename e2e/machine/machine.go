@@ -146,6 +146,11 @@ func (m *Machine) Start(ctx context.Context) error {
 	if m.nspawn != nil {
 		return errors.New("the machine is running")
 	}
+	// Cgroups end with a boot. kubelet would look for the containers of those that are
+	// left, several seconds for each, before it is ready.
+	if err := removeCgroups(m.id); err != nil {
+		return fmt.Errorf("removing the cgroups of the last boot: %w", err)
+	}
 	cgroups, err := makeCgroups(m.id)
 	if err != nil {
 		return fmt.Errorf("making the machine's cgroups: %w", err)
