@@ -357,7 +357,7 @@ func TestImageGCKeepsCached(t *testing.T) {
 	n.Output(t, "ctr", "-n", "k8s.io", "images", "pull", "--plain-http", ref(other))
 	images := func() string { return n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q") }
 	cluster.Wait(t, "the CRI to know the image", func(context.Context) error {
-		// The CRI gives it a name more.
+		// kubelet sees what the CRI has taken note of.
 		if got := n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "name=="+ref(other)); !strings.Contains(got, "io.cri-containerd.image=managed") {
 			return fmt.Errorf("there is %s", got)
 		}
