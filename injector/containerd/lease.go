@@ -54,14 +54,12 @@ func (r *Runtime) lock(ctx context.Context) (unlock func(), err error) {
 // release. Leases that dead runs left go first, with all that only they kept.
 // The caller holds the lock.
 func (r *Runtime) lease(ctx context.Context) (_ context.Context, release func(ok bool) error, err error) {
-	stale, err := r.staleLeases(ctx)
+	stale, err := r.ourLeases(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, l := range stale {
-		if err := r.leases.Delete(ctx, l, leases.SynchronousDelete); err != nil && !errdefs.IsNotFound(err) {
-			return nil, nil, fmt.Errorf("deleting the lease of a run that was killed: %w", r.explain(err))
-		}
+	if err := r.deleteLeases(ctx, stale, leases.SynchronousDelete); err != nil {
+		return nil, nil, err
 	}
 	l, err := r.leases.Create(ctx, leases.WithRandomID(), leases.WithExpiration(leaseTime),
 		leases.WithLabel(labelCache, "injector"))
@@ -72,14 +70,17 @@ func (r *Runtime) lease(ctx context.Context) (_ context.Context, release func(ok
 		// Also after an interrupt: else it lives for leaseTime.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
 		defer cancel()
+		// containerd may have made the lease of a run that was killed only after the
+		// look above: its request was still on the way.
+		all, err := r.ourLeases(ctx)
+		if err != nil {
+			return err
+		}
 		var opts []leases.DeleteOpt
-		if !ok {
+		if !ok || len(all) > 1 {
 			opts = append(opts, leases.SynchronousDelete)
 		}
-		if err := r.leases.Delete(ctx, l, opts...); err != nil {
-			return fmt.Errorf("deleting lease %s: %w", l.ID, r.explain(err))
-		}
-		return nil
+		return r.deleteLeases(ctx, all, opts...)
 	}
 	return leases.WithLease(ctx, l.ID), release, nil
 }
@@ -97,7 +98,18 @@ func (r *Runtime) hold(ctx context.Context, typ, id string) error {
 	return nil
 }
 
-func (r *Runtime) staleLeases(ctx context.Context) ([]leases.Lease, error) {
+func (r *Runtime) deleteLeases(ctx context.Context, list []leases.Lease, opts ...leases.DeleteOpt) error {
+	for _, l := range list {
+		if err := r.leases.Delete(ctx, l, opts...); err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("deleting lease %s: %w", l.ID, r.explain(err))
+		}
+	}
+	return nil
+}
+
+// ourLeases are those of injectors. To the holder of the lock, all but its own are of
+// runs that were killed.
+func (r *Runtime) ourLeases(ctx context.Context) ([]leases.Lease, error) {
 	all, err := r.leases.List(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("listing leases: %w", r.explain(err))

@@ -54,7 +54,7 @@ func (r *Runtime) survey(ctx context.Context) (*survey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listing content: %w", r.explain(err))
 	}
-	s.stale, err = r.staleLeases(ctx)
+	s.stale, err = r.ourLeases(ctx)
 	return s, err
 }
 
