@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -61,8 +63,8 @@ func makeCgroups(id string) ([]string, error) {
 	return dirs, nil
 }
 
-// removeCgroups removes the cgroups named id with all below them. Their processes
-// have been killed, but may not be gone yet.
+// removeCgroups removes the cgroups named id with all below them, and kills what is
+// in them: a machine outlives an nspawn that was killed.
 func removeCgroups(id string) error {
 	roots, err := cgroupRoots()
 	if err != nil {
@@ -80,10 +82,33 @@ func removeCgroups(id string) error {
 			if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
 				return err
 			}
+			if err := killCgroup(filepath.Join(root, id)); err != nil {
+				return err
+			}
 			<-tick.C
 		}
 	}
 	return nil
+}
+
+// killCgroup kills the processes of a cgroup and of those below it.
+func killCgroup(dir string) error {
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Name() == "cgroup.procs" {
+			var data []byte
+			data, err = os.ReadFile(path)
+			for _, field := range strings.Fields(string(data)) {
+				// 0 is a process of another PID namespace, and kill's word for one's own group.
+				if pid, _ := strconv.Atoi(field); pid > 0 {
+					_ = unix.Kill(pid, unix.SIGKILL)
+				}
+			}
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	})
 }
 
 func removeCgroup(dir string) error {

@@ -34,6 +34,11 @@ func TestMain(m *testing.M) {
 // TestReap kills a process that has booted a machine: the next one to boot one
 // removes it, mounts, processes and all.
 func TestReap(t *testing.T) {
+	t.Run("process", func(t *testing.T) { testReap(t, false) })
+	t.Run("process and nspawn", func(t *testing.T) { testReap(t, true) })
+}
+
+func testReap(t *testing.T, nspawn bool) {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "E2E_BOOT_AND_WAIT=1")
 	out, err := cmd.StdoutPipe()
@@ -50,6 +55,15 @@ func TestReap(t *testing.T) {
 	}
 	if err := cmd.Wait(); err == nil {
 		t.Fatal("the process was not killed")
+	}
+	if nspawn {
+		pid, err := os.ReadFile(dir + "/pid")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, err := exec.Command("kill", "-KILL", string(pid)).CombinedOutput(); err != nil {
+			t.Fatal(err, string(out))
+		}
 	}
 	if mounted, err := mountinfo.Mounted(dir + "/root"); err != nil || !mounted {
 		t.Fatalf("no machine was left in %q: %v", dir, err)
