@@ -60,20 +60,16 @@ func deploy(t testing.TB, a agentConfig) {
 	if patches.Len() == 0 {
 		patches.WriteString("    []\n")
 	}
-	gate := ""
-	if a.gate {
-		gate = "- " + examples + "/base/gate\n"
-	}
 	kustomization := fmt.Sprintf(`resources:
 - %[1]s/base
-%[6]scomponents:
+components:
 - %[1]s/components/%[2]s
 images:
 - {name: selkies-image-injector, newName: %[3]s, newTag: %[4]q}
 patches:
 - target: {kind: DaemonSet}
   patch: |-
-%[5]s`, examples, a.component, ref(repository), tag, patches.String(), gate)
+%[5]s`, examples, a.component, ref(repository), tag, patches.String())
 	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(kustomization), 0o644); err != nil {
 		t.Fatal(err)
 	}

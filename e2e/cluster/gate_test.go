@@ -87,7 +87,7 @@ func TestGateOpensWithoutAgent(t *testing.T) {
 	c.Run(t, podOn(n, ns, "pod", ref(app)))
 	c.WaitPodUnschedulable(t, ns, "pod")
 	c.Claim(t, agentNamespace, "image-cache", cluster.Disk{Name: "absent"}, n)
-	deploy(t, agentConfig{component: "pvc", gate: true, env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}})
+	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}})
 	n.WaitTaint(t, startupTaint.Key, false)
 	c.WaitPodReady(t, ns, "pod")
 	agents, err := c.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{

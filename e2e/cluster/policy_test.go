@@ -4,6 +4,7 @@ package cluster_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -103,6 +104,18 @@ func TestPolicy(t *testing.T) {
 		{"other condition", "SelkiesImageCacheReady only", func() error { return strategic(own, condition("Other"), "status") }},
 		{"changed condition", "SelkiesImageCacheReady only", func() error { return strategic(own, condition("MemoryPressure"), "status") }},
 		{"conditions removed", "SelkiesImageCacheReady only", func() error { return merge(own, `{"status":{"conditions":null}}`, "status") }},
+		{"condition in place of another", "SelkiesImageCacheReady only", func() error {
+			n, err := world.cluster.Client.CoreV1().Nodes().Get(t.Context(), own, metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			n.Status.Conditions[1] = n.Status.Conditions[0]
+			body, err := json.Marshal(map[string]any{"status": map[string]any{"conditions": n.Status.Conditions}})
+			if err != nil {
+				return err
+			}
+			return merge(own, string(body), "status")
+		}},
 		{"capacity", "conditions only", func() error { return merge(own, `{"status":{"capacity":{"selkies.io/free":"1"}}}`, "status") }},
 		{"event elsewhere", "cannot create resource", func() error { return event(agentNamespace) }},
 		{"node deleted", "cannot delete resource", func() error {
@@ -172,6 +185,7 @@ func nodeObject(t *testing.T) string {
 		}},
 		Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{
 			{Type: corev1.NodeMemoryPressure, Status: corev1.ConditionFalse, Reason: "Test"},
+			{Type: corev1.NodeDiskPressure, Status: corev1.ConditionFalse, Reason: "Test"},
 		}},
 	}, metav1.CreateOptions{})
 	if err != nil {

@@ -139,6 +139,8 @@ func (n *node) set(d desired) {
 		return
 	}
 	n.mu.Lock()
+	// The deadline may have opened the gate since the caller looked.
+	d.open = d.open || n.want != nil && n.want.open
 	n.want = &d
 	n.mu.Unlock()
 	n.notify()
