@@ -51,8 +51,8 @@ func (a *Agent) releaseRuntime() {
 	}
 }
 
-// register registers what is missing, the images that pods wait for first. It mounts
-// the disks before all else.
+// register registers what is missing, the images that pods wait for first. The disks
+// are mounted before any image is registered.
 func (a *Agent) register(ctx context.Context) error {
 	if err := a.openRuntime(ctx); err != nil {
 		return err

@@ -192,7 +192,7 @@ func (k *cluster) apply(ctx context.Context, o *unstructured.Unstructured) error
 	what := gvk.Kind + " " + o.GetName()
 	mapping, err := k.mapper.RESTMapping(gvk.GroupKind(), gvk.Version)
 	if err != nil {
-		return fmt.Errorf("applying %s: %w; is the cluster older than Kubernetes 1.32?", what, err)
+		return fmt.Errorf("applying %s: %w; is the cluster older than Kubernetes 1.30?", what, err)
 	}
 	resource := dynamic.ResourceInterface(k.dynamic.Resource(mapping.Resource))
 	if mapping.Scope.Name() == meta.RESTScopeNameNamespace {
