@@ -157,16 +157,22 @@ func (r *Runtime) whileStopped(ctx context.Context, f func() error) (err error) 
 	return f()
 }
 
+// dialIfStopped connects to systemd if a run has stopped units and not started them;
+// else the connection is nil.
+func (r *Runtime) dialIfStopped(ctx context.Context) (*dbus.Conn, error) {
+	stopped, err := r.stoppedUnits()
+	if err != nil || stopped == nil {
+		return nil, err
+	}
+	return r.dialSystemd(ctx)
+}
+
 // settle waits for what systemd still does for a run that was killed as it stopped or
 // started docker: systemd goes on without it. If docker runs then, the note of stopped
 // units is out of date, and goes.
 func (r *Runtime) settle(ctx context.Context) error {
-	stopped, err := r.stoppedUnits()
-	if err != nil || stopped == nil {
-		return err
-	}
-	conn, err := r.dialSystemd(ctx)
-	if err != nil {
+	conn, err := r.dialIfStopped(ctx)
+	if err != nil || conn == nil {
 		return err
 	}
 	defer conn.Close()
@@ -196,12 +202,8 @@ func (r *Runtime) settle(ctx context.Context) error {
 
 // resume starts what a killed run has stopped, if anything.
 func (r *Runtime) resume(ctx context.Context) error {
-	stopped, err := r.stoppedUnits()
-	if err != nil || stopped == nil {
-		return err
-	}
-	conn, err := r.dialSystemd(ctx)
-	if err != nil {
+	conn, err := r.dialIfStopped(ctx)
+	if err != nil || conn == nil {
 		return err
 	}
 	defer conn.Close()
