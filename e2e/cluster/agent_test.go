@@ -22,6 +22,8 @@ import (
 const (
 	agentNamespace = "selkies-image-cache"
 	agentCondition = corev1.NodeConditionType("SelkiesImageCacheReady")
+	// agentPods selects the agent's pods; the gate's are in the same namespace.
+	agentPods = "app.kubernetes.io/name=selkies-image-injector"
 	// firstDevice and secondDevice are the names that the cache disks are attached by.
 	firstDevice, secondDevice = "first", "second"
 )
@@ -31,7 +33,6 @@ type agentConfig struct {
 	component string            // of example/kustomize/components
 	image     string            // injector by default
 	env       map[string]string // of the containers
-	gate      bool              // base/gate as well
 	// eager has kubelet ask every second whether the agent is ready, for tests that wait
 	// for it: as often as the manifests say, it takes a minute to see that it is.
 	eager bool
@@ -54,11 +55,14 @@ func deploy(t testing.TB, a agentConfig) {
 	for _, key := range sortedKeys(a.env) {
 		fmt.Fprintf(&patches, "    - {op: add, path: /spec/template/spec/containers/0/env/-, value: {name: %s, value: %q}}\n", key, a.env[key])
 	}
-	if a.eager {
-		patches.WriteString("    - {op: replace, path: /spec/template/spec/containers/0/readinessProbe/periodSeconds, value: 1}\n")
-	}
 	if patches.Len() == 0 {
 		patches.WriteString("    []\n")
+	}
+	if a.eager {
+		patches.WriteString(`- target: {kind: DaemonSet, name: selkies-image-injector}
+  patch: |-
+    - {op: replace, path: /spec/template/spec/containers/0/readinessProbe/periodSeconds, value: 1}
+`)
 	}
 	kustomization := fmt.Sprintf(`resources:
 - %[1]s/base

@@ -162,7 +162,8 @@ pid=
 until [ -n "$pid" ]; do
 	for p in /proc/[0-9]*; do
 		read -r name <$p/comm || continue
-		[ "$name" != selkies-image-i ] || pid=${p#/proc/}
+		# The gate has a user of its own.
+		[ "$name" != selkies-image-i ] || [ ! -O $p ] || pid=${p#/proc/}
 	done
 done 2>/dev/null
 until %s; do :; done
@@ -236,7 +237,7 @@ func mountIDs(t *testing.T, n *cluster.Node, words ...string) []uint64 {
 func watchAgents(t *testing.T) (stop func()) {
 	t.Helper()
 	pods := world.cluster.Client.CoreV1().Pods(agentNamespace)
-	list, err := pods.List(t.Context(), metav1.ListOptions{})
+	list, err := pods.List(t.Context(), metav1.ListOptions{LabelSelector: agentPods})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -244,7 +245,7 @@ func watchAgents(t *testing.T) (stop func()) {
 	for _, p := range list.Items {
 		ready[p.Name] = isReady(&p)
 	}
-	w, err := pods.Watch(t.Context(), metav1.ListOptions{ResourceVersion: list.ResourceVersion})
+	w, err := pods.Watch(t.Context(), metav1.ListOptions{LabelSelector: agentPods, ResourceVersion: list.ResourceVersion})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -408,7 +409,7 @@ func TestImageGCKeepsCached(t *testing.T) {
 // onlyAgent is the agent's one pod.
 func onlyAgent(t *testing.T) *corev1.Pod {
 	t.Helper()
-	pods, err := world.cluster.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{})
+	pods, err := world.cluster.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{LabelSelector: agentPods})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -91,7 +91,7 @@ func TestGateOpensWithoutAgent(t *testing.T) {
 	n.WaitTaint(t, startupTaint.Key, false)
 	c.WaitPodReady(t, ns, "pod")
 	agents, err := c.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{
-		LabelSelector: "app.kubernetes.io/name=selkies-image-injector",
+		LabelSelector: agentPods,
 		FieldSelector: "spec.nodeName=" + n.Name,
 	})
 	if err != nil {

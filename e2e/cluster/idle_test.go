@@ -16,7 +16,8 @@ import (
 // ten minutes. kubelet's probes of the agent are part of it.
 func BenchmarkIdle(b *testing.B) {
 	n := readyNode(b, cluster.NodeConfig{}, agentConfig{})
-	pid := strings.TrimSpace(n.Output(b, "pidof", "selkies-image-injector"))
+	// The gate has a user of its own.
+	pid := strings.TrimSpace(n.Output(b, "sh", "-c", "for p in $(pidof selkies-image-injector); do [ ! -O /proc/$p ] || echo $p; done"))
 	for b.Loop() {
 		idle.Measure(b, n.Path(filepath.Join("/proc", pid)), 10*time.Minute).Report(b)
 	}
