@@ -168,7 +168,7 @@ func TestInterrupt(t *testing.T) {
 			b.interrupt(t)
 			close(b.hold)
 			// It ends with or without an error: the last step is not cut off.
-			_ = b.cmd.Wait()
+			_ = b.wait()
 			var left []string
 			if call == "images.insert" {
 				left = []string{made}
@@ -185,9 +185,17 @@ func TestInterruptProvisioner(t *testing.T) {
 	reg := registry.New(t, registry.Config{Latency: time.Second})
 	push(t, reg, "app:1", newLayer(t))
 	b := c.startBuild(t, dataDisk(""), fmt.Sprintf("provisioner \"selkies-image-cache\" {\nimages = [%q]\n%s\n}", reg.Addr+"/app:1", cacheDisk))
-	b.waitSaid(t, "to pull")
+	// After the first request, for the manifest, comes one for the layer, a second later.
+	b.waitSaid(t, "on the build VM fills")
+	reg.Reset()
+	b.waitFor(t, "the VM to ask the registry", func() error {
+		if c := reg.Count(); c.ManifestHeads+c.ManifestGets == 0 {
+			return errors.New(b.said(t))
+		}
+		return nil
+	})
 	b.interrupt(t)
-	if err := b.cmd.Wait(); err == nil {
+	if err := b.wait(); err == nil {
 		t.Error("the build succeeded")
 	}
 	c.wantLeft(t, before, nil, b.said(t))
@@ -212,7 +220,7 @@ func TestKill(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	_ = b.cmd.Wait()
+	_ = b.wait()
 	close(b.hold)
 	in := "projects/broker/zones/us-central1-a/"
 	disks := []string{in + "disks/build-1700000001", in + "disks/build-1700000001-data"}
@@ -258,9 +266,11 @@ func descendants(t *testing.T, pid int) []int {
 
 // runningBuild is a packer build.
 type runningBuild struct {
-	cmd  *exec.Cmd
-	out  string        // a file
-	hold chan struct{} // keeps the call that it waits for, if it was started so
+	cmd   *exec.Cmd
+	out   string        // a file
+	hold  chan struct{} // keeps the call that it waits for, if it was started so
+	ended chan struct{}
+	err   error // once it has ended
 }
 
 // startHeld starts a build and returns when it waits for a call.
@@ -270,7 +280,7 @@ func (c *cloud) startHeld(t *testing.T, call, options string) *runningBuild {
 	c.Inject(gcp.Fault{Call: call, Hold: hold})
 	b := c.startBuild(t, options, "")
 	b.hold = hold
-	cluster.Wait(t, "the call of "+call, func(context.Context) error {
+	b.waitFor(t, "the call of "+call, func() error {
 		if !slices.ContainsFunc(c.Calls(), func(done string) bool { return strings.HasPrefix(done, call+" ") }) {
 			return errors.New(b.said(t))
 		}
@@ -282,7 +292,7 @@ func (c *cloud) startHeld(t *testing.T, call, options string) *runningBuild {
 // startBuild starts a build.
 func (c *cloud) startBuild(t *testing.T, options, steps string) *runningBuild {
 	t.Helper()
-	b := &runningBuild{cmd: c.command(t, options, steps), out: filepath.Join(t.TempDir(), "out")}
+	b := &runningBuild{cmd: c.command(t, options, steps), out: filepath.Join(t.TempDir(), "out"), ended: make(chan struct{})}
 	f, err := os.Create(b.out)
 	if err != nil {
 		t.Fatal(err)
@@ -292,7 +302,35 @@ func (c *cloud) startBuild(t *testing.T, options, steps string) *runningBuild {
 	if err := b.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	go func() {
+		b.err = b.cmd.Wait()
+		close(b.ended)
+	}()
 	return b
+}
+
+// wait waits for the end of the build.
+func (b *runningBuild) wait() error {
+	<-b.ended
+	return b.err
+}
+
+// waitFor waits until f gives no error, but no longer than the build goes on.
+func (b *runningBuild) waitFor(t *testing.T, what string, f func() error) {
+	t.Helper()
+	cluster.Wait(t, what, func(context.Context) error {
+		ended := false
+		select {
+		case <-b.ended:
+			ended = true
+		default:
+		}
+		err := f()
+		if err != nil && ended {
+			t.Fatalf("waiting for %s: the build has ended: %v", what, err)
+		}
+		return err
+	})
 }
 
 // interrupt is a Ctrl-C in a terminal. It returns once Packer has noticed.
@@ -316,7 +354,7 @@ func (b *runningBuild) said(t *testing.T) string {
 
 func (b *runningBuild) waitSaid(t *testing.T, text string) {
 	t.Helper()
-	cluster.Wait(t, "packer to say "+text, func(context.Context) error {
+	b.waitFor(t, "packer to say "+text, func() error {
 		if said := b.said(t); !strings.Contains(said, text) {
 			return errors.New(said)
 		}
