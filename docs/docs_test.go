@@ -1,0 +1,242 @@
+// Package docs has no code. Its tests keep the documents honest: what they link to is
+// there, and what they tell readers to type is run by a test, or marked.
+package docs
+
+import (
+	"html"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// marks are what a block of commands says that no test runs.
+var marks = []string{"needs Google Cloud", "needs a cluster"}
+
+// commands are those that tests run, by how they begin: a file that runs them, or the
+// same by other means, and a text in it that shows it.
+var commands = []struct{ begin, file, text string }{
+	{"make test", ".ci/run", "exec make test"},
+	{"make test-unit", "GNUmakefile", "test: e2e-setup test-unit "},
+	{"make generate", "GNUmakefile", "test: e2e-setup test-unit generate-check "},
+	{"make injector", "e2e/systemd/boot_test.go", `host.Build(ctx, "./injector"`},
+	{"make injector-image", "e2e/cluster/image_test.go", `"run", "./injector/image"`},
+	{"go test -tags e2e -run '^$' -bench Idle ./e2e/cluster/", "e2e/cluster/idle_test.go", "func BenchmarkIdle("},
+	{"mount -o ro,noload LABEL=selkies-cache /mnt/disks/images", "e2e/machine/machine_test.go", "mount -o ro,noload"},
+	{"selkies-image-injector inject --cache", "e2e/systemd/boot_test.go", "selkies-image-injector"},
+	{"kubectl exec -n selkies-image-cache ds/selkies-image-injector -- selkies-image-injector status", "e2e/cluster/agent_test.go", `inAgent(t, "status")`},
+	{"kubectl exec -n selkies-image-cache ds/selkies-image-injector -- selkies-image-injector plan", "e2e/cluster/agent_test.go", `inAgent(t, "plan", `},
+	{"kubectl apply -k example/kustomize/", "e2e/cluster/privileges_test.go", `"-k", examples+variant`},
+	{"kubectl apply -k example/gke", "e2e/pipeline/cronjob_test.go", `"apply", "-k", dir`},
+	{"kubectl create job --from=cronjob/update-image-cache", "e2e/pipeline/cronjob_test.go", "documented(t, tt.command)"},
+	{"install build/selkies-image-injector /usr/local/bin/", "e2e/systemd/boot_test.go", "/usr/local/bin/selkies-image-injector"},
+	{"mkdir -p /cache", "e2e/systemd/boot_test.go", "/cache"},
+	{"cp example/systemd/selkies-image-injector-docker.service", "e2e/systemd/boot_test.go", "example/systemd"},
+	{"systemctl enable selkies-image-injector-docker.service", "e2e/systemd/boot_test.go", `"systemctl", "-q", "enable", unit`},
+}
+
+// byHand are commands that no test runs, though they need no more than others do.
+var byHand = []string{
+	"make demo",
+	"make dev", // tests install the plugin into a folder of their own
+	"echo '/dev/disk/by-id/google-image-cache /cache ext4 ro,noload", // tests mount it on /cache otherwise
+	"kubectl get jobs -n pod-broker-system",
+	"kubectl patch cronjob update-image-cache",
+}
+
+// notCommands are blocks that are something else, by how they begin.
+var notCommands = []string{
+	"registry.example.com/desktop:1.4: 27/27 layers",            // the agent's log
+	"/mnt/disks/images: cache 8b5024e61953",                     // inject's output
+	"selkies_image_cache_",                                      // PromQL
+	"packer build   ", "BUILD (packer build)", "│", "└", "┌───", // pictures
+}
+
+// TestCommands finds commands in the documents that no test runs and that do not say so.
+func TestCommands(t *testing.T) {
+	for _, c := range commands {
+		if data, err := os.ReadFile(filepath.Join("..", c.file)); err != nil {
+			t.Errorf("%s: %v", c.begin, err)
+		} else if !strings.Contains(string(data), c.text) {
+			t.Errorf("%s: %s does not have %s", c.begin, c.file, c.text)
+		}
+	}
+	for _, p := range pages(t) {
+		for _, b := range p.blocks {
+			if begins(b[0], notCommands) || slices.ContainsFunc(marks, func(mark string) bool { return strings.Contains(b[0], "# "+mark) }) {
+				continue
+			}
+			for _, c := range joined(b) {
+				if !begins(c, byHand) && !slices.ContainsFunc(commands, func(known struct{ begin, file, text string }) bool {
+					return begins(c, []string{known.begin})
+				}) {
+					t.Errorf("%s: does a test run this?\n\t%s\nName it in the table of this test, or write %q above", p.name, c, "# "+marks[0])
+				}
+			}
+		}
+	}
+}
+
+func begins(line string, with []string) bool {
+	return slices.ContainsFunc(with, func(w string) bool { return strings.HasPrefix(line, w) })
+}
+
+// joined are the commands of a block, each on one line.
+func joined(block []string) []string {
+	var all []string
+	more := false
+	for _, line := range block {
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		if more {
+			all[len(all)-1] += " " + line
+		} else {
+			all = append(all, line)
+		}
+		more = strings.HasSuffix(line, `\`) || strings.HasSuffix(line, "|")
+	}
+	return all
+}
+
+// links are Markdown's, without pictures' exclamation marks.
+var links = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+
+// TestLinks follows the links between documents, and finds those that none leads to.
+func TestLinks(t *testing.T) {
+	linked := map[string]bool{"README.md": true, "CONTRIBUTING.md": true}
+	for _, p := range pages(t) {
+		for _, m := range links.FindAllStringSubmatch(p.text, -1) {
+			if strings.Contains(m[1], "://") {
+				continue
+			}
+			file, anchor, _ := strings.Cut(m[1], "#")
+			target := p.name
+			if file != "" {
+				target = path.Join(path.Dir(p.name), file)
+				linked[target] = true
+			}
+			data, err := os.ReadFile(filepath.Join("..", target))
+			if err != nil {
+				if _, err := os.Stat(filepath.Join("..", target)); err != nil || anchor != "" {
+					t.Errorf("%s links to %s: %v", p.name, m[1], err)
+				}
+				continue
+			}
+			if anchor != "" && !slices.Contains(anchors(string(data)), anchor) {
+				t.Errorf("%s links to %s, which has no such heading", p.name, m[1])
+			}
+		}
+	}
+	for _, p := range pages(t) {
+		if !linked[p.name] {
+			t.Errorf("no document links to %s", p.name)
+		}
+	}
+}
+
+var (
+	headings = regexp.MustCompile(`(?m)^#+ (.*)$`)
+	dropped  = regexp.MustCompile(`[^\p{L}\p{N}\- _]`)
+)
+
+// anchors are those that GitHub gives to headings.
+func anchors(text string) []string {
+	var all []string
+	for _, h := range headings.FindAllStringSubmatch(text, -1) {
+		all = append(all, strings.ReplaceAll(dropped.ReplaceAllString(strings.ToLower(h[1]), ""), " ", "-"))
+	}
+	return all
+}
+
+// TestDiagram finds a diagram that was not drawn again.
+func TestDiagram(t *testing.T) {
+	source, err := os.ReadFile("architecture.dot")
+	if err != nil {
+		t.Fatal(err)
+	}
+	drawn, err := os.ReadFile("architecture.svg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`label="([^"]*)"`).FindAllStringSubmatch(string(source), -1) {
+		for text := range strings.SplitSeq(strings.ReplaceAll(m[1], `\l`, `\n`), `\n`) {
+			if text = strings.TrimSpace(text); !strings.Contains(html.UnescapeString(string(drawn)), text) {
+				t.Errorf("architecture.svg lacks %q; run make docs/architecture.svg", text)
+			}
+		}
+	}
+}
+
+// page is a document of the repository.
+type page struct {
+	name   string // in the repository
+	text   string
+	blocks [][]string // of commands, without blank lines
+}
+
+// pages are the documents of the repository. The blocks of the command line's reference,
+// which is generated, say how commands are written.
+func pages(t *testing.T) []page {
+	t.Helper()
+	names, err := filepath.Glob("*.md")
+	if err != nil || len(names) < 5 {
+		t.Fatalf("found %v, %v", names, err)
+	}
+	for i, n := range names {
+		names[i] = path.Join("docs", n)
+	}
+	var all []page
+	for _, n := range append(names, "README.md", "CONTRIBUTING.md") {
+		data, err := os.ReadFile(filepath.Join("..", n))
+		if err != nil {
+			t.Fatal(err)
+		}
+		p := page{name: n, text: string(data)}
+		if n != "docs/injector.md" {
+			p.blocks = blocks(p.text)
+		}
+		all = append(all, p)
+	}
+	return all
+}
+
+var fence = regexp.MustCompile("^ *```(.*)$")
+
+// blocks are the indented and fenced blocks of a document that are, or could be, commands:
+// a fence with another language is none. A blank line ends one.
+func blocks(text string) [][]string {
+	var all [][]string
+	var block []string
+	end := func() {
+		if len(block) > 0 {
+			all = append(all, block)
+		}
+		block = nil
+	}
+	fenced, shell, paragraph := false, false, false
+	for line := range strings.Lines(text) {
+		line = strings.TrimRight(line, "\n")
+		if m := fence.FindStringSubmatch(line); m != nil {
+			end()
+			fenced = !fenced
+			shell = slices.Contains([]string{"", "sh", "shell", "bash"}, m[1])
+			continue
+		}
+		indented := strings.HasPrefix(line, "    ") && !paragraph
+		switch {
+		case strings.TrimSpace(line) == "":
+			end()
+		case fenced && shell, !fenced && indented:
+			block = append(block, strings.TrimSpace(line))
+		default:
+			end()
+		}
+		// An indented line after one of a paragraph belongs to that.
+		paragraph = !fenced && strings.TrimSpace(line) != "" && (paragraph || !indented)
+	}
+	return all
+}
