@@ -27,6 +27,7 @@ var commands = []struct{ begin, file, text string }{
 	{"go test -tags e2e -run '^$' -bench Idle ./e2e/cluster/", "e2e/cluster/idle_test.go", "func BenchmarkIdle("},
 	{"mount -o ro,noload LABEL=selkies-cache /mnt/disks/images", "e2e/machine/machine_test.go", "mount -o ro,noload"},
 	{"selkies-image-injector inject --cache", "e2e/systemd/boot_test.go", "selkies-image-injector"},
+	{"selkies-image-injector verify --cache", "e2e/docker/inject_test.go", `"verify"`},
 	{"kubectl exec -n selkies-image-cache ds/selkies-image-injector -- selkies-image-injector status", "e2e/cluster/agent_test.go", `inAgent(t, "status")`},
 	{"kubectl exec -n selkies-image-cache ds/selkies-image-injector -- selkies-image-injector plan", "e2e/cluster/agent_test.go", `inAgent(t, "plan", `},
 	{"kubectl apply -k example/kustomize/", "e2e/cluster/privileges_test.go", `"-k", examples+variant`},
@@ -51,6 +52,7 @@ var byHand = []string{
 var notCommands = []string{
 	"registry.example.com/desktop:1.4: 27/27 layers",            // the agent's log
 	"/mnt/disks/images: cache 8b5024e61953",                     // inject's output
+	"the disk has room for ",                                    // the provisioner's error
 	"selkies_image_cache_",                                      // PromQL
 	"packer build   ", "BUILD (packer build)", "│", "└", "┌───", // pictures
 }

@@ -1,0 +1,232 @@
+package docs
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"sigs.k8s.io/yaml"
+)
+
+// read is a file of the repository.
+func read(t *testing.T, name string) string {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join("..", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+// parse parses the Go files of a folder that are no tests.
+func parse(t *testing.T, dir string) []*ast.File {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join("..", dir, "*.go"))
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%s: found %v, %v", dir, names, err)
+	}
+	var files []*ast.File
+	for _, n := range names {
+		if strings.HasSuffix(n, "_test.go") {
+			continue
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), n, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, f)
+	}
+	return files
+}
+
+func inspect(files []*ast.File, each func(ast.Node)) {
+	for _, f := range files {
+		ast.Inspect(f, func(n ast.Node) bool { each(n); return true })
+	}
+}
+
+// literal is the value of a string literal, empty for what is none.
+func literal(e ast.Expr) string {
+	if l, ok := e.(*ast.BasicLit); ok && l.Kind == token.STRING {
+		s, _ := strconv.Unquote(l.Value)
+		return s
+	}
+	return ""
+}
+
+// TestReasons compares the tables of docs/agent.md and docs/operations.md with the
+// reasons of the agent's condition and events.
+func TestReasons(t *testing.T) {
+	known := map[string]bool{}
+	inspect(parse(t, "injector/agent"), func(n ast.Node) {
+		spec, ok := n.(*ast.ValueSpec)
+		if !ok {
+			return
+		}
+		for i, value := range spec.Values {
+			// Of constants, only reasons are one word in capitals that is a value of itself.
+			name := strings.TrimPrefix(spec.Names[i].Name, "event")
+			if s := literal(value); regexp.MustCompile(`^([A-Z][a-z]+)+$`).MatchString(s) && (name == s || strings.HasSuffix(s, name)) {
+				known[s] = true
+			}
+		}
+	})
+	if len(known) < 10 {
+		t.Fatalf("found only %v", known)
+	}
+	documented := map[string]bool{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `([A-Z][A-Za-z]+)` \\|").FindAllStringSubmatch(
+		read(t, "docs/agent.md")+read(t, "docs/operations.md"), -1) {
+		documented[m[1]] = true
+	}
+	for reason := range known {
+		if !documented[reason] {
+			t.Errorf("neither docs/agent.md nor docs/operations.md has a row for %s", reason)
+		}
+	}
+	alerts := alerts(t)
+	for reason := range documented {
+		if !known[reason] && !slices.Contains(alerts, reason) {
+			t.Errorf("the documents have a row for %s, which is no reason of the agent and no alert", reason)
+		}
+	}
+}
+
+// alerts are those of the example's rules.
+func alerts(t *testing.T) []string {
+	t.Helper()
+	var rules struct {
+		Groups []struct {
+			Name  string
+			Rules []struct {
+				Alert, Expr, For    string
+				Labels, Annotations map[string]string
+			}
+		}
+	}
+	if err := yaml.UnmarshalStrict([]byte(read(t, "example/prometheus/rules.yaml")), &rules); err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, g := range rules.Groups {
+		for _, r := range g.Rules {
+			names = append(names, r.Alert)
+		}
+	}
+	return names
+}
+
+// TestAlerts finds alerts that docs/operations.md does not explain, and others that it does.
+func TestAlerts(t *testing.T) {
+	var documented []string
+	for _, m := range regexp.MustCompile("(?m)^\\| `(ImageCache[A-Za-z]+)` \\|").FindAllStringSubmatch(read(t, "docs/operations.md"), -1) {
+		documented = append(documented, m[1])
+	}
+	if got := alerts(t); !slices.Equal(got, documented) {
+		t.Errorf("the rules have %v\ndocs/operations.md has %v", got, documented)
+	}
+}
+
+var verbs = regexp.MustCompile(`%[-+#0-9.]*[a-zA-Z]`)
+
+// TestLogLines finds what the injector logs, from level info on, that docs/operations.md
+// does not explain. There, words in capitals take the place of what differs.
+func TestLogLines(t *testing.T) {
+	page := read(t, "docs/operations.md")
+	lines := 0
+	for _, dir := range []string{"injector", "injector/agent", "injector/containerd", "injector/docker", "injector/cachedisk"} {
+		inspect(parse(t, dir), func(n ast.Node) {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return
+			}
+			text := logged(call)
+			if verbs.ReplaceAllString(text, "") == "" { // what others say
+				return
+			}
+			lines++
+			var parts []string
+			for _, p := range verbs.Split(strings.ReplaceAll(text, "%%", "\x00"), -1) {
+				parts = append(parts, regexp.QuoteMeta(strings.ReplaceAll(p, "\x00", "%")))
+			}
+			if !regexp.MustCompile("(?m)^\\| `" + strings.Join(parts, "[A-Z][^`]*?")).MatchString(page) {
+				t.Errorf("%s logs %q, which no row of docs/operations.md begins with", dir, text)
+			}
+		})
+	}
+	if lines < 20 {
+		t.Errorf("found only %d lines", lines)
+	}
+}
+
+// logged is the text that a call logs, as a format; empty if it logs none.
+func logged(call *ast.CallExpr) string {
+	method, ok := call.Fun.(*ast.SelectorExpr)
+	if !ok || len(call.Args) == 0 {
+		return ""
+	}
+	var on string // what has the method
+	switch x := method.X.(type) {
+	case *ast.SelectorExpr:
+		on = x.Sel.Name
+	case *ast.Ident:
+		on = x.Name
+	}
+	switch method.Sel.Name {
+	case "Info", "Warn", "Error":
+		if strings.EqualFold(on, "log") {
+			return format(call.Args[0])
+		}
+	case "inform", "warn": // of the agent, with a reason
+		if len(call.Args) > 1 {
+			return format(call.Args[1])
+		}
+	}
+	return ""
+}
+
+// format is the format that an expression is printed with. What is no literal is %s.
+func format(e ast.Expr) string {
+	switch e := e.(type) {
+	case *ast.BasicLit:
+		return literal(e)
+	case *ast.BinaryExpr:
+		return format(e.X) + format(e.Y)
+	case *ast.CallExpr:
+		if f, ok := e.Fun.(*ast.SelectorExpr); ok && f.Sel.Name == "Sprintf" {
+			return format(e.Args[0])
+		}
+	}
+	return "%s"
+}
+
+// TestMessages finds messages that docs/troubleshooting.md quotes and no program says: the
+// first cells of its tables that are code, with an ellipsis for what differs.
+func TestMessages(t *testing.T) {
+	var said strings.Builder
+	for _, dir := range []string{"injector", "injector/agent", "injector/cachedisk", "injector/containerd", "injector/docker", "manifest",
+		"provisioner/imagecache", "post-processor/imagecache", "gcp"} {
+		inspect(parse(t, dir), func(n ast.Node) {
+			if e, ok := n.(ast.Expr); ok && literal(e) != "" {
+				said.WriteString(verbs.ReplaceAllString(literal(e), "…") + "\n")
+			}
+		})
+	}
+	quoted := regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(read(t, "docs/troubleshooting.md"), -1)
+	if len(quoted) < 50 {
+		t.Fatalf("found only %d messages", len(quoted))
+	}
+	for _, m := range quoted {
+		// A message at the beginning or the end of which others are put is quoted in part.
+		if !strings.Contains(said.String(), m[1]) {
+			t.Errorf("no program says %q", m[1])
+		}
+	}
+}
