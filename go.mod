@@ -24,10 +24,10 @@ require (
 	github.com/godbus/dbus/v5 v5.1.0 // the errors of go-systemd's calls
 	github.com/google/go-cmp v0.7.0 // tests: readable differences
 	github.com/google/go-containerregistry v0.22.1 // registries on the Packer host; tests: images and a registry
-	github.com/google/renameio/v2 v2.0.2 // atomic file writes
 	github.com/hashicorp/hcl/v2 v2.25.0 // the component's HCL2 specification
 	github.com/hashicorp/packer-plugin-sdk v0.6.10 // the plugin
 	github.com/klauspost/compress v1.20.3 // tests: zstd layers
+	github.com/moby/sys/atomicwriter v0.1.0 // atomic file writes, also on Windows
 	github.com/moby/sys/mountinfo v0.7.3 // mount tables
 	github.com/opencontainers/go-digest v1.0.0 // digests
 	github.com/opencontainers/image-spec v1.1.1 // descriptors, manifests, configs, chain IDs
@@ -147,7 +147,7 @@ require (
 	github.com/mitchellh/reflectwalk v1.0.0 // indirect
 	github.com/moby/docker-image-spec v1.3.1 // indirect
 	github.com/moby/locker v1.0.1 // indirect
-	github.com/moby/sys/atomicwriter v0.1.0 // indirect
+	github.com/moby/sys/sequential v0.6.0 // indirect
 	github.com/moby/sys/signal v0.7.1 // indirect
 	github.com/moby/sys/user v0.4.1 // indirect
 	github.com/moby/sys/userns v0.2.1 // indirect

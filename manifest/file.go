@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/google/renameio/v2"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -103,23 +102,6 @@ func (m *Manifest) ID() (digest.Digest, error) {
 		return "", err
 	}
 	return digest.FromBytes(b), nil
-}
-
-// Write validates m and writes it to the cache disk at dir, so that a reader
-// sees the old manifest or the new one, whole.
-func (m *Manifest) Write(dir string) error {
-	b, err := m.Encode()
-	if err != nil {
-		return err
-	}
-	name := filepath.Join(dir, Path)
-	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-		return fmt.Errorf("writing layer manifest: %w", err)
-	}
-	if err := renameio.WriteFile(name, b, 0o644); err != nil {
-		return fmt.Errorf("writing layer manifest: %w", err)
-	}
-	return nil
 }
 
 // LayerPath is the path of l's files relative to the disk's root.

@@ -153,15 +153,28 @@ func TestEncodingIsCanonical(t *testing.T) {
 	}
 }
 
-func TestWriteRead(t *testing.T) {
+// write makes a cache disk at dir of m.
+func write(t *testing.T, m *Manifest, dir string) {
+	t.Helper()
+	data, err := m.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, Dir), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, Path), data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRead(t *testing.T) {
 	dir := t.TempDir()
 	if _, err := Read(dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Fatalf("Read of an empty directory: %v, want fs.ErrNotExist", err)
 	}
 	want := example(t)
-	if err := want.Write(dir); err != nil {
-		t.Fatal(err)
-	}
+	write(t, want, dir)
 	got, err := Read(dir)
 	if err != nil {
 		t.Fatal(err)
@@ -173,9 +186,7 @@ func TestWriteRead(t *testing.T) {
 
 func TestReadRefusesAFileOutsideTheDisk(t *testing.T) {
 	outside, dir := t.TempDir(), t.TempDir()
-	if err := example(t).Write(outside); err != nil {
-		t.Fatal(err)
-	}
+	write(t, example(t), outside)
 	if err := os.Symlink(filepath.Join(outside, Dir), filepath.Join(dir, Dir)); err != nil {
 		t.Fatal(err)
 	}

@@ -126,7 +126,20 @@ func record(ctx context.Context, m *machine.Machine, c Config) (*manifest.Manife
 			return nil, fmt.Errorf("caching %s: %w", ref, err)
 		}
 	}
-	return out, out.Write(m.Path(mountPoint))
+	return out, WriteManifest(m.Path(mountPoint), out)
+}
+
+// WriteManifest makes m the layer manifest of the disk at dir.
+func WriteManifest(dir string, m *manifest.Manifest) error {
+	data, err := m.Encode()
+	if err != nil {
+		return err
+	}
+	name := filepath.Join(dir, manifest.Path)
+	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(name, data, 0o644)
 }
 
 // add pulls one image and records it.

@@ -168,7 +168,7 @@ func (d disk) writeManifest(ctx context.Context, mountPoint string) error {
 	if _, err := host.Output(exec.CommandContext(ctx, "mount", "-o", "loop", d.image, mountPoint)); err != nil {
 		return err
 	}
-	err := d.manifest.Write(mountPoint)
+	err := cachedisk.WriteManifest(mountPoint, d.manifest)
 	_, unmount := host.Output(exec.CommandContext(ctx, "umount", mountPoint))
 	return errors.Join(err, unmount)
 }

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	testdisk "github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
@@ -32,7 +33,7 @@ func newDisk(t *testing.T, dir string) *manifest.Manifest {
 			t.Fatal(err)
 		}
 	}
-	if err := m.Write(dir); err != nil {
+	if err := testdisk.WriteManifest(dir, m); err != nil {
 		t.Fatal(err)
 	}
 	return m

@@ -21,6 +21,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	testdisk "github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
@@ -404,7 +405,7 @@ func TestPlanNames(t *testing.T) {
 					t.Fatal(err)
 				}
 				if tt.alive {
-					if err := m.Write(r.host(mountpoint(other.ID))); err != nil {
+					if err := testdisk.WriteManifest(r.host(mountpoint(other.ID)), m); err != nil {
 						t.Fatal(err)
 					}
 				}

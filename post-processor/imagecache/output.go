@@ -7,7 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/google/renameio/v2"
+	"github.com/moby/sys/atomicwriter"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/yaml"
 )
@@ -35,7 +35,7 @@ func (r *run) writeManifests() error {
 			if err := os.MkdirAll(r.config.OutputDir, 0o755); err != nil {
 				return err
 			}
-			return renameio.WriteFile(file, text.Bytes(), 0o644)
+			return atomicwriter.WriteFile(file, text.Bytes(), 0o644)
 		})
 		if err != nil {
 			return fmt.Errorf("writing manifests: %w", err)

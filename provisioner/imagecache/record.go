@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/docker/docker/api/types/image"
-	"github.com/google/renameio/v2"
+	"github.com/moby/sys/atomicwriter"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -217,7 +217,7 @@ func copyManifest(name string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 		return fmt.Errorf("writing manifest_output: %w", err)
 	}
-	if err := renameio.WriteFile(name, data, 0o644); err != nil {
+	if err := atomicwriter.WriteFile(name, data, 0o644); err != nil {
 		return fmt.Errorf("writing manifest_output: %w", err)
 	}
 	return nil
