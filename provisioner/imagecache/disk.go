@@ -1,14 +1,11 @@
 package imagecache
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"path"
 	"slices"
 	"strings"
-
-	"github.com/moby/sys/mountinfo"
 
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
@@ -131,14 +128,14 @@ func (d *cacheDisk) checkUnmounted(ctx context.Context, major, minor int) error 
 	}
 	stale := false
 	for _, m := range mounts {
-		same := m.Major == major && m.Minor == minor
+		same := m.major == major && m.minor == minor
 		switch {
-		case same && (m.Mountpoint == d.config.MountPoint || strings.HasPrefix(m.Mountpoint, d.config.MountPoint+"/")):
+		case same && (m.point == d.config.MountPoint || strings.HasPrefix(m.point, d.config.MountPoint+"/")):
 			stale = true
 		case same:
-			return fmt.Errorf("%s is mounted on %s of the build VM; unmount it there first", d.option(), m.Mountpoint)
-		case m.Mountpoint == d.config.MountPoint:
-			return fmt.Errorf("disk.mount_point %q has %s mounted on it on the build VM; choose another", d.config.MountPoint, m.Source)
+			return fmt.Errorf("%s is mounted on %s of the build VM; unmount it there first", d.option(), m.point)
+		case m.point == d.config.MountPoint:
+			return fmt.Errorf("disk.mount_point %q has %s mounted on it on the build VM; choose another", d.config.MountPoint, m.source)
 		}
 	}
 	if stale {
@@ -148,19 +145,6 @@ func (d *cacheDisk) checkUnmounted(ctx context.Context, major, minor int) error 
 		}
 	}
 	return nil
-}
-
-// mountTable reads the VM's mounts in the kernel's own format.
-func mountTable(ctx context.Context, r *vm) ([]*mountinfo.Info, error) {
-	out, err := r.run(ctx, "cat", "/proc/self/mountinfo")
-	if err != nil {
-		return nil, fmt.Errorf("reading the build VM's mounts: %w", err)
-	}
-	mounts, err := mountinfo.GetMountsFromReader(bytes.NewReader(out), nil)
-	if err != nil {
-		return nil, fmt.Errorf("reading the build VM's mounts: %w", err)
-	}
-	return mounts, nil
 }
 
 // toFormat decides whether the disk is formatted, and refuses one that may not be used.
@@ -296,40 +280,9 @@ func (d *cacheDisk) free(ctx context.Context) error {
 		return err
 	}
 	for _, m := range mounts {
-		if m.Mountpoint == d.config.MountPoint {
-			return fmt.Errorf("%s could not be unmounted from %s; see systemctl status %s on the build VM", d.option(), m.Mountpoint, lifelineUnit)
+		if m.point == d.config.MountPoint {
+			return fmt.Errorf("%s could not be unmounted from %s; see systemctl status %s on the build VM", d.option(), m.point, lifelineUnit)
 		}
 	}
 	return nil
-}
-
-// storeDisk finds the disk that holds a daemon's data root among the VM's mounts:
-// where its root is on the VM, and the data root relative to that. Nodes mount the
-// whole disk, so that a mount of a part of it, such as a bind mount, is not enough.
-func storeDisk(mounts []*mountinfo.Info, dataRoot string) (root, rel string, err error) {
-	dataRoot = path.Clean(dataRoot)
-	// Later mounts cover earlier ones on the same mount point.
-	at := map[string]*mountinfo.Info{}
-	for _, m := range mounts {
-		at[m.Mountpoint] = m
-	}
-	dir := dataRoot
-	for at[dir] == nil && dir != "/" {
-		dir = path.Dir(dir)
-	}
-	holder := at[dir]
-	if holder == nil {
-		return "", "", fmt.Errorf("finding the disk of Docker's data root %s: no mount holds it", dataRoot)
-	}
-	// dockerd may bind its data root to itself, and systems their /var.
-	rel = strings.TrimPrefix(path.Join(holder.Root, strings.TrimPrefix(dataRoot, holder.Mountpoint)), "/")
-	if rel == "" {
-		return "", "", fmt.Errorf("docker's data root %s on the build VM is a disk of its own, with no room for a layer manifest beside it; use disk { ... } for that disk", dataRoot)
-	}
-	for _, m := range mounts {
-		if m.Root == "/" && m.Major == holder.Major && m.Minor == holder.Minor && at[m.Mountpoint] == m {
-			return m.Mountpoint, rel, nil
-		}
-	}
-	return "", "", fmt.Errorf("docker's data root %s on the build VM lies on the mount %s, which shows only %s of its file system; mount all of %s somewhere there, or use disk { ... }", dataRoot, holder.Mountpoint, holder.Root, holder.Source)
 }
