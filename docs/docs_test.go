@@ -50,7 +50,7 @@ var byHand = []string{
 
 // notCommands are blocks that are something else, by how they begin.
 var notCommands = []string{
-	"registry.example.com/desktop:1.4: 27/27 layers",            // the agent's log
+	"registry.example.com/desktop:1.4: ", "docker.io/library/golang:1.26-bookworm: ", // the agent's log
 	"/mnt/disks/images: cache 8b5024e61953",                     // inject's output
 	"the disk has room for ",                                    // the provisioner's error
 	"selkies_image_cache_",                                      // PromQL
