@@ -58,10 +58,14 @@ func (a *Agent) register(ctx context.Context) error {
 		return err
 	}
 	if len(a.disks) == 0 {
+		// A containerd whose state was emptied has mounts in its way all the same.
+		if _, err := a.runtime.Inject(ctx, nil, report.InjectOptions{}); err != nil {
+			return err
+		}
 		a.pending, a.registered, a.registerError = "", nil, nil
 		return nil
 	}
-	opt := report.InjectOptions{First: a.wanted(ctx), Finished: a.finished}
+	opt := report.InjectOptions{First: a.wanted, Finished: a.finished}
 	if !a.RestoreRemoved {
 		opt.Removed = slices.Sorted(maps.Keys(a.removed))
 	}

@@ -47,6 +47,41 @@ func (r *Runtime) mountPoint(a *anchor) string {
 	return filepath.Join(r.root, "snapshots", a.dir, "fs")
 }
 
+// known are the anchors that the node has, by generation.
+func (r *Runtime) known(ctx context.Context) (map[digest.Digest]*anchor, error) {
+	anchors := map[digest.Digest]*anchor{}
+	err := r.snapshots.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if a := r.anchorOf(info); a != nil {
+			anchors[a.cache] = a
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing snapshots: %w", r.explain(err))
+	}
+	return anchors, nil
+}
+
+// remount mounts the disks whose anchors the node has, before anything else is done:
+// after a reboot containers wait for nothing more. What fails here is tried again, and
+// reported, by ensureAnchor.
+func (r *Runtime) remount(ctx context.Context, disks []*cachedisk.Disk) error {
+	anchors, err := r.known(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range disks {
+		a := anchors[d.ID]
+		if a == nil {
+			continue
+		}
+		if err := d.MountOnHost(r.opt.HostRoot, r.mountPoint(a)); err != nil {
+			r.opt.Log.Debug("mounting a cache disk first", "error", err)
+		}
+	}
+	return nil
+}
+
 // ensureAnchor makes the disk's anchor and mounts the disk on it, whichever is
 // missing.
 func (r *Runtime) ensureAnchor(ctx context.Context, run string, d *cachedisk.Disk) (*anchor, error) {

@@ -24,7 +24,8 @@ const width = 4
 // Inject registers the images of the disks. An image becomes visible when all that
 // it needs is there. If nothing is to be done, nothing is written. An image or a
 // disk that fails does not hold the others up: then there is a report and an error,
-// and another run completes what is missing.
+// and another run completes what is missing. Without disks it only clears away what killed runs
+// and a containerd whose state was emptied have left.
 func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error) {
 	start := time.Now()
 	ctx = r.context(ctx)
@@ -45,21 +46,24 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 		}
 		return r.reportInject(disks, jobs, done, start), nil
 	}
-	if err := r.checkRoom(jobs); err != nil {
-		return nil, err
-	}
 	unlock, err := r.lock(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
+	if err := r.remount(ctx, disks); err != nil {
+		return nil, err
+	}
+	if err := r.checkRoom(jobs); err != nil {
+		return nil, err
+	}
 	return r.inject(ctx, disks, opt, start)
 }
 
 // complete says whether the node has all that there is, and no leftovers of a run
 // that was killed.
 func (s *survey) complete(disks []*cachedisk.Disk, jobs []*job) bool {
-	if len(s.stale) > 0 {
+	if len(s.stale) > 0 || len(s.strays) > 0 {
 		return false
 	}
 	for _, j := range jobs {
@@ -97,12 +101,12 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 	if err != nil {
 		return nil, err
 	}
-	if err := r.clearStrays(ctx); err != nil {
+	if err := r.clearStrays(s.strays); err != nil {
 		return nil, err
 	}
 	run := r.newRun(s)
 	disks, diskErr := run.anchor(ctx, disks)
-	if len(disks) == 0 {
+	if len(disks) == 0 && diskErr != nil {
 		return nil, diskErr
 	}
 	jobs, err := r.jobs(s, disks, opt.Removed)
@@ -168,7 +172,11 @@ func (n *run) all(ctx context.Context, jobs []*job, opt report.InjectOptions) ([
 	done, errs := make([]report.Image, len(jobs)), make([]error, len(jobs))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(width)
-	for _, i := range order(jobs, opt.First) {
+	var first []string
+	if opt.First != nil {
+		first = opt.First(ctx)
+	}
+	for _, i := range order(jobs, first) {
 		g.Go(func() error {
 			err := ctx.Err()
 			if err == nil {

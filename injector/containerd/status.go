@@ -7,7 +7,6 @@ import (
 	"slices"
 
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
@@ -37,15 +36,13 @@ func (r *Runtime) Status(ctx context.Context) ([]report.Registration, error) {
 
 // Generations lists those that have an anchor on the node.
 func (r *Runtime) Generations(ctx context.Context) ([]report.Generation, error) {
-	var gens []report.Generation
-	err := r.snapshots.Walk(r.context(ctx), func(_ context.Context, info snapshots.Info) error {
-		if a := r.anchorOf(info); a != nil {
-			gens = append(gens, report.Generation{CacheID: a.cache, Dir: r.mountPoint(a)})
-		}
-		return nil
-	})
+	anchors, err := r.known(r.context(ctx))
 	if err != nil {
-		return nil, fmt.Errorf("listing snapshots: %w", r.explain(err))
+		return nil, err
+	}
+	var gens []report.Generation
+	for _, a := range anchors {
+		gens = append(gens, report.Generation{CacheID: a.cache, Dir: r.mountPoint(a)})
 	}
 	slices.SortFunc(gens, func(a, b report.Generation) int { return cmp.Compare(a.CacheID, b.CacheID) })
 	return gens, nil

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -18,31 +20,30 @@ import (
 // anchors have one: the snapshotter itself mounts nothing there.
 var anchorMount = regexp.MustCompile(`^snapshots/([0-9]+)/fs$`)
 
-// clearStrays unmounts anchors that containerd does not know any more, because its
-// state was removed under the mount. It numbers its snapshots from 1 again, and the
-// first one that is to have the number of such a directory fails, in every pull.
-func (r *Runtime) clearStrays(ctx context.Context) error {
+// strays are the mounts of anchors that containerd does not know any more, because its
+// state was removed under the mount.
+func (r *Runtime) strays(ctx context.Context) ([]string, error) {
 	mounts, err := cachedisk.MountsOnHost(r.opt.HostRoot, r.root)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	strays := map[string]string{}
 	for _, m := range mounts {
 		rel, err := filepath.Rel(r.root, m)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if dir := anchorMount.FindStringSubmatch(rel); dir != nil {
 			strays[dir[1]] = m
 		}
 	}
 	if len(strays) == 0 {
-		return nil
+		return nil, nil
 	}
 	// All namespaces share the snapshotter's directory.
 	list, err := r.client.NamespaceService().List(ctx)
 	if err != nil {
-		return fmt.Errorf("listing namespaces: %w", r.explain(err))
+		return nil, fmt.Errorf("listing namespaces: %w", r.explain(err))
 	}
 	for _, ns := range list {
 		err := r.snapshots.Walk(namespaces.WithNamespace(ctx, ns), func(_ context.Context, info snapshots.Info) error {
@@ -52,9 +53,15 @@ func (r *Runtime) clearStrays(ctx context.Context) error {
 			return nil
 		})
 		if err != nil {
-			return fmt.Errorf("listing snapshots of namespace %s: %w", ns, r.explain(err))
+			return nil, fmt.Errorf("listing snapshots of namespace %s: %w", ns, r.explain(err))
 		}
 	}
+	return slices.Sorted(maps.Values(strays)), nil
+}
+
+// clearStrays unmounts the strays. containerd numbers its snapshots from 1 again, and
+// the first one that is to have the number of such a directory fails, in every pull.
+func (r *Runtime) clearStrays(strays []string) error {
 	for _, m := range strays {
 		r.opt.Log.Warn("unmounting a cache disk that containerd has forgotten", "dir", m)
 		if err := cachedisk.UnmountOnHost(r.opt.HostRoot, m); err != nil {

@@ -21,6 +21,8 @@ type survey struct {
 	anchors   map[digest.Digest]*anchor
 	// stale are leases of dead runs or, without the lock, of one at work.
 	stale []leases.Lease
+	// strays are mounts of cache disks that containerd has forgotten.
+	strays []string
 }
 
 func (r *Runtime) survey(ctx context.Context) (*survey, error) {
@@ -54,7 +56,10 @@ func (r *Runtime) survey(ctx context.Context) (*survey, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listing content: %w", r.explain(err))
 	}
-	s.stale, err = r.ourLeases(ctx)
+	if s.stale, err = r.ourLeases(ctx); err != nil {
+		return nil, err
+	}
+	s.strays, err = r.strays(ctx)
 	return s, err
 }
 

@@ -4,6 +4,7 @@
 package report
 
 import (
+	"context"
 	"slices"
 	"strings"
 	"time"
@@ -29,9 +30,10 @@ const (
 type InjectOptions struct {
 	// DryRun says what would be done and changes nothing.
 	DryRun bool
-	// First are references, as pods name them, of images that are registered before
-	// all others, in this order.
-	First []string
+	// First, if not nil, gives references, as pods name them, of images that are
+	// registered before all others, in this order. It may take a while to know them, and
+	// is called when the disks are mounted.
+	First func(context.Context) []string
 	// Removed are names that someone has removed: they are not made again.
 	Removed []string
 	// Finished, if not nil, is called for each image as soon as it is usable, or has
