@@ -45,17 +45,30 @@ func TestPolicy(t *testing.T) {
 	condition := func(typ string) string {
 		return fmt.Sprintf(`{"status":{"conditions":[{"type":%q,"status":"True","reason":"Test"}]}}`, typ)
 	}
-	event := func(in string) error {
-		_, err := agent.CoreV1().Events(in).Create(t.Context(), &corev1.Event{
+	event := func(as kubernetes.Interface, in string, about corev1.ObjectReference) (name string, err error) {
+		e, err := as.CoreV1().Events(in).Create(t.Context(), &corev1.Event{
 			ObjectMeta:     metav1.ObjectMeta{GenerateName: "test-"},
-			InvolvedObject: corev1.ObjectReference{Kind: "Node", Name: own, Namespace: in},
+			InvolvedObject: about,
 		}, metav1.CreateOptions{})
+		return e.GetName(), err
+	}
+	about := func(node string) corev1.ObjectReference { return corev1.ObjectReference{Kind: "Node", Name: node} }
+	// change patches an event that someone has written about a node.
+	change := func(by kubernetes.Interface, node, body string) error {
+		name, err := event(by, metav1.NamespaceDefault, about(node))
+		if err != nil {
+			return err
+		}
+		_, err = agent.CoreV1().Events(metav1.NamespaceDefault).Patch(t.Context(), name, types.StrategicMergePatchType, []byte(body), metav1.PatchOptions{})
 		return err
 	}
 	// The API server takes a while to know a new policy.
-	cluster.Wait(t, "the policy to be in force", func(context.Context) error {
+	cluster.Wait(t, "the policies to be in force", func(context.Context) error {
 		if err := merge(foreign, `{"metadata":{"labels":{"app.broker/test":"1"}}}`); err == nil {
 			return errors.New("nothing is refused")
+		}
+		if _, err := event(agent, metav1.NamespaceDefault, about(foreign)); err == nil {
+			return errors.New("no event is refused")
 		}
 		return nil
 	})
@@ -72,7 +85,8 @@ func TestPolicy(t *testing.T) {
 		{"label taken back", "", func() error { return merge(own, `{"metadata":{"labels":{"app.broker/cache-pd":null}}}`) }},
 		{"condition", "", func() error { return strategic(own, condition("SelkiesImageCacheReady"), "status") }},
 		{"condition again", "", func() error { return strategic(own, condition("SelkiesImageCacheReady"), "status") }},
-		{"event", "", func() error { return event(metav1.NamespaceDefault) }},
+		{"event", "", func() error { _, err := event(agent, metav1.NamespaceDefault, about(own)); return err }},
+		{"event again", "", func() error { return change(agent, own, `{"count":2}`) }},
 		{"nodes", "", func() error {
 			_, err := agent.CoreV1().Nodes().List(t.Context(), metav1.ListOptions{FieldSelector: "metadata.name=" + own})
 			return err
@@ -117,7 +131,23 @@ func TestPolicy(t *testing.T) {
 			return merge(own, string(body), "status")
 		}},
 		{"capacity", "conditions only", func() error { return merge(own, `{"status":{"capacity":{"selkies.io/free":"1"}}}`, "status") }},
-		{"event elsewhere", "cannot create resource", func() error { return event(agentNamespace) }},
+		{"event of another node", "its own node only", func() error { _, err := event(agent, metav1.NamespaceDefault, about(foreign)); return err }},
+		{"event of a pod", "its own node only", func() error {
+			_, err := event(agent, metav1.NamespaceDefault, corev1.ObjectReference{Kind: "Pod", Name: own, Namespace: metav1.NamespaceDefault})
+			return err
+		}},
+		{"event without a node in the token", "its own node only", func() error {
+			_, err := event(anywhere, metav1.NamespaceDefault, about(own))
+			return err
+		}},
+		{"event of another node changed", "its own node only", func() error { return change(c.Client, foreign, `{"count":2}`) }},
+		{"event taken from another node", "its own node only", func() error {
+			return change(c.Client, foreign, fmt.Sprintf(`{"involvedObject":{"name":%q}}`, own))
+		}},
+		{"event elsewhere", "cannot create resource", func() error {
+			_, err := event(agent, agentNamespace, corev1.ObjectReference{Kind: "Node", Name: own, Namespace: agentNamespace})
+			return err
+		}},
 		{"node deleted", "cannot delete resource", func() error {
 			return agent.CoreV1().Nodes().Delete(t.Context(), own, metav1.DeleteOptions{})
 		}},
@@ -252,21 +282,23 @@ func clientOf(t *testing.T, token string) kubernetes.Interface {
 	return c
 }
 
-// TestPolicyTypes has the API server check the policy's expressions against the type
-// of a node.
+// TestPolicyTypes has the API server check the policies' expressions against the types
+// of nodes and events.
 func TestPolicyTypes(t *testing.T) {
 	c := world.cluster
-	cluster.Wait(t, "the policy's check", func(ctx context.Context) error {
-		p, err := c.Client.AdmissionregistrationV1().ValidatingAdmissionPolicies().Get(ctx, agentAccount, metav1.GetOptions{})
-		if err != nil {
-			return err
-		}
-		if p.Status.ObservedGeneration != p.Generation || p.Status.TypeChecking == nil {
-			return fmt.Errorf("its status is %+v", p.Status)
-		}
-		for _, w := range p.Status.TypeChecking.ExpressionWarnings {
-			t.Errorf("%s: %s", w.FieldRef, w.Warning)
-		}
-		return nil
-	})
+	for _, name := range []string{agentAccount, agentAccount + "-events"} {
+		cluster.Wait(t, "the policy's check", func(ctx context.Context) error {
+			p, err := c.Client.AdmissionregistrationV1().ValidatingAdmissionPolicies().Get(ctx, name, metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			if p.Status.ObservedGeneration != p.Generation || p.Status.TypeChecking == nil {
+				return fmt.Errorf("its status is %+v", p.Status)
+			}
+			for _, w := range p.Status.TypeChecking.ExpressionWarnings {
+				t.Errorf("%s: %s: %s", name, w.FieldRef, w.Warning)
+			}
+			return nil
+		})
+	}
 }
