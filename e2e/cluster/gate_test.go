@@ -24,58 +24,61 @@ func mountSecondary(t *testing.T, n *cluster.Node, d cluster.Disk) {
 }
 
 // TestGateOpensAtDeadline has nodes whose images cannot be registered: pods start all
-// the same, by a pull.
+// the same, by a pull, and a roll-out of the agent is not held up.
 func TestGateOpensAtDeadline(t *testing.T) {
 	c := world.cluster
 	disk := cluster.Disk{Name: firstDevice, Image: world.first}
-	tests := []struct {
-		name, reason string
-		node         cluster.NodeConfig
-		prepare      func(t *testing.T, n *cluster.Node)
-	}{
-		{"no disk", "NoCacheDisk", cluster.NodeConfig{}, func(*testing.T, *cluster.Node) {}},
-		{"broken manifest", "BrokenManifest", cluster.NodeConfig{}, func(t *testing.T, n *cluster.Node) {
-			if err := n.WriteFile(secondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
-				t.Fatal(err)
-			}
-		}},
-		{"another snapshotter", "UnsupportedSnapshotter", cluster.NodeConfig{Snapshotter: "native", Disks: []cluster.Disk{disk}},
-			func(t *testing.T, n *cluster.Node) { mountSecondary(t, n, disk) }},
+	tainted := []corev1.Taint{startupTaint}
+	nodes := c.Nodes(t, cluster.NodeConfig{Taints: tainted}, cluster.NodeConfig{Taints: tainted},
+		cluster.NodeConfig{Taints: tainted, Snapshotter: "native", Disks: []cluster.Disk{disk}})
+	noDisk, broken, native := nodes[0], nodes[1], nodes[2]
+	if err := broken.WriteFile(secondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
+		t.Fatal(err)
 	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			tt.node.Taints = []corev1.Taint{startupTaint}
-			n := c.Node(t, tt.node)
-			tt.prepare(t, n)
-			ns := c.Namespace(t)
-			c.Run(t, podOn(n, ns, "pod", ref(app)))
-			c.WaitPodUnschedulable(t, ns, "pod")
-			world.reg.Reset()
-			deploy(t, agentConfig{component: "secondary-boot-disk", env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}})
-			n.WaitTaint(t, startupTaint.Key, false)
-			c.WaitPodReady(t, ns, "pod")
-			fetched := world.reg.Count().Blobs
-			for _, b := range blobsOf(t, app) {
-				if !slices.Contains(fetched, b) && !slices.Contains(blobsOf(t, sandbox), b) {
-					t.Errorf("blob %s was not fetched", b)
+	mountSecondary(t, native, disk)
+	ns := c.Namespace(t)
+	for _, n := range nodes {
+		c.Run(t, podOn(n, ns, n.Name, ref(app)))
+	}
+	for _, n := range nodes {
+		c.WaitPodUnschedulable(t, ns, n.Name)
+	}
+	world.reg.Reset()
+	config := agentConfig{component: "secondary-boot-disk", env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}, eager: true}
+	deploy(t, config)
+	for n, reason := range map[*cluster.Node]string{
+		noDisk: "NoCacheDisk", broken: "BrokenManifest", native: "UnsupportedSnapshotter",
+	} {
+		n.WaitTaint(t, startupTaint.Key, false)
+		c.WaitPodReady(t, ns, n.Name)
+		n.Wait(t, "say "+reason, func(node *corev1.Node) error {
+			for _, c := range node.Status.Conditions {
+				if c.Type == agentCondition && c.Status == corev1.ConditionFalse && c.Reason == reason {
+					return nil
 				}
 			}
-			n.Wait(t, "say why", func(node *corev1.Node) error {
-				for _, c := range node.Status.Conditions {
-					if c.Type == agentCondition && c.Status == corev1.ConditionFalse && c.Reason == tt.reason {
-						return nil
-					}
-				}
-				return fmt.Errorf("its conditions are %+v", node.Status.Conditions)
-			})
-			n.Wait(t, "not be called initialized", func(node *corev1.Node) error {
-				if got := node.Labels["app.broker/image-load-initialized"]; got == "true" {
-					return fmt.Errorf("its labels are %v", node.Labels)
-				}
-				return nil
-			})
+			return fmt.Errorf("its conditions are %+v", node.Status.Conditions)
+		})
+		n.Wait(t, "not be called initialized", func(node *corev1.Node) error {
+			if got := node.Labels["app.broker/image-load-initialized"]; got == "true" {
+				return fmt.Errorf("its labels are %v", node.Labels)
+			}
+			return nil
 		})
 	}
+	fetched := map[string]int{}
+	for _, b := range world.reg.Count().Blobs {
+		fetched[b]++
+	}
+	for _, b := range blobsOf(t, app) {
+		if got := fetched[b]; got < len(nodes) && !slices.Contains(blobsOf(t, sandbox), b) {
+			t.Errorf("blob %s was fetched %d times by %d nodes", b, got, len(nodes))
+		}
+	}
+
+	config.image = injectorV2
+	deploy(t, config)
+	rolledOut(t)
 }
 
 // TestGateOpensWithoutAgent has a node whose disk cannot be attached, so that kubelet

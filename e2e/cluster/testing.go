@@ -2,9 +2,11 @@ package cluster
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -44,23 +46,43 @@ func Wait(t testing.TB, what string, f func(ctx context.Context) error) {
 // end. The log of a failed test has what there is to know of it.
 func (c *Cluster) Node(t testing.TB, config NodeConfig) *Node {
 	t.Helper()
-	n, err := c.NewNode(t.Context(), config)
-	if err != nil {
+	return c.Nodes(t, config)[0]
+}
+
+// Nodes makes several nodes at once.
+func (c *Cluster) Nodes(t testing.TB, configs ...NodeConfig) []*Node {
+	t.Helper()
+	nodes, errs := make([]*Node, len(configs)), make([]error, len(configs))
+	var wg sync.WaitGroup
+	for i, config := range configs {
+		wg.Go(func() { nodes[i], errs[i] = c.NewNode(t.Context(), config) })
+	}
+	wg.Wait()
+	for _, n := range nodes {
+		if n != nil {
+			t.Cleanup(func() { n.end(t) })
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		// The test's own context has ended.
-		ctx := context.Background()
-		if t.Failed() {
-			node, _ := c.Kubectl(ctx, "describe", "node", n.Name)
-			t.Logf("%s\nends of its journal:\n%s\n%s", node, n.Journal(ctx, 60, "kubelet"), n.Journal(ctx, 40, "containerd"))
-		}
-		if err := n.Close(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	n.WaitReady(t)
-	return n
+	for _, n := range nodes {
+		n.WaitReady(t)
+	}
+	return nodes
+}
+
+// end removes the node at the test's end.
+func (n *Node) end(t testing.TB) {
+	// The test's own context has ended.
+	ctx := context.Background()
+	if t.Failed() {
+		node, _ := n.cluster.Kubectl(ctx, "describe", "node", n.Name)
+		t.Logf("%s\nends of its journal:\n%s\n%s", node, n.Journal(ctx, 60, "kubelet"), n.Journal(ctx, 40, "containerd"))
+	}
+	if err := n.Close(ctx); err != nil {
+		t.Error(err)
+	}
 }
 
 // WaitReady waits for the node to be ready, after a boot too: a node that has gone
