@@ -16,7 +16,8 @@ func newGateCommand(f *flags) *cobra.Command {
 		Use:   "gate",
 		Short: "Open a node's gate at its deadline, also where run cannot start",
 		Long: `Remove the startup taint of a node at the deadline, unless run has done so before,
-and from then on whenever it comes back. Kubelet does not start a pod whose volume
+and from then on whenever it comes back. The deadline counts from when the node joined
+the cluster. Kubelet does not start a pod whose volume
 claim cannot be attached: on such a node run never starts, and without this the
 taint would keep pods away for ever. It needs the API server and nothing of the
 node, no root and no capability, and registers nothing.`,
@@ -41,5 +42,5 @@ func gateFlags(fs *pflag.FlagSet, c *agent.Config) {
 	fs.StringVar(&c.Kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server (default as a pod)")
 	fs.StringVar(&c.NodeName, "node-name", os.Getenv("NODE_NAME"), "the node's `name` in the cluster; NODE_NAME says it as well")
 	fs.StringVar(&c.StartupTaint, "startup-taint", agent.DefaultStartupTaint, "`key` of the taint that the gate removes")
-	fs.DurationVar(&c.GateDeadline, "gate-deadline", agent.DefaultGateDeadline, "when the gate opens though images are not registered")
+	fs.DurationVar(&c.GateDeadline, "gate-deadline", agent.DefaultGateDeadline, "how long after the node joined the cluster the gate opens though images are not registered")
 }

@@ -44,7 +44,8 @@ type Config struct {
 	// CachePD is the value of LabelCachePD; empty leaves that label out.
 	CachePD string
 
-	// GateDeadline is when the gate opens though images are not registered.
+	// GateDeadline is when the gate opens though images are not registered: so long after
+	// the node joined the cluster, or after the start without one.
 	GateDeadline time.Duration
 	// RestoreRemoved registers images again that someone removed.
 	RestoreRemoved bool

@@ -10,7 +10,9 @@ import (
 )
 
 // gate keeps pods off the node until its images are registered, but never longer
-// than the deadline: then they pull as they would without a cache.
+// than the deadline: then they pull as they would without a cache. In a cluster the
+// deadline counts from when the node joined, so that an agent that ends again and again
+// does not put it off.
 type gate struct {
 	deadline time.Duration
 	once     sync.Once
@@ -26,16 +28,37 @@ func newGate(deadline time.Duration) *gate {
 
 // openAtDeadline opens the gate at the deadline, whatever the passes do.
 func (a *Agent) openAtDeadline(ctx context.Context) {
-	g := a.gate
-	timer := time.NewTimer(g.deadline)
+	if !a.node.passed(ctx, a.gate.deadline, a.gate.done) || !a.gate.open() {
+		return
+	}
+	if a.node == nil || a.node.tainted() {
+		a.Log.Warn("the gate is open: its deadline has passed", "after", a.gate.deadline)
+	}
+	a.node.open()
+}
+
+// passed waits for a deadline, from when the node joined the cluster or, if that is not
+// known or was later, from now. It is false if the context ends or stop is closed before.
+func (n *node) passed(ctx context.Context, deadline time.Duration, stop <-chan struct{}) bool {
+	end := time.Now().Add(deadline)
+	timer := time.NewTimer(deadline)
 	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-g.done:
-	case <-timer.C:
-		if g.open() {
-			a.Log.Warn("the gate is open: its deadline has passed", "after", g.deadline)
-			a.node.open()
+	var joined <-chan time.Time // never, without a cluster
+	if n != nil {
+		joined = n.joined
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-stop:
+			return false
+		case <-timer.C:
+			return true
+		case at := <-joined:
+			if sooner := at.Add(deadline); sooner.Before(end) {
+				timer.Reset(time.Until(sooner))
+			}
 		}
 	}
 }
@@ -73,12 +96,8 @@ func KeepGate(ctx context.Context, c Config) error {
 		return err
 	}
 	go n.run(ctx)
-	timer := time.NewTimer(c.GateDeadline)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
+	if !n.passed(ctx, c.GateDeadline, nil) {
 		return nil
-	case <-timer.C:
 	}
 	if n.tainted() {
 		c.Log.Warn("opening the gate, which the agent has not opened", "after", c.GateDeadline)

@@ -19,6 +19,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/record"
+	"k8s.io/client-go/util/flowcontrol"
 	"k8s.io/klog/v2"
 )
 
@@ -64,6 +65,11 @@ type node struct {
 	mu   sync.Mutex
 	want *desired     // nil before the first pass
 	now  *corev1.Node // as the watch last told, nil before
+	// joined has, once, when the node joined the cluster.
+	joined chan time.Time
+	// written holds back what is written again and again, by what it is: two agents on a
+	// node, as one takes over from the other, may not want the same.
+	written *flowcontrol.Backoff
 
 	wanted chan []string
 }
@@ -90,8 +96,10 @@ func newNode(c Config) (*node, error) {
 	}
 	n := &node{
 		name: c.NodeName, taint: c.StartupTaint, cachePD: c.CachePD, log: c.Log, client: client,
-		wake:   make(chan struct{}, 1),
-		wanted: make(chan []string, 1),
+		wake:    make(chan struct{}, 1),
+		wanted:  make(chan []string, 1),
+		joined:  make(chan time.Time, 1),
+		written: flowcontrol.NewBackOff(firstDelay, lastDelay),
 	}
 	events := record.NewBroadcaster()
 	n.recorder = events.NewRecorder(scheme, corev1.EventSource{Component: component, Host: n.name})
@@ -198,6 +206,9 @@ func slim(obj any) (any, error) {
 
 func (n *node) saw(node *corev1.Node) {
 	n.mu.Lock()
+	if n.now == nil {
+		n.joined <- node.CreationTimestamp.Time
+	}
 	n.now = node
 	n.mu.Unlock()
 	n.notify()
@@ -220,7 +231,8 @@ func (n *node) writeMeta(ctx context.Context, now *corev1.Node, want *desired) e
 	if err != nil || patch == nil {
 		return err
 	}
-	if err := n.patch(ctx, types.MergePatchType, patch); err != nil {
+	// The patch of a taint names a version: the gate's is never held back.
+	if err := n.patch(ctx, string(patch), types.MergePatchType, patch); err != nil {
 		return fmt.Errorf("patching labels and taints: %w", err)
 	}
 	n.log.Info("updated the node", "node", n.name, "patch", string(patch))
@@ -232,17 +244,26 @@ func (n *node) writeCondition(ctx context.Context, now *corev1.Node, want *desir
 	if err != nil || patch == nil {
 		return err
 	}
-	if err := n.patch(ctx, types.StrategicMergePatchType, patch, "status"); err != nil {
+	if err := n.patch(ctx, want.reason+": "+want.message, types.StrategicMergePatchType, patch, "status"); err != nil {
 		return fmt.Errorf("patching the condition: %w", err)
 	}
 	return nil
 }
 
-func (n *node) patch(ctx context.Context, typ types.PatchType, patch []byte, subresources ...string) error {
+// errOverwritten is that of a change that the agent has made a moment ago.
+var errOverwritten = errors.New("someone else changes it back; waiting a while")
+
+// patch writes what, or refuses to if it has written the same a moment ago.
+func (n *node) patch(ctx context.Context, what string, typ types.PatchType, patch []byte, subresources ...string) error {
+	if n.written.IsInBackOffSinceUpdate(what, time.Now()) {
+		return errOverwritten
+	}
 	node, err := n.client.patchNode(ctx, n.name, typ, patch, subresources...)
 	if err != nil {
 		return err
 	}
+	n.written.Next(what, time.Now())
+	n.written.GC()
 	// The watch tells the same a little later; meanwhile nothing is written twice.
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -30,9 +30,10 @@ var probing sync.Map
 // it can. What the page cache has of a device says nothing about it: the read goes
 // past it.
 func Probe(dir string) error {
+	hangs := fmt.Errorf("%w: %s: the device does not answer", ErrUnreadable, dir)
 	// A read that hangs cannot be interrupted. Its thread waits with it, once.
 	if _, waits := probing.LoadOrStore(dir, true); waits {
-		return fmt.Errorf("%w: %s: the device still does not answer", ErrUnreadable, dir)
+		return hangs
 	}
 	done := make(chan error, 1)
 	go func() {
@@ -47,7 +48,7 @@ func Probe(dir string) error {
 	case err := <-done:
 		return unreadable(err)
 	case <-timeout.C:
-		return fmt.Errorf("%w: %s: the device does not answer within %v", ErrUnreadable, dir, probeTime)
+		return hangs
 	}
 }
 
