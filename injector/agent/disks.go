@@ -53,6 +53,8 @@ func (a *Agent) findDisks() error {
 		switch {
 		case g.problem == nil:
 			g.alive()
+		case found && errors.Is(g.problem, cachedisk.ErrUnreadable):
+			a.pending = reasonMount // worth telling also at the start
 		case found:
 			a.need(reasonMount)
 		case g.dead.IsZero():

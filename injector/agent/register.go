@@ -136,16 +136,27 @@ func (a *Agent) tell(r *report.Inject, took time.Duration) {
 	}
 	a.took = took
 	took = took.Round(time.Millisecond)
-	if a.pending == reasonStart || a.pending == reasonDisk || a.registered == nil {
+	if a.pending == reasonStart || a.pending == reasonDisk || a.registered == nil && len(names) > 0 {
 		a.inform(eventRegistered, "registered %d images (%d layers) in %v", len(names), layers, took)
 		return
 	}
 	a.metrics.heals.WithLabelValues(string(a.pending)).Add(float64(healed))
 	if len(names) == 0 {
-		a.inform(eventHealed, "mounted the cache disk again")
+		a.inform(eventHealed, "mounted the cache disk again: %s", a.deadMounts())
 		return
 	}
 	a.inform(eventHealed, "registered again (%s): %s", a.pending.text(), list(names))
+}
+
+// deadMounts says why the mounts that are replaced could not be read.
+func (a *Agent) deadMounts() string {
+	var why []string
+	for _, g := range a.sorted() {
+		if g.problem != nil && has(a.disks, g.CacheID) {
+			why = append(why, oneLine(g.problem))
+		}
+	}
+	return strings.Join(why, "; ")
 }
 
 // text says what the reason means.
