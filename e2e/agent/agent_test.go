@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -48,6 +49,7 @@ func TestRun(t *testing.T) {
 		if status, body, err := n.get(t, "/healthz"); status != http.StatusOK {
 			t.Errorf("/healthz: %d %s %v", status, body, err)
 		}
+		n.waitReadyz(t, http.StatusOK)
 		n.runs(t, world.refs[0])
 		n.background(t, world.refs[1], "stays")
 		before := n.ctr(t, "images", "ls")
@@ -106,7 +108,7 @@ func TestHeal(t *testing.T) {
 		a.stop(t)
 
 		n.remove(t, removed)
-		n.start(t, "--restore-removed")
+		a = n.start(t, "--restore-removed")
 		n.waitReady(t)
 		if !n.has(t, removed) {
 			t.Error("what was removed is not registered at start")
@@ -115,6 +117,18 @@ func TestHeal(t *testing.T) {
 		waitFor(t, "the removed image", func() bool { return n.has(t, removed) })
 		n.waitMetric(t, `heals_total{reason="removed"}`, atLeast(1))
 		n.runs(t, removed)
+		a.stop(t)
+
+		a = n.start(t)
+		n.waitReady(t)
+		for _, ref := range world.refs {
+			n.remove(t, ref)
+		}
+		n.waitMetric(t, `images{state="removed"}`, is(chains+1))
+		if got := n.metric(t, "ready"); got != 0 {
+			t.Errorf("ready without an image is %v", got)
+		}
+		waitFor(t, "the log to say that nothing is left", func() bool { return strings.Contains(a.log.String(), "reason=NothingRegistered") })
 	})
 }
 
@@ -152,6 +166,18 @@ func TestRestart(t *testing.T) {
 		if got := n.mounts(t); got != 1 {
 			t.Errorf("%d mounts below containerd's directory, want 1", got)
 		}
+
+		// Where the disk is gone as well, its mount is not left in the way of pulls.
+		n.Output(t, "systemctl", "stop", "containerd")
+		n.Output(t, "umount", cacheDir)
+		if _, err := n.Run(t.Context(), "sh", "-c", "rm -rf "+stateDir+"/*"); err == nil {
+			t.Error("nothing was mounted below containerd's directory: this shows nothing")
+		}
+		n.Output(t, "systemctl", "start", "containerd")
+		n.cri(t)
+		waitFor(t, "the forgotten mount to go", func() bool { return n.mounts(t) == 0 })
+		n.pull(t, world.refs[0])
+		n.runs(t, world.refs[0])
 	})
 }
 
@@ -161,13 +187,13 @@ func TestLate(t *testing.T) {
 	n := newNode(t, machine.Upstream)
 	a := n.start(t, "--gate-deadline=4s")
 	n.waitMetric(t, "gate_open", is(0))
+	n.waitReadyz(t, http.StatusServiceUnavailable)
 	n.waitMetric(t, "gate_open", is(1))
 	if n.metric(t, "ready") != 0 || !strings.Contains(a.log.String(), "NoCacheDisk") {
 		t.Errorf("without a disk: ready is %v", n.metric(t, "ready"))
 	}
-	if status, _, _ := n.get(t, "/readyz"); status != http.StatusServiceUnavailable {
-		t.Errorf("/readyz without a disk: %d", status)
-	}
+	// A roll-out goes on to other nodes.
+	n.waitReadyz(t, http.StatusOK)
 	n.pull(t, world.refs[0])
 	n.runs(t, world.refs[0])
 	n.attach(t)
@@ -226,8 +252,8 @@ func TestGone(t *testing.T) {
 			t.Fatal(err)
 		}
 		n.waitMetric(t, `disk_readable{cache_id="`+cacheID(t)+`"}`, is(0))
-		if status, _, _ := n.get(t, "/readyz"); status != http.StatusServiceUnavailable {
-			t.Errorf("/readyz without the disk: %d", status)
+		if got := n.metric(t, "ready"); got != 0 {
+			t.Errorf("ready without the disk is %v", got)
 		}
 		for _, ref := range world.refs[1:chains] {
 			waitFor(t, ref+" to be taken back", func() bool { return !n.has(t, ref) })
@@ -304,11 +330,11 @@ func TestDocker(t *testing.T) {
 // it is mounted again.
 func TestMount(t *testing.T) {
 	n := newNode(t, machine.Upstream)
-	n.attach(t)
-	n.start(t)
+	image := copyDisk(t)
+	n.MountDisk(t, image, cacheDir, "ro,noload")
+	a := n.start(t)
 	n.waitReady(t)
-	anchor := strings.TrimSpace(n.Output(t, "sh", "-c", "findmnt -rno TARGET | grep "+stateDir+"/io.containerd.snapshotter"))
-	n.Output(t, "umount", anchor)
+	n.Output(t, "umount", n.anchor(t))
 	n.waitMetric(t, `heals_total{reason="mount"}`, is(1))
 	n.runs(t, world.refs[0])
 	// Its own directory may go: the mount that containers use serves as well.
@@ -316,6 +342,90 @@ func TestMount(t *testing.T) {
 	n.ctr(t, "images", "label", world.refs[0], "io.cri-containerd.pinned=")
 	waitFor(t, "the pin", func() bool { return n.pinned(t, world.refs[0]) })
 	n.waitReady(t)
+
+	// The device fails, and the same disk is attached as another one.
+	device := n.anchorDevice(t)
+	if err := os.Truncate(image, 0); err != nil {
+		t.Fatal(err)
+	}
+	n.waitMetric(t, `disk_readable{cache_id="`+cacheID(t)+`"}`, is(0))
+	again := copyDisk(t)
+	n.MountDisk(t, again, cacheDir, "ro,noload")
+	n.waitMetric(t, `heals_total{reason="mount"}`, is(2))
+	if now := n.anchorDevice(t); now == device {
+		t.Errorf("the mount is still of the device %s, which fails", device)
+	}
+	if got := n.mounts(t); got != 1 {
+		t.Errorf("%d mounts below containerd's directory, want 1", got)
+	}
+	n.waitReady(t)
+	n.runs(t, world.refs[1])
+	replaced := regexp.MustCompile(`mounted the cache disk again: cache disk not readable: .*input/output error.* reason=Healed`)
+	if !replaced.MatchString(a.log.String()) {
+		t.Error("the log does not say why the mount was replaced")
+	}
+
+	// The same while no agent runs.
+	a.stop(t)
+	if err := os.Truncate(again, 0); err != nil {
+		t.Fatal(err)
+	}
+	n.Output(t, "umount", "-l", cacheDir)
+	n.attach(t)
+	a = n.start(t)
+	n.waitReady(t)
+	n.runs(t, world.refs[2])
+	if !replaced.MatchString(a.log.String()) {
+		t.Error("the next agent's log does not say why the mount was replaced")
+	}
+}
+
+// TestNoRoom has a node without room for registrations: its disk is mounted all the
+// same, for the images that it has, and one that is gone is taken back.
+func TestNoRoom(t *testing.T) {
+	n := newNode(t, machine.Upstream)
+	n.Output(t, "systemctl", "stop", "containerd")
+	n.Output(t, "mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", stateDir)
+	n.Output(t, "systemctl", "start", "containerd")
+	n.cri(t)
+	image := copyDisk(t)
+	n.MountDisk(t, image, cacheDir, "ro,noload")
+	a := n.start(t)
+	n.waitReady(t)
+	a.stop(t)
+
+	// As after a reboot.
+	n.Output(t, "umount", n.anchor(t))
+	n.ctr(t, "images", "rm", world.refs[0])
+	n.Output(t, "sh", "-c", "fallocate -l $(($(df --output=avail -k "+stateDir+" | tail -1) - 16384))k "+stateDir+"/full")
+	// The same images as another generation, of which there is nothing on the node yet.
+	const other = "/mnt/disks/other"
+	n.MountDisk(t, copyDisk(t), other, "rw")
+	next := *world.cache
+	next.Created = next.Created.AddDate(0, 0, 1)
+	if err := next.Write(n.Path(other)); err != nil {
+		t.Fatal(err)
+	}
+	a = n.start(t, "--cache", other, "--gone-after=3s")
+	waitFor(t, "the log", func() bool { return strings.Contains(a.log.String(), "no room on the node") })
+	n.runs(t, world.refs[1])
+
+	if err := os.Truncate(image, 0); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, "the images of the disk that is gone to be taken back", func() bool { return !n.has(t, world.refs[1]) })
+}
+
+// anchor is where the cache disk is mounted for containerd.
+func (n *node) anchor(t testing.TB) string {
+	t.Helper()
+	return strings.TrimSpace(n.Output(t, "sh", "-c", "findmnt -rno TARGET | grep "+stateDir+"/io.containerd.snapshotter"))
+}
+
+// anchorDevice is the device number of the disk that is mounted there.
+func (n *node) anchorDevice(t testing.TB) string {
+	t.Helper()
+	return strings.TrimSpace(n.Output(t, "findmnt", "-rno", "MAJ:MIN", n.anchor(t)))
 }
 
 // TestReboot has systemd start the agent: after a reboot it waits for the disk and

@@ -6,6 +6,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"slices"
 	"strconv"
@@ -16,6 +20,9 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
@@ -61,30 +68,71 @@ roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: agent}
 subjects: [{kind: ServiceAccount, name: agent, namespace: default}]
 `
 
-// kubeconfig is one with the rights of access, written into the node.
-func (n *node) kubeconfig(t testing.TB, c *cluster.Cluster) string {
+// kubeconfigs are two with the rights of access, written into the node. The second
+// leads through a proxy that says which pods there are only when the cache disk is
+// mounted for containerd.
+func (n *node) kubeconfigs(t testing.TB, c *cluster.Cluster) (direct, proxied string) {
 	t.Helper()
 	file := t.TempDir() + "/access.yaml"
 	if err := os.WriteFile(file, []byte(access), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c.Output(t, "apply", "-f", file)
-	config := file + ".kubeconfig"
-	admin, err := os.ReadFile(c.Kubeconfig)
-	if err == nil {
-		err = os.WriteFile(config, admin, 0o600)
-	}
+	token := strings.TrimSpace(c.Output(t, "create", "token", "agent"))
+	admin, err := clientcmd.BuildConfigFromFlags("", c.Kubeconfig)
 	if err != nil {
 		t.Fatal(err)
 	}
-	token := strings.TrimSpace(c.Output(t, "create", "token", "agent"))
-	c.Output(t, "config", "set-credentials", "agent", "--token="+token, "--kubeconfig="+config)
-	c.Output(t, "config", "set-context", "--current", "--user=agent", "--kubeconfig="+config)
-	text := c.Output(t, "config", "view", "--raw", "--flatten", "--minify", "--kubeconfig="+config)
-	if err := n.WriteFile("/etc/agent.kubeconfig", []byte(text), 0o600); err != nil {
+	write := func(file string, server *clientcmdapi.Cluster) string {
+		t.Helper()
+		config := clientcmdapi.NewConfig()
+		config.Clusters["e2e"] = server
+		config.AuthInfos["agent"] = &clientcmdapi.AuthInfo{Token: token}
+		config.Contexts["e2e"] = &clientcmdapi.Context{Cluster: "e2e", AuthInfo: "agent"}
+		config.CurrentContext = "e2e"
+		text, err := clientcmd.Write(*config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return file
+	}
+	return write("/etc/agent.kubeconfig", &clientcmdapi.Cluster{Server: admin.Host, CertificateAuthorityData: admin.CAData}),
+		write("/etc/proxied.kubeconfig", &clientcmdapi.Cluster{Server: n.podsAfterMount(t, admin)})
+}
+
+// podsAfterMount is the address of the proxy.
+func (n *node) podsAfterMount(t testing.TB, config *rest.Config) string {
+	t.Helper()
+	target, err := url.Parse(config.Host)
+	if err != nil {
 		t.Fatal(err)
 	}
-	return "/etc/agent.kubeconfig"
+	// The rights are those of the token in each request.
+	transport, err := rest.TransportFor(rest.AnonymousClientConfig(config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(target)
+	proxy.Transport = transport
+	proxy.FlushInterval = -1 // a watch is answered bit by bit
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for r.URL.Path == "/api/v1/pods" && n.mounts(t) == 0 {
+			select {
+			case <-r.Context().Done():
+				return
+			case <-time.After(50 * time.Millisecond):
+			}
+		}
+		proxy.ServeHTTP(w, r)
+	}))
+	t.Cleanup(func() {
+		server.CloseClientConnections()
+		server.Close()
+	})
+	return server.URL
 }
 
 func condition(node *corev1.Node) corev1.NodeCondition {
@@ -110,7 +158,7 @@ func TestKubernetes(t *testing.T) {
 	defer c.Stop()
 	nodes := c.Client.CoreV1().Nodes()
 	n := newNode(t, machine.Upstream)
-	kubeconfig := n.kubeconfig(t, c)
+	kubeconfig, proxied := n.kubeconfigs(t, c)
 	_, err = nodes.Create(t.Context(), &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: nodeName},
 		Spec: corev1.NodeSpec{Taints: []corev1.Taint{
@@ -165,14 +213,29 @@ func TestKubernetes(t *testing.T) {
 	}
 
 	args := []string{"--kubernetes", "--node-name=" + nodeName, "--kubeconfig=" + kubeconfig, "--cache-pd=disk-1"}
-	a := n.start(t, append(args, "--gate-deadline=5s")...)
+	a := n.start(t, append(args, "--gate-deadline=30s")...)
 	until("the condition without a disk", func(node *corev1.Node) error { return is(node, false, "", "NoCacheDisk") })
+	// An agent that ends again and again does not put off the gate's deadline.
+	for shut := true; shut; {
+		a.kill(t)
+		a = n.start(t, append(args, "--gate-deadline=30s")...)
+		time.Sleep(3 * time.Second) // its life, not a wait
+		node, err := nodes.Get(t.Context(), nodeName, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if shut = tainted(node, startupTaint); shut && time.Since(node.CreationTimestamp.Time) > time.Minute {
+			t.Fatal("the gate is shut a minute after the node has joined")
+		}
+	}
 	until("the gate's deadline", func(node *corev1.Node) error { return is(node, true, "", "NoCacheDisk") })
+	waitEvent(t, c, "NoCacheDisk")
 	a.stop(t)
 
 	patch(`{"spec":{"taints":[{"key":"` + startupTaint + `","effect":"NoSchedule"},{"key":"example.com/other","effect":"NoSchedule"}]}}`)
 	n.attach(t)
-	a = n.start(t, append(args, "--gate-deadline=10m")...)
+	// The disk is mounted before the agent asks what pods wait for.
+	a = n.start(t, append(args, "--gate-deadline=10m", "--kubeconfig="+proxied)...)
 	until("the gate to open", func(node *corev1.Node) error { return is(node, true, "true", "Registered") })
 	n.waitReady(t)
 	node, err := nodes.Get(t.Context(), nodeName, metav1.GetOptions{})
@@ -186,7 +249,6 @@ func TestKubernetes(t *testing.T) {
 		t.Errorf("%s, which a pod waits for, was not among the first: %v", wanted, order)
 	}
 	waitEvent(t, c, "Registered")
-	waitEvent(t, c, "NoCacheDisk")
 
 	// What an upgrade of the node resets comes back at once.
 	patch(`{"metadata":{"labels":{"` + initialized + `":"false","` + cachePD + `":null}}}`)
@@ -207,6 +269,38 @@ func TestKubernetes(t *testing.T) {
 	waitEvent(t, c, "Healed")
 	n.remove(t, world.refs[0])
 	waitEvent(t, c, "ImageRemoved")
+
+	// Two agents that want different things, as of two versions during a roll-out.
+	w, err := nodes.Watch(t.Context(), metav1.ListOptions{FieldSelector: "metadata.name=" + nodeName})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := n.start(t, append(args, "--cache-pd=disk-2", "--cache=/nowhere")...)
+	writes, ofOther := 0, 0
+	for end := time.After(10 * time.Second); end != nil; {
+		select {
+		case e := <-w.ResultChan():
+			writes++
+			if node, ok := e.Object.(*corev1.Node); ok && node.Labels[cachePD] == "disk-2" && condition(node).Reason == "Partial" {
+				ofOther++
+			}
+		case <-end:
+			w.Stop()
+			end = nil
+		}
+	}
+	other.stop(t)
+	t.Logf("two agents that do not agree wrote %d times in ten seconds", writes)
+	// Each writes its labels and its condition again after one, two, four ... seconds.
+	if writes > 24 || ofOther == 0 {
+		t.Errorf("%d writes, of which %d are all of the second agent's", writes, ofOther)
+	}
+	until("the first agent to have its way", func(node *corev1.Node) error {
+		if node.Labels[cachePD] != "disk-1" {
+			return errors.New("another disk's label")
+		}
+		return is(node, true, "true", "Registered")
+	})
 
 	// The node is made anew.
 	if err := nodes.Delete(t.Context(), nodeName, metav1.DeleteOptions{}); err != nil {

@@ -169,12 +169,19 @@ func (n *node) get(t testing.TB, path string) (status int, body string, err erro
 	return resp.StatusCode, string(text), err
 }
 
+// waitReady waits until all images are registered.
 func (n *node) waitReady(t testing.TB) {
 	t.Helper()
-	wait(t, "the agent to be ready", func() error {
+	n.waitMetric(t, "ready", is(1))
+}
+
+// waitReadyz waits for what the readiness probe is told.
+func (n *node) waitReadyz(t testing.TB, want int) {
+	t.Helper()
+	wait(t, fmt.Sprintf("/readyz to answer %d", want), func() error {
 		status, body, err := n.get(t, "/readyz")
-		if err == nil && status != http.StatusOK {
-			err = errors.New(body)
+		if err == nil && status != want {
+			err = fmt.Errorf("it answers %d %s", status, body)
 		}
 		return err
 	})

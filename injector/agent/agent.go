@@ -24,6 +24,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -156,11 +157,11 @@ func (a *Agent) pass(ctx context.Context) {
 		err = a.openRuntime(ctx)
 	}
 	diskErr := a.findDisks()
-	if err == nil && a.pending != "" {
-		err = a.register(ctx)
-	}
 	if err == nil {
 		err = a.takeBack(ctx)
+		if a.pending != "" {
+			err = errors.Join(err, a.register(ctx))
+		}
 	}
 	a.last = a.conclude(diskErr, err)
 	a.releaseRuntime()

@@ -60,7 +60,7 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	descReady  = describe("ready", "1 if nothing failed: all images of all cache disks are registered, but those removed or skipped. 0 if not.")
+	descReady  = describe("ready", "1 if nothing failed: all images of all cache disks are registered, but those removed or skipped. 0 if not, or if none is registered.")
 	descGate   = describe("gate_open", "1 if pods are let onto the node, 0 while they wait for images.")
 	descImages = describe("images", "Images of the cache disks by what became of them: registered are there, "+
 		"skipped have names that the node uses for other images, failed could not be registered, removed were removed by someone.", "state")

@@ -14,6 +14,7 @@ import (
 // Reasons of the node's condition. Only with the first is it True.
 const (
 	Registered             = "Registered"
+	NothingRegistered      = "NothingRegistered"      // nothing failed, but all images were removed or skipped
 	Partial                = "Partial"                // some images or disks failed, the others are served
 	NoCacheDisk            = "NoCacheDisk"            // there is none
 	BrokenManifest         = "BrokenManifest"         // it has a layer manifest that is not valid
@@ -46,6 +47,9 @@ type outcome struct {
 
 func (o outcome) ready() bool { return o.reason == Registered }
 
+// complete says whether there is nothing that pods should be kept waiting for.
+func (o outcome) complete() bool { return o.reason == Registered || o.reason == NothingRegistered }
+
 // conclude sums up a pass. diskErr is of the search for disks, err of the rest.
 func (a *Agent) conclude(diskErr, err error) outcome {
 	o := outcome{serving: a.last.serving, known: a.last.known}
@@ -61,7 +65,7 @@ func (a *Agent) conclude(diskErr, err error) outcome {
 		return problem(RuntimeUnavailable, err)
 	}
 	o.settled = err == nil && diskErr == nil && a.pending == ""
-	images := a.images()
+	images, left := a.images()
 	o.known, o.serving = true, len(a.disks) > 0 && images > 0
 	switch {
 	case err != nil:
@@ -83,32 +87,52 @@ func (a *Agent) conclude(diskErr, err error) outcome {
 		caches = append(caches, fmt.Sprintf("%s of %s", report.Short(d.ID), d.Manifest.Created.UTC().Format(time.DateOnly)))
 	}
 	o.reason = Registered
+	if images == 0 {
+		o.reason = NothingRegistered
+	}
 	o.message = fmt.Sprintf("%d images from cache %s", images, strings.Join(caches, ", "))
+	if left != "" {
+		o.message += "; " + left
+	}
 	return o
 }
 
-// images counts those that pods can use.
-func (a *Agent) images() int {
-	n := 0
+// images counts those that pods can use, and says how many were left out, and why.
+func (a *Agent) images() (n int, left string) {
 	if a.registered == nil {
-		return n
+		return 0, ""
 	}
+	removed, skipped := 0, 0
 	for _, d := range a.registered.Disks {
 		for _, img := range d.Images {
+			switch state(img) {
+			case "removed":
+				removed++
+			case "skipped":
+				skipped++
+			}
 			if img.State == report.Registered || img.State == report.Present {
 				n++
 			}
 		}
 	}
-	return n
+	var why []string
+	if removed > 0 {
+		why = append(why, fmt.Sprintf("%d removed by someone", removed))
+	}
+	if skipped > 0 {
+		why = append(why, fmt.Sprintf("%d skipped (their names stand for other images)", skipped))
+	}
+	return n, strings.Join(why, ", ")
 }
 
-// dead is an error for each disk that cannot be read.
+// dead is an error for each disk that cannot be read. It has no time: two agents on a
+// node, as one takes over from the other, are to say the same.
 func (a *Agent) dead() error {
 	var errs []error
 	for _, g := range a.sorted() {
 		if !g.dead.IsZero() {
-			errs = append(errs, fmt.Errorf("cache %s is not readable since %s: %w", report.Short(g.CacheID), g.dead.UTC().Format(time.RFC3339), g.problem))
+			errs = append(errs, fmt.Errorf("cache %s is not readable: %w", report.Short(g.CacheID), g.problem))
 		}
 	}
 	return errors.Join(errs...)
@@ -117,13 +141,15 @@ func (a *Agent) dead() error {
 // publish tells the outcome to everyone.
 func (a *Agent) publish() {
 	o := a.last
-	if o.ready() && a.gate.open() {
-		a.gate.see()
+	if o.complete() && a.gate.open() {
 		a.Log.Info("the gate is open", "seconds", time.Since(a.started).Seconds())
 	}
 	open := a.gate.isOpen()
+	if open {
+		a.gate.see()
+	}
 	a.updateMetrics()
-	a.health.ready.Store(open && o.serving)
+	a.health.ready.Store(open)
 	a.node.set(desired{open: open, outcome: o})
 	// Until the gate opens, a disk or a runtime may just be late.
 	if o.reason == a.published || !open {

@@ -11,6 +11,8 @@ import (
 
 // health is what the probes are told.
 type health struct {
+	// ready is whether the gate is open and a pass has ended since. It says nothing of
+	// images: a node without a disk must not hold up a roll-out to all the others.
 	ready   atomic.Bool
 	overdue atomic.Int64 // Unix time after which the loop is stuck
 }
@@ -44,7 +46,7 @@ func (a *Agent) serve(ctx context.Context) {
 		answer(w, overdue < 0, "ok", fmt.Sprintf("stuck: a pass should have ended %v ago", overdue.Round(time.Second)))
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		answer(w, a.health.ready.Load(), "ok", "images are not registered or the gate is shut; see the log or the node's condition")
+		answer(w, a.health.ready.Load(), "ok", "the gate is shut or the first pass has not ended; see the log or the node's condition")
 	})
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute}
 	context.AfterFunc(ctx, func() { server.Close() })
