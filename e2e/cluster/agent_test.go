@@ -107,10 +107,10 @@ func sortedKeys(m map[string]string) []string {
 	return keys
 }
 
-// inAgent runs the injector in the agent's pod.
-func inAgent(t *testing.T, args ...string) string {
+// inAgent runs the injector in the agent's pod on a node.
+func inAgent(t *testing.T, n *cluster.Node, args ...string) string {
 	t.Helper()
-	return world.cluster.Output(t, append([]string{"exec", "-n", agentNamespace, "daemonset/selkies-image-injector", "--", "selkies-image-injector"}, args...)...)
+	return world.cluster.Output(t, append([]string{"exec", "-n", agentNamespace, onlyAgent(t, n).Name, "--", "selkies-image-injector"}, args...)...)
 }
 
 // blobsOf are the digests of what a pull of the images fetches as blobs.
@@ -165,67 +165,71 @@ func expectPulls(t *testing.T, images ...string) {
 	}
 }
 
-// TestAgent has a node with a cache disk join: pods of cached images wait for the
-// agent and then start without a pull.
+// TestAgent has nodes with a cache disk join, one with each containerd: pods of cached
+// images wait for the agent and then start without a pull.
 func TestAgent(t *testing.T) {
-	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
-		t.Run(string(release), func(t *testing.T) { testAgent(t, release) })
-	}
-}
-
-func testAgent(t *testing.T, release machine.Release) {
 	c := world.cluster
 	disk := cluster.Disk{Name: firstDevice, Image: world.first}
 	world.reg.Reset()
-	n := c.Node(t, cluster.NodeConfig{Release: release, Taints: []corev1.Taint{startupTaint}, Disks: []cluster.Disk{disk}})
-	c.Claim(t, agentNamespace, "image-cache", disk, n)
+	var configs []cluster.NodeConfig
+	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
+		configs = append(configs, cluster.NodeConfig{Release: release, Taints: []corev1.Taint{startupTaint}, Disks: []cluster.Disk{disk}})
+	}
+	nodes := c.Nodes(t, configs...)
+	c.Claim(t, agentNamespace, "image-cache", disk, nodes...)
 	ns := c.Namespace(t)
 	var pods []string
-	start := func(prefix string, policies ...corev1.PullPolicy) {
+	run := func(n *cluster.Node, form, image string, policy corev1.PullPolicy) {
 		t.Helper()
-		pods = nil
+		name := strings.ToLower(fmt.Sprintf("%s-%s-%s", n.Name, form, policy))
+		pod := podOn(n, ns, name, image)
+		pod.Spec.Containers[0].ImagePullPolicy = policy
+		c.Run(t, pod)
+		pods = append(pods, name)
+	}
+	for _, n := range nodes {
 		for form, image := range map[string]string{
 			"tag": ref(app), "digest": byDigest(t, app), "index": ref(indexed), "index-digest": byDigest(t, indexed),
 		} {
-			for _, policy := range policies {
-				name := strings.ToLower(fmt.Sprintf("%s-%s-%s", prefix, form, policy))
-				pod := podOn(n, ns, name, image)
-				pod.Spec.Containers[0].ImagePullPolicy = policy
-				c.Run(t, pod)
-				pods = append(pods, name)
+			for _, policy := range []corev1.PullPolicy{corev1.PullIfNotPresent, corev1.PullNever, corev1.PullAlways} {
+				run(n, form, image, policy)
 			}
 		}
 	}
-	start("first", corev1.PullIfNotPresent, corev1.PullNever, corev1.PullAlways)
 	for _, pod := range pods {
 		c.WaitPodUnschedulable(t, ns, pod)
 	}
 
-	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_CACHE_PD": "cache-1"}})
-	n.WaitTaint(t, startupTaint.Key, false)
-	n.WaitCondition(t, agentCondition)
-	n.Wait(t, "have the broker's labels", func(node *corev1.Node) error {
-		if node.Labels["app.broker/image-load-initialized"] != "true" || node.Labels["app.broker/cache-pd"] != "cache-1" {
-			return fmt.Errorf("its labels are %v", node.Labels)
-		}
-		return nil
-	})
+	// The gate opens because images are registered.
+	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_CACHE_PD": "cache-1", "SELKIES_GATE_DEADLINE": "1h"}})
+	for _, n := range nodes {
+		n.WaitTaint(t, startupTaint.Key, false)
+		n.WaitCondition(t, agentCondition)
+		n.Wait(t, "have the broker's labels", func(node *corev1.Node) error {
+			if node.Labels["app.broker/image-load-initialized"] != "true" || node.Labels["app.broker/cache-pd"] != "cache-1" {
+				return fmt.Errorf("its labels are %v", node.Labels)
+			}
+			return nil
+		})
+	}
 	for _, pod := range pods {
 		c.WaitPodReady(t, ns, pod)
 	}
 	expectPulls(t, sandbox, injector)
-	if out := c.Output(t, "exec", "-n", ns, pods[0], "--", "/bin/busybox", "ls", "/"); !strings.Contains(out, "bin") {
-		t.Errorf("the root of a pod has %q", out)
-	}
-	// A pod that pulls always takes the labels from the tag, until the agent has seen it.
-	cluster.Wait(t, "status in the agent's pod to list the tag", func(context.Context) error {
-		if out := inAgent(t, "status"); !strings.Contains(out, ref(app)) {
-			return fmt.Errorf("it says %q", out)
+	for _, n := range nodes {
+		if out := c.Output(t, "exec", "-n", ns, n.Name+"-tag-never", "--", "/bin/busybox", "ls", "/"); !strings.Contains(out, "bin") {
+			t.Errorf("the root of a pod has %q", out)
 		}
-		return nil
-	})
-	if out := inAgent(t, "plan", ref(app)); !strings.Contains(out, "hit") {
-		t.Errorf("plan in the agent's pod says %q", out)
+		// A pod that pulls always takes the labels from the tag, until the agent has seen it.
+		cluster.Wait(t, "status in the agent's pod to list the tag", func(context.Context) error {
+			if out := inAgent(t, n, "status"); !strings.Contains(out, ref(app)) {
+				return fmt.Errorf("it says %q", out)
+			}
+			return nil
+		})
+		if out := inAgent(t, n, "plan", ref(app)); !strings.Contains(out, "hit") {
+			t.Errorf("plan in the agent's pod says %q", out)
+		}
 	}
 
 	// Without a registry, all but Always.
@@ -233,15 +237,12 @@ func testAgent(t *testing.T, release machine.Release) {
 		t.Fatal(err)
 	}
 	defer world.reg.Start()
-	node := n.Name
-	t.Logf("%s goes on without a registry", node)
-	offline := map[string]string{"if-not-present": string(corev1.PullIfNotPresent), "never": string(corev1.PullNever)}
-	for name, policy := range offline {
-		pod := podOn(n, ns, "offline-"+name, ref(app))
-		pod.Spec.Containers[0].ImagePullPolicy = corev1.PullPolicy(policy)
-		c.Run(t, pod)
+	pods = nil
+	for _, n := range nodes {
+		run(n, "offline", ref(app), corev1.PullIfNotPresent)
+		run(n, "offline", ref(app), corev1.PullNever)
 	}
-	for name := range offline {
-		c.WaitPodReady(t, ns, "offline-"+name)
+	for _, pod := range pods {
+		c.WaitPodReady(t, ns, pod)
 	}
 }

@@ -187,7 +187,7 @@ func TestKillAgent(t *testing.T) {
 	pod.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
 	c.Run(t, pod)
 	config := strings.TrimPrefix(blobsOf(t, indexed)[0], "sha256:")
-	deploy(t, agentConfig{component: "pvc", eager: true})
+	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_GATE_DEADLINE": "1h"}, eager: true})
 	kill := func(phase, condition string) {
 		t.Helper()
 		t.Logf("killed when %s: %s layers", phase, strings.TrimSpace(n.Output(t, "sh", "-c", fmt.Sprintf(killWhen, condition))))
@@ -354,7 +354,7 @@ func TestImageGCKeepsCached(t *testing.T) {
 	c := world.cluster
 	n := readyNode(t, cluster.NodeConfig{}, agentConfig{})
 	ns := c.Namespace(t)
-	agent := containers(onlyAgent(t))
+	agent := containers(onlyAgent(t, n))
 	n.Output(t, "ctr", "-n", "k8s.io", "images", "pull", "--plain-http", ref(other))
 	images := func() string { return n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q") }
 	cluster.Wait(t, "the CRI to know the image", func(context.Context) error {
@@ -389,7 +389,7 @@ func TestImageGCKeepsCached(t *testing.T) {
 			t.Errorf("%s is gone; there are:\n%s", image, got)
 		}
 	}
-	if now := containers(onlyAgent(t)); now != agent {
+	if now := containers(onlyAgent(t, n)); now != agent {
 		t.Errorf("the agent's container is %s, before the pressure %s", now, agent)
 	}
 
@@ -406,15 +406,18 @@ func TestImageGCKeepsCached(t *testing.T) {
 	}
 }
 
-// onlyAgent is the agent's one pod.
-func onlyAgent(t *testing.T) *corev1.Pod {
+// onlyAgent is the agent's one pod on a node.
+func onlyAgent(t *testing.T, n *cluster.Node) *corev1.Pod {
 	t.Helper()
-	pods, err := world.cluster.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{LabelSelector: agentPods})
+	pods, err := world.cluster.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{
+		LabelSelector: agentPods,
+		FieldSelector: "spec.nodeName=" + n.Name,
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if len(pods.Items) != 1 {
-		t.Fatalf("there are %d pods of the agent", len(pods.Items))
+		t.Fatalf("%s has %d pods of the agent", n.Name, len(pods.Items))
 	}
 	return &pods.Items[0]
 }
@@ -429,7 +432,7 @@ func TestTwoDisks(t *testing.T) {
 	}
 	ns := c.Namespace(t)
 	world.reg.Reset()
-	deploy(t, agentConfig{component: "secondary-boot-disk"})
+	deploy(t, agentConfig{component: "secondary-boot-disk", env: map[string]string{"SELKIES_GATE_DEADLINE": "1h"}})
 	n.WaitTaint(t, startupTaint.Key, false)
 	n.WaitCondition(t, agentCondition)
 	for _, image := range []string{app, appNext, indexed} {

@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
@@ -93,20 +92,8 @@ func TestGateOpensWithoutAgent(t *testing.T) {
 	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}})
 	n.WaitTaint(t, startupTaint.Key, false)
 	c.WaitPodReady(t, ns, "pod")
-	agents, err := c.Client.CoreV1().Pods(agentNamespace).List(t.Context(), metav1.ListOptions{
-		LabelSelector: agentPods,
-		FieldSelector: "spec.nodeName=" + n.Name,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range agents.Items {
-		if p.Status.Phase != corev1.PodPending {
-			t.Errorf("the agent is %s: this shows nothing", p.Status.Phase)
-		}
-	}
-	if len(agents.Items) == 0 {
-		t.Error("the node has no pod of the agent")
+	if agent := onlyAgent(t, n); agent.Status.Phase != corev1.PodPending {
+		t.Errorf("the agent is %s: this shows nothing", agent.Status.Phase)
 	}
 	// As an upgrade of the node does.
 	c.Output(t, "taint", "node", n.Name, startupTaint.ToString())
