@@ -143,14 +143,7 @@ func TestRestart(t *testing.T) {
 		n.waitReady(t)
 
 		n.Output(t, "systemctl", "restart", "containerd")
-		n.cri(t)
-		// The watch is back when this is answered.
-		waitFor(t, "the pin", func() bool {
-			if n.pinned(t, world.refs[0]) {
-				n.ctr(t, "images", "label", world.refs[0], "io.cri-containerd.pinned=")
-			}
-			return n.metric(t, `heals_total{reason="pin"}`) > 0
-		})
+		n.waitWatch(t, world.refs[0])
 
 		n.Output(t, "systemctl", "stop", "containerd")
 		// The disk's mount is below it and cannot be removed: it is read-only.
@@ -178,6 +171,32 @@ func TestRestart(t *testing.T) {
 		waitFor(t, "the forgotten mount to go", func() bool { return n.mounts(t) == 0 })
 		n.pull(t, world.refs[0])
 		n.runs(t, world.refs[0])
+
+		// Debian's is upgraded.
+		n.attach(t)
+		n.waitReady(t)
+		if err := n.StartContainerd(t.Context(), machine.Containerd{Release: machine.Upstream, Sandbox: world.pause}); err != nil {
+			t.Fatal(err)
+		}
+		n.waitWatch(t, world.refs[1])
+		for _, ref := range world.refs[:chains] {
+			n.runs(t, ref)
+		}
+	})
+}
+
+// waitWatch waits until the agent answers changes to an image, after containerd has
+// come back.
+func (n *node) waitWatch(t testing.TB, ref string) {
+	t.Helper()
+	n.cri(t)
+	const heals = `heals_total{reason="pin"}`
+	before := n.metric(t, heals)
+	waitFor(t, "the pin", func() bool {
+		if n.pinned(t, ref) {
+			n.ctr(t, "images", "label", ref, "io.cri-containerd.pinned=")
+		}
+		return n.metric(t, heals) > before
 	})
 }
 
