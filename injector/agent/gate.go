@@ -28,13 +28,10 @@ func newGate(deadline time.Duration) *gate {
 
 // openAtDeadline opens the gate at the deadline, whatever the passes do.
 func (a *Agent) openAtDeadline(ctx context.Context) {
-	if !a.node.passed(ctx, a.gate.deadline, a.gate.done) || !a.gate.open() {
-		return
+	if a.node.passed(ctx, a.gate.deadline, a.gate.done) && a.gate.open() {
+		a.Log.Info("the gate is open: its deadline has passed", "after", a.gate.deadline)
+		a.node.open()
 	}
-	if a.node == nil || a.node.tainted() {
-		a.Log.Warn("the gate is open: its deadline has passed", "after", a.gate.deadline)
-	}
-	a.node.open()
 }
 
 // passed waits for a deadline, from when the node joined the cluster or, if that is not

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -24,8 +25,8 @@ const width = 4
 // Inject registers the images of the disks. An image becomes visible when all that
 // it needs is there. If nothing is to be done, nothing is written. An image or a
 // disk that fails does not hold the others up: then there is a report and an error,
-// and another run completes what is missing. Without disks it only clears away what killed runs
-// and a containerd whose state was emptied have left.
+// and another run completes what is missing. Without disks it only clears away what
+// killed runs and a containerd whose state was emptied have left.
 func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error) {
 	start := time.Now()
 	ctx = r.context(ctx)
@@ -173,7 +174,7 @@ func (n *run) all(ctx context.Context, jobs []*job, opt report.InjectOptions) ([
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(width)
 	var first []string
-	if opt.First != nil {
+	if opt.First != nil && slices.ContainsFunc(jobs, func(j *job) bool { return !j.done() }) {
 		first = opt.First(ctx)
 	}
 	for _, i := range order(jobs, first) {
