@@ -343,6 +343,17 @@ func TestDocker(t *testing.T) {
 	n.waitReady(t)
 	runs(world.refs[1])
 	a.stop(t)
+
+	// As after a reboot, where images cannot be registered: those that are, run.
+	if err := n.StartDocker(t.Context(), machine.Docker{Release: machine.Debian}); err != nil {
+		t.Fatal(err)
+	}
+	n.Output(t, "docker", "run", "-d", "--network=host", world.refs[0], "/bin/busybox", "sleep", "86400")
+	n.Output(t, "docker", "rmi", world.refs[1])
+	n.Output(t, "umount", mount)
+	a = n.start(t)
+	waitFor(t, "the log", func() bool { return strings.Contains(a.log.String(), "registering needs a restart of docker") })
+	runs(world.refs[2])
 }
 
 // TestMount unmounts the disk under the containers' feet: as long as it is anywhere,

@@ -44,6 +44,9 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 }
 
 func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes, error) {
+	if err := r.remount(disks); err != nil {
+		return nil, err
+	}
 	check := r.checker()
 	c, err := r.plan(disks, check)
 	if err != nil {
@@ -138,6 +141,22 @@ func (r *Runtime) mount(d *cachedisk.Disk) error {
 		return fmt.Errorf("making the mount point %s: %w", target, err)
 	}
 	return d.MountOnHost(r.opt.HostRoot, target)
+}
+
+// remount mounts the disks of generations that are registered, before anything that may
+// be refused: after a reboot containers wait for nothing more.
+func (r *Runtime) remount(disks []*cachedisk.Disk) error {
+	for _, rec := range r.knownRecords() {
+		for _, d := range disks {
+			if d.ID != rec.CacheID {
+				continue
+			}
+			if err := r.mount(d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // checkRestart refuses to restart a daemon that runs containers which that would end.
