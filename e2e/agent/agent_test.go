@@ -204,7 +204,7 @@ func (n *node) waitWatch(t testing.TB, ref string) {
 // and the disk's images come when it does.
 func TestLate(t *testing.T) {
 	n := newNode(t, machine.Upstream)
-	a := n.start(t, "--gate-deadline=4s")
+	a := n.start(t, "--gate-deadline=10s")
 	n.waitMetric(t, "gate_open", is(0))
 	n.waitReadyz(t, http.StatusServiceUnavailable)
 	n.waitMetric(t, "gate_open", is(1))
