@@ -436,7 +436,7 @@ func TestNoRoom(t *testing.T) {
 	if err := next.Write(n.Path(other)); err != nil {
 		t.Fatal(err)
 	}
-	a = n.start(t, "--cache", other, "--gone-after=3s")
+	a = n.start(t, "--cache", other, "--gone-after=3s", "--gate-deadline=2s")
 	waitFor(t, "the log", func() bool { return strings.Contains(a.log.String(), "no room on the node") })
 	n.runs(t, world.refs[1])
 

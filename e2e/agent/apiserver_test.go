@@ -4,6 +4,7 @@ package agent_test
 
 import (
 	"context"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"net/http"
@@ -100,11 +101,11 @@ func (n *node) kubeconfigs(t testing.TB, c *cluster.Cluster) (direct, proxied st
 		return file
 	}
 	return write("/etc/agent.kubeconfig", &clientcmdapi.Cluster{Server: admin.Host, CertificateAuthorityData: admin.CAData}),
-		write("/etc/proxied.kubeconfig", &clientcmdapi.Cluster{Server: n.podsAfterMount(t, admin)})
+		write("/etc/proxied.kubeconfig", n.podsAfterMount(t, admin))
 }
 
-// podsAfterMount is the address of the proxy.
-func (n *node) podsAfterMount(t testing.TB, config *rest.Config) string {
+// podsAfterMount is how the proxy is reached.
+func (n *node) podsAfterMount(t testing.TB, config *rest.Config) *clientcmdapi.Cluster {
 	t.Helper()
 	target, err := url.Parse(config.Host)
 	if err != nil {
@@ -118,7 +119,8 @@ func (n *node) podsAfterMount(t testing.TB, config *rest.Config) string {
 	proxy := httputil.NewSingleHostReverseProxy(target)
 	proxy.Transport = transport
 	proxy.FlushInterval = -1 // a watch is answered bit by bit
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	// Without TLS clients send no token.
+	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		for r.URL.Path == "/api/v1/pods" && n.mounts(t) == 0 {
 			select {
 			case <-r.Context().Done():
@@ -132,7 +134,8 @@ func (n *node) podsAfterMount(t testing.TB, config *rest.Config) string {
 		server.CloseClientConnections()
 		server.Close()
 	})
-	return server.URL
+	certificate := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: server.Certificate().Raw})
+	return &clientcmdapi.Cluster{Server: server.URL, CertificateAuthorityData: certificate}
 }
 
 func condition(node *corev1.Node) corev1.NodeCondition {
