@@ -17,6 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
@@ -433,7 +434,7 @@ func TestNoRoom(t *testing.T) {
 	n.MountDisk(t, copyDisk(t), other, "rw")
 	next := *world.cache
 	next.Created = next.Created.AddDate(0, 0, 1)
-	if err := next.Write(n.Path(other)); err != nil {
+	if err := cachedisk.WriteManifest(n.Path(other), &next); err != nil {
 		t.Fatal(err)
 	}
 	a = n.start(t, "--cache", other, "--gone-after=3s", "--gate-deadline=2s")
