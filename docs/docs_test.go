@@ -20,8 +20,8 @@ var marks = []string{"needs Google Cloud", "needs a cluster"}
 // same by other means, and a text in it that shows it.
 var commands = []struct{ begin, file, text string }{
 	{"make test", ".ci/run", "exec make test"},
-	{"make test-unit", "GNUmakefile", "test: e2e-setup test-unit "},
-	{"make generate", "GNUmakefile", "test: e2e-setup test-unit generate-check "},
+	{"make test-unit", "GNUmakefile", "\ntest-unit:"},
+	{"make generate", "GNUmakefile", " generate-check "},
 	{"make injector", "e2e/systemd/boot_test.go", `host.Build(ctx, "./injector"`},
 	{"make injector-image", "e2e/cluster/image_test.go", `"run", "./injector/image"`},
 	{"go test -tags e2e -run '^$' -bench Idle ./e2e/cluster/", "e2e/cluster/idle_test.go", "func BenchmarkIdle("},
