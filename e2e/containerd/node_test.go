@@ -6,18 +6,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"maps"
-	"os"
 	"path/filepath"
-	"regexp"
-	"slices"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"google.golang.org/grpc"
@@ -25,14 +18,16 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/nodestate"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/pods"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
 const (
 	// cacheDir is where the node has the cache disk.
 	cacheDir     = "/mnt/disks/cache"
-	stateDir     = "/var/lib/containerd"
-	snapshotsDir = stateDir + "/io.containerd.snapshotter.v1.overlayfs/snapshots"
+	stateDir     = nodestate.ContainerdDir
+	snapshotsDir = nodestate.SnapshotsDir
 )
 
 // node is a machine with a running containerd.
@@ -174,125 +169,32 @@ func (n *node) anchor(t testing.TB) string {
 	return filepath.Join(snapshotsDir, dir, "fs")
 }
 
-var anchorDir = regexp.MustCompile(`^\.\./[0-9]+/`)
-
-// state is all that containerd and its directories have, one line each. Numbers
-// that differ from run to run are left out, times too unless strict.
+// state is all that containerd and its directories have, one line each.
 func (n *node) state(t testing.TB, strict bool) []string {
 	t.Helper()
-	ctx := n.context(t)
-	var lines []string
-	add := func(format string, a ...any) { lines = append(lines, fmt.Sprintf(format, a...)) }
-	fail := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	when := func(at time.Time) string {
-		if strict {
-			return at.String()
-		}
-		return ""
-	}
-
-	images, err := n.ctrd.ImageService().List(ctx)
-	fail(err)
-	for _, i := range images {
-		add("image %s %s %s %s", i.Name, i.Target.Digest, labels(i.Labels), when(i.UpdatedAt))
-	}
-	fail(n.ctrd.ContentStore().Walk(ctx, func(i content.Info) error {
-		add("content %s %d %s %s", i.Digest, i.Size, labels(i.Labels), when(i.UpdatedAt))
-		return nil
-	}))
-	list, err := n.ctrd.LeasesService().List(ctx)
-	fail(err)
-	for _, l := range list {
-		add("lease %s %s", l.ID, labels(l.Labels))
-		resources, err := n.ctrd.LeasesService().ListResources(ctx, leases.Lease{ID: l.ID})
-		fail(err)
-		for _, r := range resources {
-			add("lease %s has %s %s", l.ID, r.Type, r.ID)
-		}
-	}
-	known := 0
-	fail(n.ctrd.SnapshotService("overlayfs").Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-		known++
-		link := ""
-		if dir := i.Labels["selkies.io/image-cache.dir"]; dir != "" {
-			target, _ := os.Readlink(n.Path(filepath.Join(snapshotsDir, dir, "fs")))
-			link = anchorDir.ReplaceAllString(target, "../ANCHOR/")
-			i.Labels = maps.Clone(i.Labels)
-			i.Labels["selkies.io/image-cache.dir"] = "DIR"
-		}
-		add("snapshot %s %s parent=%s %s link=%s %s", i.Name, i.Kind, i.Parent, labels(i.Labels), link, when(i.Updated))
-		return nil
-	}))
-	dirs, err := os.ReadDir(n.Path(snapshotsDir))
-	fail(err)
-	add("%d snapshot directories more than snapshots", len(dirs)-known)
-	blobs, err := filepath.Glob(n.Path(stateDir + "/io.containerd.content.v1.content/blobs/sha256/*"))
-	fail(err)
-	for _, b := range blobs {
-		add("blob file %s", filepath.Base(b))
-	}
-	mounts, err := os.ReadFile(fmt.Sprintf("%s/mountinfo", n.Path("/proc/1")))
-	fail(err)
-	count := 0
-	for line := range strings.Lines(string(mounts)) {
-		if f := strings.Fields(line); strings.HasPrefix(f[4], snapshotsDir) {
-			count++
-		}
-	}
-	add("%d mounts below snapshots", count)
-	slices.Sort(lines)
-	return lines
-}
-
-// collect has containerd collect its garbage, such as the directories of
-// containers that were removed.
-func (n *node) collect(t testing.TB) {
-	t.Helper()
-	ctx := n.context(t)
-	l, err := n.ctrd.LeasesService().Create(ctx, leases.WithRandomID())
-	if err == nil {
-		err = n.ctrd.LeasesService().Delete(ctx, l, leases.SynchronousDelete)
-	}
+	lines, err := nodestate.Containerd(n.context(t), n.Machine, n.ctrd, strict)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return lines
 }
 
-func labels(m map[string]string) string {
-	var s []string
-	for k, v := range m {
-		s = append(s, k+"="+v)
-	}
-	slices.Sort(s)
-	return strings.Join(s, ",")
-}
-
-// settled waits until the CRI, which follows containerd's events, has stopped
-// changing records, and gives the state then, without garbage.
+// settled is the same once the CRI has stopped changing records, without garbage.
 func (n *node) settled(t testing.TB, strict bool) []string {
 	t.Helper()
-	n.collect(t)
-	last := n.state(t, strict)
-	same := 0
-	wait(t, "a state that stays", func() error {
-		now := n.state(t, strict)
-		if slices.Equal(now, last) {
-			same++
-		} else {
-			same = 0
-		}
-		last = now
-		if same < 3 {
-			return fmt.Errorf("still changing")
-		}
-		return nil
-	})
-	return last
+	lines, err := nodestate.SettledContainerd(n.context(t), n.Machine, n.ctrd, strict)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return lines
+}
+
+// collect has containerd collect its garbage.
+func (n *node) collect(t testing.TB) {
+	t.Helper()
+	if err := nodestate.Collect(n.context(t), n.ctrd); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // listed waits until the CRI knows the image.
@@ -313,56 +215,18 @@ func (n *node) listed(t testing.TB, reference string) *cri.Image {
 }
 
 // pod is a pod with one container.
-type pod struct {
-	n                  *node
-	sandbox, container string
-}
+type pod struct{ *pods.Pod }
 
 // run starts a container of the image in a pod of its own, on the host's network.
 func (n *node) run(t testing.TB, name, reference string) (*pod, error) {
 	t.Helper()
-	return n.runIn(t, name, reference, &cri.NamespaceOption{Network: cri.NamespaceMode_NODE})
+	return n.runIn(t, name, reference, nil)
 }
 
 func (n *node) runIn(t testing.TB, name, reference string, options *cri.NamespaceOption) (*pod, error) {
 	t.Helper()
-	config := &cri.PodSandboxConfig{
-		Metadata:     &cri.PodSandboxMetadata{Name: name, Namespace: "test", Uid: name, Attempt: 0},
-		LogDirectory: "/tmp",
-		Labels: map[string]string{
-			"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "test", "io.kubernetes.pod.uid": name,
-		},
-		Linux: &cri.LinuxPodSandboxConfig{SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: options}},
-	}
-	s, err := n.runtime().RunPodSandbox(t.Context(), &cri.RunPodSandboxRequest{Config: config})
-	if err != nil {
-		return nil, err
-	}
-	p := &pod{n: n, sandbox: s.PodSandboxId}
-	c, err := n.runtime().CreateContainer(t.Context(), &cri.CreateContainerRequest{
-		PodSandboxId:  s.PodSandboxId,
-		SandboxConfig: config,
-		Config: &cri.ContainerConfig{
-			Metadata: &cri.ContainerMetadata{Name: "main"},
-			Image:    &cri.ImageSpec{Image: reference},
-			Command:  []string{"/bin/busybox", "sleep", "86398"},
-			LogPath:  name + ".log",
-			Labels: map[string]string{
-				"io.kubernetes.container.name": "main", "io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "test",
-			},
-			Linux: &cri.LinuxContainerConfig{SecurityContext: &cri.LinuxContainerSecurityContext{NamespaceOptions: options}},
-		},
-	})
-	if err != nil {
-		p.remove(t)
-		return nil, err
-	}
-	p.container = c.ContainerId
-	if _, err := n.runtime().StartContainer(t.Context(), &cri.StartContainerRequest{ContainerId: c.ContainerId}); err != nil {
-		p.remove(t)
-		return nil, err
-	}
-	return p, nil
+	p, err := pods.Run(t.Context(), n.conn, name, reference, options)
+	return &pod{p}, err
 }
 
 func (n *node) mustRun(t testing.TB, name, reference string) *pod {
@@ -377,24 +241,16 @@ func (n *node) mustRun(t testing.TB, name, reference string) *pod {
 // sh runs a shell command in the container.
 func (p *pod) sh(t testing.TB, command string) string {
 	t.Helper()
-	resp, err := p.n.runtime().ExecSync(t.Context(), &cri.ExecSyncRequest{
-		ContainerId: p.container, Cmd: []string{"/bin/busybox", "sh", "-c", command}, Timeout: 20,
-	})
+	out, err := p.Shell(t.Context(), command)
 	if err != nil {
-		t.Fatalf("%s: %v", command, err)
+		t.Fatal(err)
 	}
-	if resp.ExitCode != 0 {
-		t.Fatalf("%s: exit status %d: %s", command, resp.ExitCode, resp.Stderr)
-	}
-	return strings.TrimSpace(string(resp.Stdout))
+	return out
 }
 
 func (p *pod) remove(t testing.TB) {
 	t.Helper()
-	if _, err := p.n.runtime().StopPodSandbox(t.Context(), &cri.StopPodSandboxRequest{PodSandboxId: p.sandbox}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := p.n.runtime().RemovePodSandbox(t.Context(), &cri.RemovePodSandboxRequest{PodSandboxId: p.sandbox}); err != nil {
+	if err := p.Remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -21,6 +20,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/pods"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
@@ -206,7 +206,7 @@ func (n *node) mappedTree(t *testing.T, reference string) treediff.Tree {
 	p, err := n.runIn(t, "mapped", reference, &cri.NamespaceOption{Network: cri.NamespaceMode_POD, UsernsOptions: users})
 	check(t, err)
 	defer p.remove(t)
-	tree := n.containerTree(t, p.container)
+	tree := n.containerTree(t, p.Container)
 	p.sh(t, writeMapped)
 	return tree
 }
@@ -227,21 +227,8 @@ func (n *node) remappedTree(t *testing.T, reference string) treediff.Tree {
 // containerTree is what a running container sees, but for what the runtime makes.
 func (n *node) containerTree(t *testing.T, id string) treediff.Tree {
 	t.Helper()
-	container, err := n.ctrd.LoadContainer(n.context(t), id)
+	tree, err := pods.Tree(n.context(t), n.Machine, n.ctrd, id)
 	check(t, err)
-	task, err := container.Task(n.context(t), nil)
-	check(t, err)
-	tree, err := treediff.Dir(n.Path(fmt.Sprintf("/proc/%d/root", task.Pid())))
-	check(t, err)
-	for _, name := range []string{"dev", "proc", "run", "sys", "etc/hosts", "etc/hostname", "etc/resolv.conf"} {
-		delete(tree, name)
-	}
-	// The directories that it makes them in.
-	for _, name := range []string{".", "etc"} {
-		e := tree[name]
-		e.ModTime = time.Time{}
-		tree[name] = e
-	}
 	return tree
 }
 

@@ -17,14 +17,15 @@ import (
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/nodestate"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
 const (
 	cacheDir = "/cache" // where the injector looks by itself
-	dataRoot = "/var/lib/docker"
-	stateDir = "/var/lib/selkies-image-cache"
+	dataRoot = nodestate.DockerDir
+	stateDir = nodestate.CacheDir
 	runDir   = "/run/selkies-image-injector"
 )
 
@@ -218,32 +219,14 @@ func (n *node) inspect(t *testing.T, image string) map[string]any {
 	return all[0]
 }
 
-// store is Docker's image store and our state, as files. Directories that dockerd
-// makes with the first layer and keeps, and times, are left out.
+// store is Docker's image store and our state, as files.
 func (n *node) store(t *testing.T) treediff.Tree {
 	t.Helper()
-	all := treediff.Tree{}
-	for _, dir := range []string{dataRoot + "/image", dataRoot + "/overlay2", filepath.Dir(stateDir)} {
-		tree, err := treediff.Dir(n.Path(dir))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for name, e := range tree {
-			if dir == filepath.Dir(stateDir) && !strings.HasPrefix(name, filepath.Base(stateDir)) || filepath.Base(name) == "lastUpdated" {
-				continue
-			}
-			if e.Type == "dir" {
-				e.Mode, e.Size = 0, 0
-			}
-			e.ModTime = time.Time{}
-			switch name {
-			case "overlay2/layerdb/sha256", "overlay2/layerdb/mounts", "overlay2/layerdb/tmp", "overlay2/distribution":
-				continue
-			}
-			all[filepath.Join(dir, name)] = e
-		}
+	tree, err := nodestate.Docker(n.Machine)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return all
+	return tree
 }
 
 func same(t *testing.T, what string, want, got treediff.Tree) {
