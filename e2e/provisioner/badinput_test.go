@@ -18,6 +18,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
@@ -47,16 +48,16 @@ func TestBadInput(t *testing.T) {
 
 	blank := newDisk(t, v, 64)
 	foreign := newDisk(t, v, 64)
-	run(t, "mkfs.ext4", "-q", foreign.device)
-	run(t, "debugfs", "-w", "-R", "mkdir notes", foreign.device)
+	run(t, "mkfs.ext4", "-q", foreign.Device)
+	run(t, "debugfs", "-w", "-R", "mkdir notes", foreign.Device)
 	swap := newDisk(t, v, 64)
-	run(t, "mkswap", swap.device)
+	run(t, "mkswap", swap.Device)
 	table := newDisk(t, v, 64)
-	writePartitionTable(t, table.image)
+	writePartitionTable(t, table.Image)
 	mounted := newDisk(t, v, 64)
-	run(t, "mkfs.ext4", "-q", mounted.device)
+	run(t, "mkfs.ext4", "-q", mounted.Device)
 	v.Output(t, "mkdir", "/elsewhere")
-	v.Output(t, "mount", mounted.device, "/elsewhere")
+	v.Output(t, "mount", mounted.Device, "/elsewhere")
 	t.Cleanup(func() {
 		if _, err := v.Run(context.Background(), "umount", "/elsewhere"); err != nil {
 			t.Error(err)
@@ -67,33 +68,33 @@ func TestBadInput(t *testing.T) {
 	tests := []struct {
 		name    string
 		options []string
-		disk    *disk
+		disk    *buildvm.Disk
 		want    string
 	}{
 		{"no image", nil, nil, "images and image_list_file name no image"},
-		{"malformed reference", []string{imagesOption(good, "UPPER/case")}, nil, `images[1]: "UPPER/case"`},
+		{"malformed reference", []string{buildvm.Images(good, "UPPER/case")}, nil, `images[1]: "UPPER/case"`},
 		{"list", []string{`image_list_file = "` + list + `"`}, nil, list + ":4: "},
 		{"duplicate in list", []string{`image_list_file = "` + list + `"`}, nil, list + ":5: "},
-		{"duplicate", []string{imagesOption("debian", "docker.io/library/debian:latest")}, nil, `images[1]: "debian:latest" is a duplicate of images[0]`},
-		{"no such image", []string{imagesOption(reg.Addr + "/none:1"), device(blank.device)}, blank, "/none:1 (images[0]): the registry has no such image"},
-		{"unreachable registry", []string{imagesOption("127.0.0.1:1/app:1"), device(blank.device)}, blank, "the Packer host reads manifests itself"},
-		{"wrong platform", []string{imagesOption(wrong), device(blank.device)}, blank, "it is for platform linux/arm64, not linux/amd64"},
-		{"no such device", []string{imagesOption(good), device("/dev/nothing")}, nil, `disk.device "/dev/nothing": the build VM has no such device`},
-		{"no such label", []string{imagesOption(good), `disk { label = "nothing" }`}, nil, `disk.label "nothing": no disk of the build VM`},
-		{"not a device", []string{imagesOption(good), device("/etc/passwd")}, nil, `disk.device "/etc/passwd" is not a block device`},
-		{"foreign files", []string{imagesOption(good), device(foreign.device)}, foreign, `files that are no image cache, such as "notes"`},
-		{"foreign file system", []string{imagesOption(good), device(swap.device)}, swap, "holds a foreign swap"},
-		{"partition table", []string{imagesOption(good), device(table.device)}, table, "holds a dos partition table"},
-		{"blank and never", []string{imagesOption(good), blank.block(`format = "never"`)}, blank, `is blank; set disk.format = "if-blank"`},
-		{"mounted elsewhere", []string{imagesOption(good), device(mounted.device)}, nil, "is mounted on /elsewhere of the build VM"},
+		{"duplicate", []string{buildvm.Images("debian", "docker.io/library/debian:latest")}, nil, `images[1]: "debian:latest" is a duplicate of images[0]`},
+		{"no such image", []string{buildvm.Images(reg.Addr + "/none:1"), device(blank.Device)}, blank, "/none:1 (images[0]): the registry has no such image"},
+		{"unreachable registry", []string{buildvm.Images("127.0.0.1:1/app:1"), device(blank.Device)}, blank, "the Packer host reads manifests itself"},
+		{"wrong platform", []string{buildvm.Images(wrong), device(blank.Device)}, blank, "it is for platform linux/arm64, not linux/amd64"},
+		{"no such device", []string{buildvm.Images(good), device("/dev/nothing")}, nil, `disk.device "/dev/nothing": the build VM has no such device`},
+		{"no such label", []string{buildvm.Images(good), `disk { label = "nothing" }`}, nil, `disk.label "nothing": no disk of the build VM`},
+		{"not a device", []string{buildvm.Images(good), device("/etc/passwd")}, nil, `disk.device "/etc/passwd" is not a block device`},
+		{"foreign files", []string{buildvm.Images(good), device(foreign.Device)}, foreign, `files that are no image cache, such as "notes"`},
+		{"foreign file system", []string{buildvm.Images(good), device(swap.Device)}, swap, "holds a foreign swap"},
+		{"partition table", []string{buildvm.Images(good), device(table.Device)}, table, "holds a dos partition table"},
+		{"blank and never", []string{buildvm.Images(good), blank.Block(`format = "never"`)}, blank, `is blank; set disk.format = "if-blank"`},
+		{"mounted elsewhere", []string{buildvm.Images(good), device(mounted.Device)}, nil, "is mounted on /elsewhere of the build VM"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			before, sum := v.state(t), ""
+			before, sum := v.State(t), ""
 			if tt.disk != nil {
 				sum = checksum(t, tt.disk)
 			}
-			out, err := v.build(t, tt.options...)
+			out, err := v.Build(t, tt.options...)
 			if err == nil {
 				t.Fatalf("the build succeeded:\n%s", out)
 			}
@@ -105,7 +106,7 @@ func TestBadInput(t *testing.T) {
 			if !strings.Contains(said, tt.want) {
 				t.Errorf("does not say %q:\n%s", tt.want, out)
 			}
-			if diff := cmp.Diff(before, v.state(t)); diff != "" {
+			if diff := cmp.Diff(before, v.State(t)); diff != "" {
 				t.Errorf("the VM changed: %s", diff)
 			}
 			if tt.disk != nil && checksum(t, tt.disk) != sum {
@@ -114,7 +115,7 @@ func TestBadInput(t *testing.T) {
 		})
 	}
 	t.Run("none communicator", func(t *testing.T) {
-		out, err := packerBuild(t, "\n communicator = \"none\"\n", imagesOption(good)).CombinedOutput()
+		out, err := world.packer.Build(t, "\n communicator = \"none\"\n", buildvm.Images(good)).CombinedOutput()
 		if err == nil || !strings.Contains(errorLine(t, string(out)), `set a communicator other than "none"`) {
 			t.Errorf("packer build: %v\n%s", err, out)
 		}
@@ -141,12 +142,12 @@ func TestSomeFail(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := newDisk(t, v, 256)
-	v.mustBuild(t, imagesOption(good[0]), d.block())
-	_, manifest := d.manifest(t)
-	before := v.state(t)
+	v.MustBuild(t, buildvm.Images(good[0]), d.Block())
+	_, manifest := d.Manifest(t)
+	before := v.State(t)
 
 	all := slices.Insert(slices.Clone(good), 20, reg.Addr+"/none:1", broken)
-	out, err := v.build(t, imagesOption(all...), d.block(), "max_pull_attempts = 2")
+	out, err := v.Build(t, buildvm.Images(all...), d.Block(), "max_pull_attempts = 2")
 	if err == nil {
 		t.Fatalf("the build succeeded:\n%s", out)
 	}
@@ -156,22 +157,22 @@ func TestSomeFail(t *testing.T) {
 			t.Errorf("does not say %q: %s", want, line)
 		}
 	}
-	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+	if diff := cmp.Diff(before, v.State(t)); diff != "" {
 		t.Errorf("the VM changed: %s", diff)
 	}
-	if _, after := d.manifest(t); !bytes.Equal(after, manifest) {
+	if _, after := d.Manifest(t); !bytes.Equal(after, manifest) {
 		t.Error("the layer manifest changed")
 	}
 
 	// The next try finds what succeeded.
 	reg.Reset()
-	v.mustBuild(t, imagesOption(good...), d.block())
+	v.MustBuild(t, buildvm.Images(good...), d.Block())
 	for i, image := range images {
 		if blobs := layerBlobs(t, reg, image); len(blobs) > 0 {
 			t.Errorf("fetched %s again", good[i])
 		}
 	}
-	d.checkStore(t, len(good))
+	d.CheckStore(t, len(good))
 }
 
 // TestDiskFull has a layer of zeros, which only its contents show to be too large.
@@ -181,42 +182,42 @@ func TestDiskFull(t *testing.T) {
 	small := pushed(t, reg, "small:1", newImage(t, layer(t, map[string]int{"small": 1000})))
 	large := pushed(t, reg, "large:1", newImage(t, zeros(t, 100<<20)))
 	d := newDisk(t, v, 64)
-	v.mustBuild(t, imagesOption(small), d.block())
-	_, manifest := d.manifest(t)
-	before := v.state(t)
-	out, err := v.build(t, imagesOption(large), d.block())
+	v.MustBuild(t, buildvm.Images(small), d.Block())
+	_, manifest := d.Manifest(t)
+	before := v.State(t)
+	out, err := v.Build(t, buildvm.Images(large), d.Block())
 	if err == nil || !strings.Contains(errorLine(t, out), "/large:1 (images[0]): the disk is full; use a larger one") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
-	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+	if diff := cmp.Diff(before, v.State(t)); diff != "" {
 		t.Errorf("the VM changed: %s", diff)
 	}
-	if _, after := d.manifest(t); !bytes.Equal(after, manifest) {
+	if _, after := d.Manifest(t); !bytes.Equal(after, manifest) {
 		t.Error("the layer manifest changed")
 	}
-	v.mustBuild(t, imagesOption(small), d.block())
-	d.checkStore(t, 1)
+	v.MustBuild(t, buildvm.Images(small), d.Block())
+	d.CheckStore(t, 1)
 }
 
 // TestUnusableDocker has a VM without a Docker that can be used.
 func TestUnusableDocker(t *testing.T) {
-	port, err := machine.FreePort()
+	bare, err := buildvm.BootBare(t.Context(), world.packer)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := machine.New(t, machine.Config{Name: "build-vm", SSHPort: port})
-	v := &vm{Machine: m, port: port}
+	t.Cleanup(func() { bare.Close() })
+	v := &vm{bare}
 	reg := registry.New(t, registry.Config{})
 	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
 	d := newDisk(t, v, 64)
 	fails := func(want string, options ...string) {
 		t.Helper()
-		before, sum := v.state(t), checksum(t, d)
-		out, err := v.build(t, append(options, imagesOption(ref))...)
+		before, sum := v.State(t), checksum(t, d)
+		out, err := v.Build(t, append(options, buildvm.Images(ref))...)
 		if err == nil || !strings.Contains(errorLine(t, out), want) {
 			t.Errorf("does not say %q: %v\n%s", want, err, out)
 		}
-		if diff := cmp.Diff(before, v.state(t)); diff != "" {
+		if diff := cmp.Diff(before, v.State(t)); diff != "" {
 			t.Errorf("the VM changed: %s", diff)
 		}
 		if checksum(t, d) != sum {
@@ -227,27 +228,27 @@ func TestUnusableDocker(t *testing.T) {
 	// The daemon on the disk needs only the programs, and makes nothing that the VM's own
 	// would make at its first start.
 	v.Output(t, "rmdir", "/etc/docker")
-	before := v.state(t)
+	before := v.State(t)
 	other := newDisk(t, v, 64)
-	v.mustBuild(t, imagesOption(ref), other.block())
-	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+	v.MustBuild(t, buildvm.Images(ref), other.Block())
+	if diff := cmp.Diff(before, v.State(t)); diff != "" {
 		t.Errorf("the VM changed: %s", diff)
 	}
-	if err := m.StartContainerd(t.Context(), machine.Containerd{Release: machine.Debian}); err != nil {
+	if err := v.StartContainerd(t.Context(), machine.Containerd{Release: machine.Debian}); err != nil {
 		t.Fatal(err)
 	}
-	if err := m.StartDocker(t.Context(), machine.Docker{Release: machine.Debian, Config: map[string]any{"storage-driver": "vfs"}}); err != nil {
+	if err := v.StartDocker(t.Context(), machine.Docker{Release: machine.Debian, Config: map[string]any{"storage-driver": "vfs"}}); err != nil {
 		t.Fatal(err)
 	}
 	fails(`uses the storage driver "vfs", a cache needs "overlay2"`)
-	if err := m.StartDocker(t.Context(), machine.Docker{Release: machine.Debian, Config: map[string]any{"userns-remap": "default"}}); err != nil {
+	if err := v.StartDocker(t.Context(), machine.Docker{Release: machine.Debian, Config: map[string]any{"userns-remap": "default"}}); err != nil {
 		t.Fatal(err)
 	}
 	fails("docker on the build VM runs with userns")
-	m.Output(t, "mv", "/usr/bin/docker", "/usr/bin/docker-away")
+	v.Output(t, "mv", "/usr/bin/docker", "/usr/bin/docker-away")
 	fails("install Docker there before this provisioner runs")
-	m.Output(t, "mv", "/usr/sbin/dockerd", "/usr/sbin/dockerd-away")
-	fails("install Docker on the build VM before this provisioner runs", d.block())
+	v.Output(t, "mv", "/usr/sbin/dockerd", "/usr/sbin/dockerd-away")
+	fails("install Docker on the build VM before this provisioner runs", d.Block())
 }
 
 // zeros is a tar stream of one file that compresses to nearly nothing.
@@ -275,9 +276,9 @@ func run(t *testing.T, args ...string) {
 	}
 }
 
-func checksum(t *testing.T, d *disk) string {
+func checksum(t *testing.T, d *buildvm.Disk) string {
 	t.Helper()
-	out, err := host.Output(exec.CommandContext(t.Context(), "sha256sum", d.device))
+	out, err := host.Output(exec.CommandContext(t.Context(), "sha256sum", d.Device))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -37,6 +37,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"golang.org/x/sys/unix"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
@@ -65,7 +66,7 @@ func TestBuild(t *testing.T) {
 		t.Run("own daemon", func(t *testing.T) {
 			reg := registry.New(t, registry.Config{})
 			refs := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
-			out, err := v.build(t, imagesOption(refs))
+			out, err := v.Build(t, buildvm.Images(refs))
 			if err == nil || !strings.Contains(errorLine(t, out), "docker on the build VM keeps its images in containerd") {
 				t.Errorf("packer build: %v\n%s", err, out)
 			}
@@ -102,14 +103,14 @@ func testBuild(t *testing.T, v *vm, zstd bool) {
 	}
 	output := filepath.Join(t.TempDir(), "manifest.json")
 	d := newDisk(t, v, 1024)
-	before := v.state(t) + v.network(t)
+	before := v.State(t) + v.Network(t)
 
-	v.mustBuild(t, imagesOption(refs...), d.block(), "image_list_file = \""+list+"\"", "manifest_output = \""+output+"\"", "verify = true", "keep_blobs = true")
+	v.MustBuild(t, buildvm.Images(refs...), d.Block(), "image_list_file = \""+list+"\"", "manifest_output = \""+output+"\"", "verify = true", "keep_blobs = true")
 
-	if diff := cmp.Diff(before, v.state(t)+v.network(t)); diff != "" {
+	if diff := cmp.Diff(before, v.State(t)+v.Network(t)); diff != "" {
 		t.Errorf("the build changed the VM: %s", diff)
 	}
-	m, data := d.manifest(t)
+	m, data := d.Manifest(t)
 	local, err := os.ReadFile(output)
 	if err != nil {
 		t.Fatal(err)
@@ -132,7 +133,7 @@ func testBuild(t *testing.T, v *vm, zstd bool) {
 		}
 		checkDescriptors(t, ref, img)
 	}
-	d.mount(t, func(dir string) {
+	d.Mount(t, func(dir string) {
 		for _, l := range m.Layers {
 			if fi, err := os.Stat(filepath.Join(dir, m.LayerPath(l))); err != nil || !fi.IsDir() {
 				t.Errorf("layer %s: %v", l.ChainID, err)
@@ -234,16 +235,16 @@ func testRebuild(t *testing.T, v *vm) {
 	}
 	d := newDisk(t, v, 256)
 
-	v.mustBuild(t, imagesOption(first, other), d.block())
-	_, generation1 := d.manifest(t)
+	v.MustBuild(t, buildvm.Images(first, other), d.Block())
+	_, generation1 := d.Manifest(t)
 
 	t.Run("unchanged", func(t *testing.T) {
 		reg.Reset()
-		out := v.mustBuild(t, imagesOption(first, other), d.block())
+		out := v.MustBuild(t, buildvm.Images(first, other), d.Block())
 		if blobs := layerBlobs(t, reg, newer); len(blobs) > 0 {
 			t.Errorf("pulled %v", blobs)
 		}
-		if _, data := d.manifest(t); !bytes.Equal(data, generation1) {
+		if _, data := d.Manifest(t); !bytes.Equal(data, generation1) {
 			t.Errorf("the manifest changed: %s", cmp.Diff(string(generation1), string(data)))
 		}
 		if want := counts(0, size(newer, 0)+size(another, 0)); !strings.Contains(out, want) {
@@ -252,11 +253,11 @@ func testRebuild(t *testing.T, v *vm) {
 	})
 	t.Run("newer", func(t *testing.T) {
 		reg.Reset()
-		out := v.mustBuild(t, imagesOption(second, other), d.block())
+		out := v.MustBuild(t, buildvm.Images(second, other), d.Block())
 		if diff := cmp.Diff([]string{layerDescriptor(t, newer, 1).Digest.String()}, layerBlobs(t, reg, newer)); diff != "" {
 			t.Errorf("blobs pulled: %s", diff)
 		}
-		m, _ := d.manifest(t)
+		m, _ := d.Manifest(t)
 		if got := names(m); !slices.Contains(got, second) || slices.Contains(got, first) {
 			t.Errorf("names are %v", got)
 		}
@@ -273,9 +274,9 @@ func testRebuild(t *testing.T, v *vm) {
 		if err := remote.Write(tag, newImage(t, added)); err != nil {
 			t.Fatal(err)
 		}
-		v.mustBuild(t, imagesOption(second, other), d.block())
-		m, _ := d.manifest(t)
-		d.mount(t, func(dir string) {
+		v.MustBuild(t, buildvm.Images(second, other), d.Block())
+		m, _ := d.Manifest(t)
+		d.Mount(t, func(dir string) {
 			stored, err := filepath.Glob(filepath.Join(dir, m.Store.Root, "image/overlay2/imagedb/content/sha256/*"))
 			if err != nil || len(stored) != len(m.Images) {
 				t.Errorf("the store has %d images, the manifest %d (%v)", len(stored), len(m.Images), err)
@@ -306,7 +307,7 @@ func testProgress(t *testing.T, v *vm) {
 	})
 	ref := addr + "/app:1"
 	d := newDisk(t, v, 256)
-	out := v.mustBuild(t, imagesOption(ref), d.block())
+	out := v.MustBuild(t, buildvm.Images(ref), d.Block())
 
 	const some = `[1-7](\.\d+)?MB of `
 	total := units.HumanSize(float64(large.Size))
@@ -328,22 +329,22 @@ func TestLabel(t *testing.T) {
 	first := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"first": 1000})))
 	second := pushed(t, reg, "app:2", newImage(t, layer(t, map[string]int{"second": 1000})))
 	d := newDisk(t, v, 64)
-	v.mustBuild(t, imagesOption(first), d.block(`mount_point = "/mnt/elsewhere"`, `docker_root = "var/lib/docker"`))
-	out := v.mustBuild(t, imagesOption(second), `disk {
+	v.MustBuild(t, buildvm.Images(first), d.Block(`mount_point = "/mnt/elsewhere"`, `docker_root = "var/lib/docker"`))
+	out := v.MustBuild(t, buildvm.Images(second), `disk {
     label       = "selkies-cache"
     docker_root = "var/lib/docker"
   }`, "prune = false")
 	if strings.Contains(out, "removed ") {
 		t.Errorf("removed something:\n%s", out)
 	}
-	m, _ := d.manifest(t)
+	m, _ := d.Manifest(t)
 	if m.Store.Root != "var/lib/docker" {
 		t.Errorf("store.root is %q", m.Store.Root)
 	}
 	if got := names(m); !slices.Contains(got, second) || slices.Contains(got, first) {
 		t.Errorf("names are %v", got)
 	}
-	d.mount(t, func(dir string) {
+	d.Mount(t, func(dir string) {
 		stored, err := filepath.Glob(filepath.Join(dir, m.Store.Root, "image/overlay2/imagedb/content/sha256/*"))
 		if err != nil || len(stored) != 2 {
 			t.Errorf("the store has %d images (%v)", len(stored), err)
@@ -363,16 +364,16 @@ func TestUser(t *testing.T) {
 	// The machine has no sudo; a setpriv that may is as good.
 	v.Output(t, "install", "--mode=4755", "/usr/bin/setpriv", "/usr/local/bin/asroot")
 
-	out, err := packerBuild(t, v.communicator("builder"), imagesOption(ref), d.block()).CombinedOutput()
+	out, err := world.packer.Build(t, v.Communicator("builder"), buildvm.Images(ref), d.Block()).CombinedOutput()
 	if err == nil || !strings.Contains(errorLine(t, string(out)), "allow sudo without a password or set execute_command") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
 	execute := `execute_command = "asroot --reuid=0 --regid=0 --clear-groups {{ .Command }}"`
-	out, err = packerBuild(t, v.communicator("builder"), imagesOption(ref), d.block(), execute).CombinedOutput()
+	out, err = world.packer.Build(t, v.Communicator("builder"), buildvm.Images(ref), d.Block(), execute).CombinedOutput()
 	if err != nil {
 		t.Fatalf("packer build: %v\n%s", err, out)
 	}
-	if m, _ := d.manifest(t); len(m.Images) != 1 {
+	if m, _ := d.Manifest(t); len(m.Images) != 1 {
 		t.Errorf("recorded %d images", len(m.Images))
 	}
 }
@@ -395,12 +396,12 @@ func TestRetry(t *testing.T) {
 	ref := front.Listener.Addr().String() + "/app:1"
 
 	d := newDisk(t, v, 64)
-	out, err := v.build(t, imagesOption(ref), d.block(), "max_pull_attempts = 1")
+	out, err := v.Build(t, buildvm.Images(ref), d.Block(), "max_pull_attempts = 1")
 	if err == nil || !strings.Contains(errorLine(t, out), "(1 attempts; see max_pull_attempts)") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
 	requests.Store(0)
-	out = v.mustBuild(t, imagesOption(ref), d.block())
+	out = v.MustBuild(t, buildvm.Images(ref), d.Block())
 	if !strings.Contains(out, "trying again in ") {
 		t.Errorf("does not say that it tries again:\n%s", out)
 	}
@@ -422,10 +423,10 @@ func TestInsecureRegistry(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := newDisk(t, v, 64)
-	if out, err := v.build(t, imagesOption(reg.Addr+"/app:1"), d.block()); err == nil || !strings.Contains(errorLine(t, out), "set insecure_registries") {
+	if out, err := v.Build(t, buildvm.Images(reg.Addr+"/app:1"), d.Block()); err == nil || !strings.Contains(errorLine(t, out), "set insecure_registries") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
-	v.mustBuild(t, imagesOption(reg.Addr+"/app:1"), d.block(), `insecure_registries = ["`+reg.Addr+`"]`)
+	v.MustBuild(t, buildvm.Images(reg.Addr+"/app:1"), d.Block(), `insecure_registries = ["`+reg.Addr+`"]`)
 }
 
 // TestOwnDaemon fills the store of the VM's own Docker, and leaves alone what it
@@ -439,25 +440,25 @@ func TestOwnDaemon(t *testing.T) {
 
 	// The machine's /var/lib/docker is a directory of a disk that it has nowhere else.
 	t.Run("part of a disk", func(t *testing.T) {
-		before := v.state(t)
-		out, err := v.build(t, imagesOption(first))
+		before := v.State(t)
+		out, err := v.Build(t, buildvm.Images(first))
 		if err == nil || !strings.Contains(errorLine(t, out), "lies on the mount /var/lib/docker, which shows only ") {
 			t.Errorf("packer build: %v\n%s", err, out)
 		}
-		if diff := cmp.Diff(before, v.state(t)); diff != "" {
+		if diff := cmp.Diff(before, v.State(t)); diff != "" {
 			t.Errorf("the VM changed: %s", diff)
 		}
 	})
 
 	// As a boot disk has it, but for the place where its root is.
 	d := newDisk(t, v, 256)
-	run(t, "mkfs.ext4", "-q", d.device)
+	run(t, "mkfs.ext4", "-q", d.Device)
 	stop := func(t *testing.T) {
 		t.Helper()
 		v.Output(t, "systemctl", "stop", "docker.socket", "docker.service")
 	}
 	stop(t)
-	v.Output(t, "sh", "-ec", "mkdir -p /boot-disk; mount "+d.device+" /boot-disk; mkdir -p /boot-disk/var/lib/docker; mount --bind /boot-disk/var/lib/docker /var/lib/docker")
+	v.Output(t, "sh", "-ec", "mkdir -p /boot-disk; mount "+d.Device+" /boot-disk; mkdir -p /boot-disk/var/lib/docker; mount --bind /boot-disk/var/lib/docker /var/lib/docker")
 	t.Cleanup(func() {
 		if err := v.StartDocker(context.Background(), machine.Docker{Release: machine.Debian}); err != nil {
 			t.Fatal(err)
@@ -469,8 +470,8 @@ func TestOwnDaemon(t *testing.T) {
 	v.Output(t, "docker", "pull", mine)
 	v.Output(t, "docker", "create", "--network", "none", mine, "/none")
 
-	v.mustBuild(t, imagesOption(first))
-	v.mustBuild(t, imagesOption(second), `docker_host = "unix:///run/docker.sock"`)
+	v.MustBuild(t, buildvm.Images(first))
+	v.MustBuild(t, buildvm.Images(second), `docker_host = "unix:///run/docker.sock"`)
 
 	got := v.Output(t, "docker", "images", "--format", "{{.Repository}}:{{.Tag}}")
 	if !strings.Contains(got, mine) || strings.Contains(got, first) || !strings.Contains(got, second) {
@@ -478,11 +479,11 @@ func TestOwnDaemon(t *testing.T) {
 	}
 	stop(t)
 	v.Output(t, "umount", "/var/lib/docker", "/boot-disk")
-	m, _ := d.manifest(t)
+	m, _ := d.Manifest(t)
 	if m.Store.Root != "var/lib/docker" {
 		t.Errorf("store.root is %q", m.Store.Root)
 	}
-	d.mount(t, func(dir string) {
+	d.Mount(t, func(dir string) {
 		for _, l := range m.Layers {
 			if _, err := os.Stat(filepath.Join(dir, m.LayerPath(l), "second")); err != nil {
 				t.Error(err)
@@ -493,7 +494,7 @@ func TestOwnDaemon(t *testing.T) {
 	// The same store under a daemon of its own: the container's layers have no image,
 	// and stay.
 	directories := func() (names []string) {
-		d.mount(t, func(dir string) {
+		d.Mount(t, func(dir string) {
 			paths, err := filepath.Glob(filepath.Join(dir, "var/lib/docker/overlay2/*/diff"))
 			if err != nil {
 				t.Fatal(err)
@@ -505,7 +506,7 @@ func TestOwnDaemon(t *testing.T) {
 		return names
 	}
 	before := directories()
-	out := v.mustBuild(t, imagesOption(second), d.block(`docker_root = "var/lib/docker"`))
+	out := v.MustBuild(t, buildvm.Images(second), d.Block(`docker_root = "var/lib/docker"`))
 	if !strings.Contains(out, "kept "+mine+", which is in use") {
 		t.Errorf("does not say that %s stays:\n%s", mine, out)
 	}
@@ -527,8 +528,8 @@ func TestTwoRegistries(t *testing.T) {
 	pushed(t, two, "app:1", image)
 	pinned := two.Addr + "/app@" + digest.String()
 	d := newDisk(t, v, 64)
-	v.mustBuild(t, imagesOption(ref, pinned), d.block(), "concurrency = 1", "verify = true")
-	m, _ := d.manifest(t)
+	v.MustBuild(t, buildvm.Images(ref, pinned), d.Block(), "concurrency = 1", "verify = true")
+	m, _ := d.Manifest(t)
 	if len(m.Images) != 1 {
 		t.Fatalf("recorded %d images", len(m.Images))
 	}
@@ -542,8 +543,8 @@ func TestTwoRegistries(t *testing.T) {
 	if err := one.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	v.mustBuild(t, imagesOption(pinned), d.block())
-	if m, _ := d.manifest(t); !slices.Equal(m.Images[0].Names, []string{pinned}) {
+	v.MustBuild(t, buildvm.Images(pinned), d.Block())
+	if m, _ := d.Manifest(t); !slices.Equal(m.Images[0].Names, []string{pinned}) {
 		t.Errorf("names are %v", m.Images[0].Names)
 	}
 }
@@ -555,10 +556,10 @@ func TestDamagedLayer(t *testing.T) {
 	kept := pushed(t, reg, "kept:1", newImage(t, layer(t, map[string]int{"kept": 1000})))
 	dropped := pushed(t, reg, "dropped:1", newImage(t, layer(t, map[string]int{"dropped": 1000})))
 	d := newDisk(t, v, 64)
-	v.mustBuild(t, imagesOption(kept, dropped), d.block(), "verify = true")
-	m, data := d.manifest(t)
+	v.MustBuild(t, buildvm.Images(kept, dropped), d.Block(), "verify = true")
+	m, data := d.Manifest(t)
 	dir := t.TempDir()
-	if err := unix.Mount(d.device, dir, "ext4", 0, ""); err != nil {
+	if err := unix.Mount(d.Device, dir, "ext4", 0, ""); err != nil {
 		t.Fatal(err)
 	}
 	files, err := filepath.Glob(filepath.Join(dir, m.Store.Root, "overlay2/*/diff/kept"))
@@ -569,19 +570,19 @@ func TestDamagedLayer(t *testing.T) {
 		t.Fatal(files, err)
 	}
 
-	out, err := v.build(t, imagesOption(kept), d.block(), "verify = true")
+	out, err := v.Build(t, buildvm.Images(kept), d.Block(), "verify = true")
 	if err == nil || !strings.Contains(errorLine(t, out), `build once with disk.format = "always" to fill the disk anew`) {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
-	if _, after := d.manifest(t); !bytes.Equal(after, data) {
+	if _, after := d.Manifest(t); !bytes.Equal(after, data) {
 		t.Error("the layer manifest changed")
 	}
-	d.mount(t, func(dir string) {
+	d.Mount(t, func(dir string) {
 		if files, err := filepath.Glob(filepath.Join(dir, m.Store.Root, "overlay2/*/diff/dropped")); err != nil || len(files) != 1 {
 			t.Errorf("an image was removed that the layer manifest still has (%v)", err)
 		}
 	})
-	v.mustBuild(t, imagesOption(kept), d.block(`format = "always"`), "verify = true")
+	v.MustBuild(t, buildvm.Images(kept), d.Block(`format = "always"`), "verify = true")
 }
 
 // TestDaemonConfiguration finds out what the daemon on the disk takes from the VM: the
@@ -603,7 +604,7 @@ func TestDaemonConfiguration(t *testing.T) {
 	}
 	build := func(options ...string) (string, error) {
 		d := newDisk(t, v, 64)
-		cmd := v.packerBuild(t, append(options, imagesOption(addr+"/app:1"), d.block(), "max_pull_attempts = 1")...)
+		cmd := v.PackerBuild(t, append(options, buildvm.Images(addr+"/app:1"), d.Block(), "max_pull_attempts = 1")...)
 		cmd.Env = append(cmd.Env, "SSL_CERT_FILE="+caFile)
 		out, err := cmd.CombinedOutput()
 		return string(out), err

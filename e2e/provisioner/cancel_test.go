@@ -23,8 +23,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
-	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 // serveBlob is a registry in front of another that leaves to serve how one blob comes.
@@ -116,7 +116,7 @@ type building struct {
 // start starts a build and waits until it has come to a point.
 func (v *vm) start(t *testing.T, reached func() bool, options ...string) *building {
 	t.Helper()
-	b := &building{Cmd: v.packerBuild(t, options...), ended: make(chan error, 1)}
+	b := &building{Cmd: v.PackerBuild(t, options...), ended: make(chan error, 1)}
 	b.Stdout, b.Stderr = &b.out, &b.out
 	if err := b.Start(); err != nil {
 		t.Fatal(err)
@@ -138,7 +138,7 @@ func (v *vm) start(t *testing.T, reached func() bool, options ...string) *buildi
 // the VM to be as it was.
 func (v *vm) cancel(t *testing.T, e ending, reached func() bool, options ...string) {
 	t.Helper()
-	before := v.state(t)
+	before := v.State(t)
 	b := v.start(t, reached, options...)
 	started := time.Now()
 	pid := b.Process.Pid
@@ -158,36 +158,14 @@ func (v *vm) cancel(t *testing.T, e ending, reached func() bool, options ...stri
 	}
 	t.Logf("Packer ended after %s", time.Since(started).Round(time.Millisecond))
 	// The VM cleans up by itself, also when nobody is left to wait for it.
-	after := v.state(t)
+	after := v.State(t)
 	for after != before && time.Since(started) < cancelLimit {
-		after = v.state(t)
+		after = v.State(t)
 	}
 	if diff := cmp.Diff(before, after); diff != "" {
 		t.Errorf("%s after the signal the VM is not as it was: %s\n%s", cancelLimit, diff, b.out.String())
 	}
 	t.Logf("the VM was clean after %s", time.Since(started).Round(time.Millisecond))
-}
-
-// checkStore finds in the store on the disk the layers that the manifest has, and
-// nothing that a build left behind.
-func (d *disk) checkStore(t *testing.T, layers int) {
-	t.Helper()
-	m, _ := d.manifest(t)
-	if len(m.Layers) != layers {
-		t.Errorf("the build recorded %d layers, not %d", len(m.Layers), layers)
-	}
-	d.mount(t, func(dir string) {
-		store := filepath.Join(dir, m.Store.Root)
-		stored, err := filepath.Glob(filepath.Join(store, manifest.DriverOverlay2, "*/diff"))
-		if err != nil || len(stored) != layers {
-			t.Errorf("the store has %d layer directories (%v)", len(stored), err)
-		}
-		for _, pattern := range []string{"tmp/*", "image/overlay2/layerdb/tmp/*"} {
-			if parts, err := filepath.Glob(filepath.Join(store, pattern)); err != nil || len(parts) > 0 {
-				t.Errorf("the store has left-over parts %v (%v)", parts, err)
-			}
-		}
-	})
 }
 
 // inStore finds files of the store on the disk that a build has mounted.
@@ -221,9 +199,9 @@ func TestCancel(t *testing.T) {
 		t.Run(e.name, func(t *testing.T) {
 			slow := newStalling(t, reg, layerDescriptor(t, image, 1).Digest)
 			d := newDisk(t, v, 256)
-			v.cancel(t, e, slow.hasStalled, imagesOption(slow.addr+"/app:1"), d.block())
-			v.mustBuild(t, imagesOption(reg.Addr+"/app:1"), d.block(), "verify = true")
-			d.checkStore(t, 2)
+			v.cancel(t, e, slow.hasStalled, buildvm.Images(slow.addr+"/app:1"), d.Block())
+			v.MustBuild(t, buildvm.Images(reg.Addr+"/app:1"), d.Block(), "verify = true")
+			d.CheckStore(t, 2)
 		})
 	}
 }
@@ -243,9 +221,9 @@ func TestCancelExtraction(t *testing.T) {
 		t.Run(e.name, func(t *testing.T) {
 			d := newDisk(t, v, 1024) // for the inodes
 			unpacking := func() bool { return len(v.inStore(t, "overlay2/*/diff/0*")) > files/100 }
-			v.cancel(t, e, unpacking, imagesOption(ref), d.block())
-			v.mustBuild(t, imagesOption(ref), d.block(), "verify = true")
-			d.checkStore(t, 2)
+			v.cancel(t, e, unpacking, buildvm.Images(ref), d.Block())
+			v.MustBuild(t, buildvm.Images(ref), d.Block(), "verify = true")
+			d.CheckStore(t, 2)
 		})
 	}
 }
@@ -260,35 +238,35 @@ func TestKilledDaemon(t *testing.T) {
 	baseRef, appRef := pushed(t, reg, "base:1", alone), pushed(t, reg, "app:1", image)
 	slow := newStalling(t, reg, layerDescriptor(t, image, 1).Digest)
 	d := newDisk(t, v, 256)
-	before := v.state(t)
+	before := v.State(t)
 	registered := func() bool {
 		return slow.hasStalled() && len(v.inStore(t, "image/overlay2/layerdb/sha256/*/cache-id")) > 0
 	}
-	b := v.start(t, registered, imagesOption(slow.addr+"/app:1"), d.block(), "max_pull_attempts = 1")
+	b := v.start(t, registered, buildvm.Images(slow.addr+"/app:1"), d.Block(), "max_pull_attempts = 1")
 	v.Output(t, "systemctl", "kill", "--signal=SIGKILL", "selkies-image-cache-dockerd.service")
 	if err := <-b.ended; err == nil {
 		t.Fatalf("the build succeeded:\n%s", b.out.String())
 	}
 	t.Log(errorLine(t, b.out.String()))
-	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+	if diff := cmp.Diff(before, v.State(t)); diff != "" {
 		t.Errorf("the VM is not as it was: %s", diff)
 	}
 
 	reg.Reset()
-	v.mustBuild(t, imagesOption(baseRef), d.block(), "verify = true")
+	v.MustBuild(t, buildvm.Images(baseRef), d.Block(), "verify = true")
 	if blobs := layerBlobs(t, reg, alone); len(blobs) > 0 {
 		t.Errorf("pulled %v again", blobs)
 	}
-	d.checkStore(t, 1)
-	m, _ := d.manifest(t)
-	d.mount(t, func(dir string) {
+	d.CheckStore(t, 1)
+	m, _ := d.Manifest(t)
+	d.Mount(t, func(dir string) {
 		fi, err := os.Stat(filepath.Join(dir, m.LayerPath(m.Layers[0]), "base"))
 		if err != nil || fi.Size() != 1<<20 {
 			t.Errorf("the layer is not complete: %v", err)
 		}
 	})
-	v.mustBuild(t, imagesOption(baseRef, appRef), d.block(), "verify = true")
-	d.checkStore(t, 2)
+	v.MustBuild(t, buildvm.Images(baseRef, appRef), d.Block(), "verify = true")
+	d.CheckStore(t, 2)
 }
 
 // TestLeftovers builds on a disk that an earlier build has mounted and runs a daemon
@@ -300,13 +278,13 @@ func TestLeftovers(t *testing.T) {
 	ref := pushed(t, reg, "app:1", image)
 	slow := newStalling(t, reg, layerDescriptor(t, image, 0).Digest)
 	d := newDisk(t, v, 256)
-	before := v.state(t)
-	first := v.start(t, slow.hasStalled, imagesOption(slow.addr+"/app:1"), d.block())
+	before := v.State(t)
+	first := v.start(t, slow.hasStalled, buildvm.Images(slow.addr+"/app:1"), d.Block())
 	// Stopped, Packer keeps its connection and answers nothing any more.
 	if err := syscall.Kill(-first.Process.Pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	out := v.mustBuild(t, imagesOption(ref), d.block())
+	out := v.MustBuild(t, buildvm.Images(ref), d.Block())
 	if err := syscall.Kill(-first.Process.Pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
@@ -314,7 +292,7 @@ func TestLeftovers(t *testing.T) {
 	if !strings.Contains(out, "which an earlier build left running") {
 		t.Errorf("does not say that it stopped the earlier build:\n%s", out)
 	}
-	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+	if diff := cmp.Diff(before, v.State(t)); diff != "" {
 		t.Errorf("the VM is not as it was: %s", diff)
 	}
 }
@@ -328,21 +306,21 @@ func TestLeftoverStops(t *testing.T) {
 	for _, unit := range []string{"selkies-image-cache.service", "selkies-image-cache-dockerd.service"} {
 		t.Run(unit, func(t *testing.T) {
 			d := newDisk(t, v, 64)
-			before := v.state(t)
+			before := v.State(t)
 			release := "/run/release-" + unit
 			v.Output(t, "systemd-run", "--unit="+unit, "--collect", "--quiet", "--property=TimeoutStopSec=600",
 				"--property=ExecStopPost=-/bin/sh -c 'until test -e "+release+"; do sleep 0.1; done'", "true")
 			t.Cleanup(func() { v.Run(context.Background(), "touch", release) })
 			stopping := func() bool { return strings.Contains(v.Output(t, "systemctl", "list-jobs"), unit) }
-			b := v.start(t, stopping, imagesOption(ref), d.block())
-			if out, err := exec.Command("blkid", "--probe", d.device).CombinedOutput(); len(out) > 0 {
+			b := v.start(t, stopping, buildvm.Images(ref), d.Block())
+			if out, err := exec.Command("blkid", "--probe", d.Device).CombinedOutput(); len(out) > 0 {
 				t.Errorf("the disk changed meanwhile: %s (%v)", out, err)
 			}
 			v.Output(t, "touch", release)
 			if err := <-b.ended; err != nil {
 				t.Errorf("packer build: %v\n%s", err, b.out.String())
 			}
-			if diff := cmp.Diff(before, v.state(t)); diff != "" {
+			if diff := cmp.Diff(before, v.State(t)); diff != "" {
 				t.Errorf("the VM is not as it was: %s", diff)
 			}
 		})
@@ -359,14 +337,14 @@ func TestNoSystemd(t *testing.T) {
 	if err := os.Rename(hide, hide+".hidden"); err != nil {
 		t.Fatal(err)
 	}
-	out, err := v.build(t, imagesOption(ref), d.block())
+	out, err := v.Build(t, buildvm.Images(ref), d.Block())
 	if err := os.Rename(hide+".hidden", hide); err != nil {
 		t.Fatal(err)
 	}
 	if err == nil || !strings.Contains(errorLine(t, out), "disk { ... } needs a VM that runs systemd") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
-	if out, err := exec.Command("blkid", "--probe", d.device).CombinedOutput(); len(out) > 0 {
+	if out, err := exec.Command("blkid", "--probe", d.Device).CombinedOutput(); len(out) > 0 {
 		t.Errorf("the disk changed: %s (%v)", out, err)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
@@ -42,13 +43,13 @@ func TestDryRun(t *testing.T) {
 	d := newDisk(t, v, 64)
 	dry := func(t *testing.T, options ...string) string {
 		t.Helper()
-		before, sum := v.state(t), checksum(t, d)
+		before, sum := v.State(t), checksum(t, d)
 		reg.Reset()
-		out, err := v.build(t, append(options, d.block(), "dry_run = true")...)
+		out, err := v.Build(t, append(options, d.Block(), "dry_run = true")...)
 		if err != nil {
 			out = fmt.Sprintf("%s\n%v", out, err)
 		}
-		if diff := cmp.Diff(before, v.state(t)); diff != "" {
+		if diff := cmp.Diff(before, v.State(t)); diff != "" {
 			t.Errorf("the VM changed: %s", diff)
 		}
 		if checksum(t, d) != sum {
@@ -61,7 +62,7 @@ func TestDryRun(t *testing.T) {
 	}
 
 	t.Run("blank", func(t *testing.T) {
-		out := dry(t, imagesOption(first, second))
+		out := dry(t, buildvm.Images(first, second))
 		for name, want := range map[string]string{
 			first:                       "6.29\\d*MB 0B 6.29\\d*MB",
 			second:                      "5.24\\d*MB 0B 5.24\\d*MB",
@@ -76,16 +77,16 @@ func TestDryRun(t *testing.T) {
 		}
 	})
 
-	v.mustBuild(t, imagesOption(first), d.block())
+	v.MustBuild(t, buildvm.Images(first), d.Block())
 	partly := func(t *testing.T) {
-		out := dry(t, imagesOption(second))
+		out := dry(t, buildvm.Images(second))
 		if got := row(t, out, second); !regexp.MustCompile(`^5\.24\d*MB 4\.19\d*MB 1\.0[45]\d*MB$`).MatchString(got) {
 			t.Errorf("the row is %s", got)
 		}
 	}
 	t.Run("cache", partly)
 	t.Run("no such image", func(t *testing.T) {
-		out := dry(t, imagesOption(second, reg.Addr+"/none:1"))
+		out := dry(t, buildvm.Images(second, reg.Addr+"/none:1"))
 		row(t, out, second)
 		if !strings.Contains(out, "1 of 2 references failed: ") {
 			t.Errorf("succeeded:\n%s", out)
@@ -93,10 +94,10 @@ func TestDryRun(t *testing.T) {
 	})
 	// The layers are there, though no layer manifest says so.
 	t.Run("failed build", func(t *testing.T) {
-		if out, err := v.build(t, imagesOption(second, reg.Addr+"/none:1"), d.block()); err == nil {
+		if out, err := v.Build(t, buildvm.Images(second, reg.Addr+"/none:1"), d.Block()); err == nil {
 			t.Fatalf("the build succeeded:\n%s", out)
 		}
-		out := dry(t, imagesOption(first, second))
+		out := dry(t, buildvm.Images(first, second))
 		if got := row(t, out, "total, shared layers once"); !strings.HasSuffix(got, " 0B") {
 			t.Errorf("the total is %s", got)
 		}
@@ -111,9 +112,9 @@ func TestTooSmall(t *testing.T) {
 	small, large := pushed(t, reg, "small:1", smallImage), pushed(t, reg, "large:1", largeImage)
 	d := newDisk(t, v, 64)
 	fails := func(t *testing.T) {
-		before, sum := v.state(t), checksum(t, d)
+		before, sum := v.State(t), checksum(t, d)
 		reg.Reset()
-		out, err := v.build(t, imagesOption(small, large), d.block())
+		out, err := v.Build(t, buildvm.Images(small, large), d.Block())
 		want := regexp.MustCompile(`the disk has room for \S+MB, and what is to be pulled takes more than 104\.9MB \(104\.9MB compressed\); use a larger disk, or list fewer images$`)
 		if err == nil || !want.MatchString(errorLine(t, out)) {
 			t.Errorf("packer build: %v\n%s", err, out)
@@ -121,7 +122,7 @@ func TestTooSmall(t *testing.T) {
 		if blobs := append(layerBlobs(t, reg, smallImage), layerBlobs(t, reg, largeImage)...); len(blobs) > 0 {
 			t.Errorf("fetched layers %v", blobs)
 		}
-		if diff := cmp.Diff(before, v.state(t)); diff != "" {
+		if diff := cmp.Diff(before, v.State(t)); diff != "" {
 			t.Errorf("the VM changed: %s", diff)
 		}
 		if checksum(t, d) != sum {
@@ -129,7 +130,7 @@ func TestTooSmall(t *testing.T) {
 		}
 	}
 	t.Run("blank", fails)
-	v.mustBuild(t, imagesOption(small), d.block())
+	v.MustBuild(t, buildvm.Images(small), d.Block())
 	t.Run("cache", fails)
 }
 
@@ -141,33 +142,33 @@ func TestGrow(t *testing.T) {
 	small := pushed(t, reg, "small:1", newImage(t, layer(t, map[string]int{"small": 1000})))
 	large := pushed(t, reg, "large:1", newImage(t, layer(t, map[string]int{"large": 100 << 20})))
 	d := newDisk(t, v, 64)
-	v.mustBuild(t, imagesOption(small), d.block())
-	run(t, "truncate", "--size=256M", d.image)
-	run(t, "losetup", "--set-capacity", d.device)
+	v.MustBuild(t, buildvm.Images(small), d.Block())
+	run(t, "truncate", "--size=256M", d.Image)
+	run(t, "losetup", "--set-capacity", d.Device)
 
 	sum := checksum(t, d)
-	v.mustBuild(t, imagesOption(small, large), d.block(), "dry_run = true")
+	v.MustBuild(t, buildvm.Images(small, large), d.Block(), "dry_run = true")
 	if checksum(t, d) != sum {
 		t.Error("a dry run changed the disk")
 	}
-	before := v.state(t)
-	out := v.mustBuild(t, imagesOption(small, large), d.block())
+	before := v.State(t)
+	out := v.MustBuild(t, buildvm.Images(small, large), d.Block())
 	for _, want := range []string{
-		"growing the file system on " + d.device + " by 201.3MB to the size of the disk",
+		"growing the file system on " + d.Device + " by 201.3MB to the size of the disk",
 		"warning: the disk may be too small: ", // about 315MB if its files could be compressed
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("does not say %q", want)
 		}
 	}
-	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+	if diff := cmp.Diff(before, v.State(t)); diff != "" {
 		t.Errorf("the VM changed: %s", diff)
 	}
-	run(t, "e2fsck", "-f", "-n", d.device)
-	if m, _ := d.manifest(t); len(m.Images) != 2 {
+	run(t, "e2fsck", "-f", "-n", d.Device)
+	if m, _ := d.Manifest(t); len(m.Images) != 2 {
 		t.Errorf("the layer manifest has %v", names(m))
 	}
-	if out := v.mustBuild(t, imagesOption(small, large), d.block()); strings.Contains(out, "growing") {
+	if out := v.MustBuild(t, buildvm.Images(small, large), d.Block()); strings.Contains(out, "growing") {
 		t.Errorf("grew again:\n%s", out)
 	}
 }
@@ -189,9 +190,9 @@ func TestCatalog(t *testing.T) {
 	catalog := func(options string) string {
 		return fmt.Sprintf("catalog {\n repository = %q\n%s\n}\n", reg.Addr+"/apps", options)
 	}
-	v.mustBuild(t, imagesOption(reg.Addr+"/other:v1", reg.Addr+"/apps/editor:v1"), d.block(), auth,
+	v.MustBuild(t, buildvm.Images(reg.Addr+"/other:v1", reg.Addr+"/apps/editor:v1"), d.Block(), auth,
 		catalog("exclude = [\"old\"]\n tags = [\"v.*\"]"), catalog(""))
-	m, data := d.manifest(t)
+	m, data := d.Manifest(t)
 	got := slices.DeleteFunc(names(m), func(n string) bool { return strings.Contains(n, "@") })
 	slices.Sort(got)
 	var want []string
@@ -202,7 +203,7 @@ func TestCatalog(t *testing.T) {
 		t.Error(diff)
 	}
 
-	before, sum := v.state(t), checksum(t, d)
+	before, sum := v.State(t), checksum(t, d)
 	for _, tt := range []struct {
 		name    string
 		options []string
@@ -213,16 +214,16 @@ func TestCatalog(t *testing.T) {
 		{"no password", []string{catalog("")}, "catalog[0]: listing " + reg.Addr + "/apps: apps: the registry refused access (401 Unauthorized); set registry_auth"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			out, err := v.build(t, append(tt.options, d.block())...)
+			out, err := v.Build(t, append(tt.options, d.Block())...)
 			if err == nil || !strings.Contains(errorLine(t, out), tt.want) {
 				t.Errorf("does not say %q: %v\n%s", tt.want, err, out)
 			}
 		})
 	}
-	if diff := cmp.Diff(before, v.state(t)); diff != "" {
+	if diff := cmp.Diff(before, v.State(t)); diff != "" {
 		t.Errorf("the VM changed: %s", diff)
 	}
-	if _, after := d.manifest(t); !bytes.Equal(after, data) || checksum(t, d) != sum {
+	if _, after := d.Manifest(t); !bytes.Equal(after, data) || checksum(t, d) != sum {
 		t.Error("the disk changed")
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
@@ -39,7 +40,7 @@ func TestCredentials(t *testing.T) {
     username = "` + user + `"
     password = "` + password + `"
   }`
-	cmd := v.packerBuild(t, imagesOption(ref), d.block(), option, "verify = true")
+	cmd := v.PackerBuild(t, buildvm.Images(ref), d.Block(), option, "verify = true")
 	cmd.Env = append(cmd.Env, "PACKER_LOG=1")
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -72,7 +73,7 @@ func TestCredentials(t *testing.T) {
 	}
 	t.Logf("looked at all processes %d times", samples)
 	find(t, needles, "Packer's log", out.Bytes())
-	disk, err := os.ReadFile(d.image)
+	disk, err := os.ReadFile(d.Image)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -94,7 +95,7 @@ func TestCredentials(t *testing.T) {
 	}
 
 	t.Run("wrong password", func(t *testing.T) {
-		out, err := v.build(t, imagesOption(ref), d.block(), strings.Replace(option, password, password+"-wrong", 1))
+		out, err := v.Build(t, buildvm.Images(ref), d.Block(), strings.Replace(option, password, password+"-wrong", 1))
 		if err == nil || !strings.Contains(out, "set registry_auth") {
 			t.Errorf("packer build: %v\n%s", err, out)
 		}
