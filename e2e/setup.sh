@@ -14,9 +14,10 @@ system=$(. /etc/os-release && echo "$ID $PRETTY_NAME") 2>/dev/null || system="? 
 [ "$(id -u)" = 0 ] || say "this boots machines and attaches disks: run it as root"
 [ -e /dev/loop-control ] || say "this needs a kernel with loop devices; a container has none"
 
-# libseccomp, a C compiler and pkg-config are for runc, the rest is run directly.
+# libseccomp, a C compiler and pkg-config are for runc, the compiler for the race detector
+# as well, libnbd for disks that lose their power; the rest is run directly.
 packages="systemd-container debootstrap util-linux iproute2 openssh-client ca-certificates
-	gcc libc6-dev pkg-config libseccomp-dev"
+	gcc libc6-dev pkg-config libseccomp-dev libnbd-bin"
 missing=
 for p in $packages; do
 	[ "$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing="$missing $p"
