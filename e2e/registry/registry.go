@@ -1,5 +1,5 @@
 // Package registry is a container registry on loopback that records what is asked
-// of it. Manifests are handled by go-containerregistry's registry. Blobs lie in a
+// of it, and can be told what to do wrong. Manifests are handled by go-containerregistry's registry. Blobs lie in a
 // directory and are served from there: that registry hashes a blob on every request
 // and does not know open ranges, with which clients resume a download.
 package registry
@@ -49,6 +49,7 @@ type Registry struct {
 	server *http.Server
 	served chan struct{}
 	count  Count
+	choose func(*http.Request) Fault
 }
 
 // Count is what was asked of a registry and what it answered.
@@ -169,6 +170,14 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 	if len(path) < 3 || (req.Method != http.MethodGet && req.Method != http.MethodHead) {
 		r.handler.ServeHTTP(w, req)
 		return
+	}
+	switch fault := r.fault(req); fault {
+	case "":
+	case Busy:
+		tooMany(w)
+		return
+	default:
+		w = &faulty{ResponseWriter: w, req: req, fault: fault}
 	}
 	head := req.Method == http.MethodHead
 	body := &counter{ResponseWriter: w, head: head}

@@ -87,9 +87,9 @@ func TestCount(t *testing.T) {
 	}
 }
 
-func TestRanges(t *testing.T) {
-	r := registry.New(t, registry.Config{})
-	_, image := push(t, r.Addr+"/image:tag")
+// firstBlob is an image's base layer.
+func firstBlob(t *testing.T, image v1.Image) (v1.Hash, []byte) {
+	t.Helper()
 	layers, err := image.Layers()
 	if err != nil {
 		t.Fatal(err)
@@ -106,6 +106,13 @@ func TestRanges(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return digest, blob
+}
+
+func TestRanges(t *testing.T) {
+	r := registry.New(t, registry.Config{})
+	_, image := push(t, r.Addr+"/image:tag")
+	digest, blob := firstBlob(t, image)
 	size := len(blob)
 	tests := []struct {
 		header     string
