@@ -1,6 +1,7 @@
 package containerd
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -17,6 +18,8 @@ func (r *Runtime) explain(err error) error {
 	switch {
 	case errors.Is(err, syscall.ENOSPC), strings.Contains(text, syscall.ENOSPC.Error()):
 		return fmt.Errorf("no room on the node below %s: free some space or inodes there: %w", r.root, err)
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Errorf("containerd at %s does not answer: restart it and run again: %w", r.opt.Address, err)
 	case errdefs.IsUnavailable(err):
 		return fmt.Errorf("containerd at %s stopped answering: start it and run again: %w", r.opt.Address, err)
 	case errors.Is(err, syscall.EROFS), strings.Contains(text, syscall.EROFS.Error()):

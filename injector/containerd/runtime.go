@@ -95,7 +95,7 @@ func New(ctx context.Context, opt Options) (*Runtime, error) {
 	if err := dial(ctx, opt.Address); err != nil {
 		return nil, err
 	}
-	c, err := client.New(opt.Address, client.WithDefaultNamespace(opt.Namespace))
+	c, err := client.New(opt.Address, client.WithDefaultNamespace(opt.Namespace), client.WithExtraDialOpts(bounded(limit)))
 	if err != nil {
 		return nil, fmt.Errorf("connecting to containerd at %s: %w", opt.Address, err)
 	}
@@ -152,7 +152,7 @@ func (r *Runtime) check(ctx context.Context) error {
 func (r *Runtime) pluginRoot(ctx context.Context, typ, id string) (string, error) {
 	resp, err := r.client.IntrospectionService().Plugins(ctx, fmt.Sprintf("type==%s,id==%s", typ, id))
 	if err != nil {
-		return "", fmt.Errorf("asking containerd at %s for its plugins: %w", r.opt.Address, err)
+		return "", fmt.Errorf("asking containerd at %s for its plugins: %w", r.opt.Address, r.explain(err))
 	}
 	for _, p := range resp.Plugins {
 		if p.InitErr != nil {
@@ -176,7 +176,7 @@ func (r *Runtime) checkCRI(ctx context.Context) error {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("asking the CRI at %s for its snapshotter: %w", r.opt.Address, err)
+		return fmt.Errorf("asking the CRI at %s for its snapshotter: %w", r.opt.Address, r.explain(err))
 	}
 	// The first entry is the default snapshotter's.
 	if len(resp.ImageFilesystems) == 0 || resp.ImageFilesystems[0].FsId == nil {
