@@ -278,8 +278,12 @@ func (n *run) registerLayer(ctx context.Context, id digest.Digest) (bool, error)
 	if err != nil || added {
 		return added, err
 	}
-	if src, wrong := n.r.wrongLink(n.survey, id, n.sources[id]); wrong {
-		info := n.survey.snapshots[chainName(id)]
+	// Not as the survey saw it: it may have been removed and made again meanwhile.
+	info, err := n.r.snapshots.Stat(ctx, chainName(id))
+	if err != nil {
+		return false, fmt.Errorf("looking up snapshot %s: %w", id, n.r.explain(err))
+	}
+	if src, wrong := n.r.wrongLink(n.survey, info, n.sources[id]); wrong {
 		return false, n.r.moveLink(ctx, info, src.link(n.survey.anchors[src.disk.ID]), src.disk.ID)
 	}
 	return false, nil
@@ -307,10 +311,13 @@ func (n *run) name(ctx context.Context, j *job, name string) (left string, err e
 		for key := range record.Labels {
 			paths = append(paths, "labels."+key)
 		}
-		if _, err := n.r.images.Update(ctx, record, paths...); err != nil {
+		_, err := n.r.images.Update(ctx, record, paths...)
+		if err == nil {
+			return "", nil
+		}
+		if !errdefs.IsNotFound(err) { // removed meanwhile
 			return "", fmt.Errorf("updating image record %s: %w", name, n.r.explain(err))
 		}
-		return "", nil
 	}
 	_, err = n.r.images.Create(ctx, record)
 	if errdefs.IsAlreadyExists(err) {

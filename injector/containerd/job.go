@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 
@@ -138,17 +139,16 @@ func (j *job) compareLayers(r *Runtime, s *survey, sources map[digest.Digest][]s
 			j.absent[id], j.cached[id] = true, true
 		default:
 			j.cached[id] = isLayer(s.snapshots[chainName(id)])
-			if _, wrong := r.wrongLink(s, id, sources[id]); wrong {
+			if _, wrong := r.wrongLink(s, s.snapshots[chainName(id)], sources[id]); wrong {
 				j.broken++
 			}
 		}
 	}
 }
 
-// wrongLink says whether the link of a chain that is there is to be moved, and to
+// wrongLink says whether the link of a snapshot is to be moved, and to
 // which of the sources. What is not ours has no link to move.
-func (r *Runtime) wrongLink(s *survey, chain digest.Digest, from []source) (source, bool) {
-	info := s.snapshots[chainName(chain)]
+func (r *Runtime) wrongLink(s *survey, info snapshots.Info, from []source) (source, bool) {
 	if !isLayer(info) || len(from) == 0 {
 		return source{}, false
 	}
