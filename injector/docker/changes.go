@@ -37,9 +37,8 @@ type relink struct {
 
 // newImage is an image config to register.
 type newImage struct {
-	ID      digest.Digest
-	Config  []byte
-	CacheID digest.Digest
+	ID     digest.Digest
+	Config []byte
 }
 
 // newName makes a name stand for the image id, instead of was: an older generation's,
@@ -365,7 +364,7 @@ func (p *planner) image(d *cachedisk.Disk, img manifest.Image, ri *report.Image)
 	if !p.hasImage(id) {
 		ri.State = report.Registered
 		if !slices.ContainsFunc(p.c.images, func(n newImage) bool { return n.ID == id }) {
-			p.c.images = append(p.c.images, newImage{id, img.Config.Data, d.ID})
+			p.c.images = append(p.c.images, newImage{id, img.Config.Data})
 		}
 	}
 	var left []string

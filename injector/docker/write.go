@@ -180,7 +180,7 @@ func (s store) forgetRemovals(c *changes) error {
 // commit makes the staged changes visible to a dockerd that starts after it: layers
 // before the images that have them, images before their names. After a power loss
 // it is the same: file systems with a journal keep the order of renames, and all but
-// the markers, whose contents nobody reads, is durable already.
+// the markers, which are empty, is durable already.
 func (s store) commit(c *changes) error {
 	if err := s.forgetRemovals(c); err != nil {
 		return err
@@ -203,7 +203,7 @@ func (s store) commit(c *changes) error {
 		if err := os.MkdirAll(filepath.Dir(marker), 0o700); err != nil {
 			return fmt.Errorf("registering image %s: %w", img.ID, err)
 		}
-		if err := os.WriteFile(marker, []byte(img.CacheID), 0o600); err != nil {
+		if err := os.WriteFile(marker, nil, 0o600); err != nil {
 			return fmt.Errorf("registering image %s: %w", img.ID, err)
 		}
 		if err := os.Rename(s.staging("imagedb", img.ID.Encoded()), s.imageContent(img.ID)); err != nil {
