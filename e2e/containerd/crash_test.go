@@ -3,142 +3,20 @@
 package containerd_test
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
-	"math/rand/v2"
 	"os"
-	"os/exec"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
 
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/google/go-cmp/cmp"
-	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
-
-// killPoints is how many runs of inject are killed before their end.
-const killPoints = 50
-
-// TestKill kills inject at random points: what is visible then is complete, and
-// the next run ends in the state of one that was left alone. Then the same with
-// eject.
-func TestKill(t *testing.T) {
-	onEach(t, kill)
-}
-
-func kill(t *testing.T, n *node) {
-	n.attach(t, world.second, cacheDir)
-	empty := n.settled(t, false)
-	start := time.Now()
-	n.inject(t, cacheDir)
-	injectTime := time.Since(start)
-	full := n.settled(t, false)
-	start = time.Now()
-	n.eject(t)
-	ejectTime := time.Since(start)
-	if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
-		t.Fatalf("eject left something: %s", diff)
-	}
-
-	killed, runs, ejects := 0, 0, 0
-	for ; killed < killPoints; runs++ {
-		after := time.Duration(rand.Int64N(int64(injectTime)))
-		if n.runAndKill(t, after, "inject", "--cache", cacheDir) {
-			killed++
-		} else {
-			injectTime = injectTime * 19 / 20 // it was slower when it was timed
-		}
-		n.checkVisible(t)
-		n.inject(t, cacheDir)
-		if diff := cmp.Diff(full, n.settled(t, false)); diff != "" {
-			t.Fatalf("inject killed after %v and run again: %s", after, diff)
-		}
-
-		after = time.Duration(rand.Int64N(int64(ejectTime)))
-		if n.runAndKill(t, after, "eject") {
-			ejects++
-		} else {
-			ejectTime = ejectTime * 19 / 20
-		}
-		n.eject(t)
-		if diff := cmp.Diff(empty, n.settled(t, false)); diff != "" {
-			t.Fatalf("eject killed after %v and run again: %s", after, diff)
-		}
-	}
-	t.Logf("killed %d of %d runs of inject before their end, and %d of eject", killed, runs, ejects)
-}
-
-// runAndKill starts the injector and kills it after the delay. It says whether the
-// injector was still running.
-func (n *node) runAndKill(t *testing.T, after time.Duration, args ...string) bool {
-	t.Helper()
-	cmd := n.Command(context.Background(), "selkies-image-injector", append([]string{"--runtime", "containerd"}, args...)...)
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	timer := time.AfterFunc(after, func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) })
-	defer timer.Stop()
-	var exit *exec.ExitError
-	err := cmd.Wait()
-	if err == nil {
-		return false
-	}
-	if e, ok := err.(*exec.ExitError); ok {
-		exit = e
-	}
-	if exit == nil || exit.ExitCode() == 1 {
-		t.Errorf("%v failed by itself: %v: %s", args, err, stderr.String())
-	}
-	return true
-}
-
-// checkVisible checks that every image record has all its content and layers, and
-// every layer its link.
-func (n *node) checkVisible(t *testing.T) {
-	t.Helper()
-	ctx := n.context(t)
-	list, err := n.ctrd.ListImages(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, img := range list {
-		diffIDs, err := img.RootFS(ctx)
-		if err != nil {
-			t.Errorf("image %s is visible without its content: %v", img.Name(), err)
-			continue
-		}
-		for _, id := range identity.ChainIDs(diffIDs) {
-			if _, err := n.ctrd.SnapshotService("overlayfs").Stat(ctx, id.String()); err != nil {
-				t.Errorf("image %s is visible without a layer: %v", img.Name(), err)
-			}
-		}
-	}
-	err = n.ctrd.SnapshotService("overlayfs").Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-		dir := i.Labels["selkies.io/image-cache.dir"]
-		if dir == "" || i.Kind != snapshots.KindCommitted || i.Labels["selkies.io/image-cache.anchor"] != "" {
-			return nil
-		}
-		if out, err := n.Run(t.Context(), "test", "-d", snapshotsDir+"/"+dir+"/fs/."); err != nil {
-			t.Errorf("layer %s is committed and not there: %v %s", i.Name, err, out)
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-}
 
 // TestRace lets two injectors and a pull of the same image run at once.
 func TestRace(t *testing.T) {

@@ -6,151 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
-	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
-
-// TestKilled kills inject at random points and runs it again: the end is that of a
-// clean run, and docker always runs afterwards if it did before.
-func TestKilled(t *testing.T) {
-	n := newNode(t, releases[0].docker)
-	n.attach(t, world.first.image, cacheDir)
-	for _, tt := range []struct {
-		name  string
-		runs  bool // dockerd runs
-		kills int
-	}{
-		{"docker runs", true, 15},
-		{"docker is stopped", false, 35},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			n.fresh(t)
-			n.stop(t)
-			n.Output(t, "sh", "-ec", "rm -rf /var/lib/spare; cp -a "+dataRoot+" /var/lib/spare")
-			n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
-			reset := func() {
-				n.stop(t)
-				n.Output(t, "sh", "-ec", "umount "+stateDir+"/* 2>/dev/null || :; rm -rf "+stateDir+
-					"; find "+dataRoot+" -mindepth 1 -delete; cp -a /var/lib/spare/. "+dataRoot)
-				if tt.runs {
-					n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
-				}
-			}
-			reset()
-			start := time.Now()
-			n.Output(t, "timeout", "60", "selkies-image-injector", "--runtime", "docker", "inject")
-			took := time.Since(start)
-			want := n.store(t)
-			t.Logf("a clean run takes %v", took)
-			for kills := 0; kills < tt.kills; {
-				reset()
-				after := rand.N(took)
-				_, err := n.Run(t.Context(), "timeout", "-s", "KILL", fmt.Sprint(after.Seconds()),
-					"selkies-image-injector", "--runtime", "docker", "inject")
-				if err == nil {
-					took = took * 9 / 10 // it was slower when it was timed
-				} else {
-					kills++
-				}
-				n.inject(t)
-				same(t, fmt.Sprintf("killed after %v", after), want, n.store(t))
-				state, _ := n.Run(t.Context(), "systemctl", "is-active", "docker.service", "docker.socket")
-				if active := strings.Count(state, "inactive") == 0; active != tt.runs {
-					t.Errorf("killed after %v: docker's units are %q", after, state)
-				}
-				if t.Failed() {
-					return
-				}
-			}
-			if !tt.runs {
-				n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
-			}
-			n.hello(t, ref("deep:latest"))
-		})
-	}
-}
-
-// TestEjectKilled kills eject, or dockerd under it, at random points. Another eject
-// ends in the state before everything, another inject in that of a clean run.
-func TestEjectKilled(t *testing.T) {
-	n := newNode(t, releases[0].docker)
-	n.attach(t, world.first.image, cacheDir)
-	before := n.store(t)
-	n.inject(t)
-	registered := n.store(t)
-	start := time.Now()
-	n.eject(t)
-	took := time.Since(start)
-	t.Logf("a clean run takes %v", took)
-	n.inject(t)
-	for kills := 0; kills < 24; {
-		after, daemon := rand.N(took), kills%3 == 2
-		what := fmt.Sprintf("eject killed after %v", after)
-		var err error
-		if daemon {
-			what = fmt.Sprintf("dockerd killed %v into eject", after)
-			_, err = n.Run(t.Context(), "sh", "-c", fmt.Sprintf(`selkies-image-injector --runtime docker eject & sleep %f
-				kill -0 $! 2>/dev/null && systemctl kill -s KILL --kill-who main docker.service; wait $!`, after.Seconds()))
-			n.Output(t, "systemctl", "start", "docker.socket", "docker.service")
-		} else {
-			_, err = n.Run(t.Context(), "timeout", "-s", "KILL", fmt.Sprint(after.Seconds()),
-				"selkies-image-injector", "--runtime", "docker", "eject")
-		}
-		if err == nil {
-			took = took * 9 / 10 // it was slower when it was timed
-		} else {
-			kills++
-		}
-		if kills%2 == 0 {
-			ejected := func() bool { return len(n.eject(t).Kept) == 0 }
-			if daemon {
-				// dockerd finishes the removal of a layer as it stops. Further layers of an
-				// image that it had begun to remove belong to none: only another image that
-				// has them takes them along.
-				all := ejected()
-				n.Output(t, "systemctl", "restart", "docker.service")
-				if !all {
-					n.inject(t)
-				}
-			}
-			// What a killed eject has asked for, dockerd may still be doing.
-			n.wait(t, "layers are left over", func() bool {
-				all := ejected()
-				dirs, _ := filepath.Glob(n.Path(dataRoot + "/overlay2/*"))
-				return all && len(dirs) == 1
-			})
-			same(t, what+", then eject", before, withoutRemains(n.store(t)))
-		}
-		n.inject(t)
-		same(t, what+", then inject", registered, withoutRemains(n.store(t)))
-		if t.Failed() {
-			return
-		}
-	}
-	n.hello(t, ref("deep:latest"))
-	n.hello(t, ref("odd-files:latest"))
-}
-
-// withoutRemains is a store without what a killed dockerd leaves there for good: the
-// entry of a layer whose files are already gone, and a half-written file of names.
-func withoutRemains(tree treediff.Tree) treediff.Tree {
-	for name := range tree {
-		if strings.Contains(name, "-removing") || strings.Contains(name, "/.tmp-repositories.json") {
-			delete(tree, name)
-		}
-	}
-	return tree
-}
 
 // TestInterrupted stops inject as Ctrl-C does: docker runs afterwards.
 func TestInterrupted(t *testing.T) {

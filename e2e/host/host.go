@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -116,7 +117,8 @@ func Tool(ctx context.Context, name string) (string, error) {
 }
 
 // Build builds a program of this module, named by its folder as in "./injector",
-// into the file out. It is static, as released ones are.
+// into the file out. It is static, as released ones are, but with the flag -race, whose
+// detector needs libc.
 func Build(ctx context.Context, pkg, out string, flags ...string) error {
 	src, err := Source(ctx)
 	if err != nil {
@@ -124,7 +126,11 @@ func Build(ctx context.Context, pkg, out string, flags ...string) error {
 	}
 	cmd := exec.CommandContext(ctx, "go", append(append([]string{"build", "-o", out}, flags...), pkg)...)
 	cmd.Dir = src
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cgo := "0"
+	if slices.Contains(flags, "-race") {
+		cgo = "1"
+	}
+	cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
 	if _, err := Output(cmd); err != nil {
 		return fmt.Errorf("building %s: %w", pkg, err)
 	}

@@ -1,0 +1,381 @@
+//go:build e2e
+
+package faults_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// buildLimit is far more than any build takes, cleanLimit than the VM takes to clean up.
+const (
+	buildLimit = 4 * time.Minute
+	cleanLimit = time.Minute
+)
+
+// builds are builds of one cache disk after another on one VM.
+type builds struct {
+	vm   *buildvm.VM
+	reg  *registry.Registry
+	refs []string
+
+	state string // of the VM without a build
+	took  time.Duration
+	// blank and older are disks to begin with: an empty one, and one with a cache of
+	// some of the images. want is what the layer manifest is in the end.
+	blank, older string
+	want         *manifest.Manifest
+}
+
+func newBuilds(t *testing.T) *builds {
+	t.Helper()
+	packer, err := buildvm.InstallPacker(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &builds{reg: registry.New(t, registry.Config{})}
+	if b.vm, err = buildvm.Boot(t.Context(), packer, machine.Debian); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := b.vm.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	all, err := catalogue(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.refs, err = images.Push(t.Context(), b.reg.Addr, all); err != nil {
+		t.Fatal(err)
+	}
+	b.learn(t)
+	return b
+}
+
+// learn makes builds without a fault.
+func (b *builds) learn(t *testing.T) {
+	t.Helper()
+	b.state = b.vm.State(t)
+	d := buildvm.NewDisk(t, b.vm, 256)
+	b.blank = filepath.Join(t.TempDir(), "blank")
+	copyDisk(t, d.Image, b.blank)
+	b.plain(t, d, b.refs[:2])
+	b.older = filepath.Join(t.TempDir(), "older")
+	copyDisk(t, d.Image, b.older)
+	d = buildvm.OpenDisk(t, b.vm, b.copyOf(t, b.blank))
+	start := time.Now()
+	b.plain(t, d, b.refs)
+	b.took = time.Since(start)
+	b.want = normal(t, d)
+	t.Logf("a build takes %v", b.took)
+}
+
+func (b *builds) copyOf(t *testing.T, image string) string {
+	t.Helper()
+	to := filepath.Join(t.TempDir(), "disk")
+	copyDisk(t, image, to)
+	return to
+}
+
+// plain runs a build without a fault; it must succeed and leave the VM as it was.
+func (b *builds) plain(t *testing.T, d *buildvm.Disk, refs []string) {
+	t.Helper()
+	out, err := b.vm.Build(t, buildvm.Images(refs...), d.Block(), "verify = true")
+	if err != nil {
+		t.Fatalf("packer build: %v\n%s", err, out)
+	}
+	if diff := cmp.Diff(b.state, b.vm.State(t)); diff != "" {
+		t.Errorf("after a build the VM is not as it was: %s", diff)
+	}
+}
+
+// normal is the layer manifest without what differs from build to build.
+func normal(t *testing.T, d *buildvm.Disk) *manifest.Manifest {
+	t.Helper()
+	m, _ := d.Manifest(t)
+	m.Created = time.Time{}
+	for i := range m.Layers {
+		m.Layers[i].Directory = ""
+	}
+	return m
+}
+
+// build is one that is under way.
+type build struct {
+	*builds
+	disk  *buildvm.Disk
+	cmd   *exec.Cmd
+	out   bytes.Buffer
+	ended chan struct{}
+}
+
+func (b *builds) start(t *testing.T, d *buildvm.Disk, options ...string) *build {
+	t.Helper()
+	u := &build{builds: b, disk: d, ended: make(chan struct{})}
+	u.cmd = b.vm.PackerBuild(t, append(options, buildvm.Images(b.refs...), d.Block())...)
+	u.cmd.Stdout, u.cmd.Stderr = &u.out, &u.out
+	if err := u.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_ = u.cmd.Wait() // what it says is looked at
+		close(u.ended)
+	}()
+	return u
+}
+
+// buildFault is something that goes wrong during a build.
+type buildFault struct {
+	kind string
+	// disturb, if any, is what the registry does wrong to some requests.
+	disturb registry.Fault
+	// fill, if any, fills a disk that has a cache already, before the build, but for a
+	// random part of room.
+	fill filling
+	room int64
+	// strike comes at a random moment, and says errNotRunning where there is nothing to
+	// strike then.
+	strike func(t *testing.T, u *build, r *rand.Rand) error
+	heal   func(t *testing.T, u *build)
+}
+
+var buildFaults = []buildFault{
+	{kind: "Packer killed", strike: func(_ *testing.T, u *build, _ *rand.Rand) error {
+		return syscall.Kill(-u.cmd.Process.Pid, syscall.SIGKILL)
+	}},
+	{kind: "provisioner killed", strike: killPlugin},
+	{kind: "sshd killed", strike: killSSHD, heal: func(t *testing.T, u *build) { u.vm.Output(t, "systemctl", "restart", "ssh.service") }},
+	{kind: "dockerd of a build killed", strike: killUnit("selkies-image-cache-dockerd.service")},
+	{kind: "disk full, build VM", fill: fillDisk, room: 4 << 20},
+	{kind: "inodes used up, build VM", fill: fillInodes, room: 256},
+	{kind: "registry stopped", strike: func(_ *testing.T, u *build, _ *rand.Rand) error { return u.reg.Stop() },
+		heal: func(t *testing.T, u *build) {
+			if err := u.reg.Start(); err != nil {
+				t.Fatal(err)
+			}
+		}},
+	{kind: "registry: connections dropped", disturb: registry.Drop},
+	{kind: "registry: wrong bytes", disturb: registry.Corrupt},
+	{kind: "registry: 429", disturb: registry.Busy},
+	{kind: "registry: stalls", disturb: registry.Stall},
+}
+
+func killPlugin(_ *testing.T, u *build, _ *rand.Rand) error {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return err
+	}
+	killed := 0
+	for _, dir := range dirs {
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			return err
+		}
+		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
+		if group, err := syscall.Getpgid(pid); err != nil || group != u.cmd.Process.Pid || !strings.Contains(string(cmdline), "packer-plugin-selkies") {
+			continue
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err == nil {
+			killed++
+		}
+	}
+	if killed == 0 {
+		return errNotRunning
+	}
+	return nil
+}
+
+// killSSHD kills those of open sessions too.
+func killSSHD(_ *testing.T, u *build, _ *rand.Rand) error {
+	_, err := u.vm.Signal(syscall.SIGKILL, "sshd")
+	return err
+}
+
+func killUnit(unit string) func(*testing.T, *build, *rand.Rand) error {
+	return func(t *testing.T, u *build, _ *rand.Rand) error {
+		if _, err := u.vm.Run(t.Context(), "systemctl", "kill", "--signal=SIGKILL", unit); err != nil {
+			return errNotRunning
+		}
+		return nil
+	}
+}
+
+// onDisk mounts a disk that no build uses.
+func (b *builds) onDisk(t *testing.T, d *buildvm.Disk, f func(dir string)) {
+	t.Helper()
+	const dir = "/run/disk"
+	b.vm.Output(t, "sh", "-ec", "mkdir "+dir+"; mount "+d.Device+" "+dir)
+	f(b.vm.Path(dir))
+	b.vm.Output(t, "sh", "-ec", "umount "+dir+"; rmdir "+dir)
+}
+
+// TestBuild lets one fault after another strike builds.
+func TestBuild(t *testing.T) {
+	t.Parallel()
+	b := newBuilds(t)
+	rounds(t, share(40), func(t *testing.T, r *rand.Rand) {
+		f := pick(r, buildFaults)
+		from := pick(r, []string{b.blank, b.older})
+		if f.fill != nil {
+			from = b.older
+		}
+		u, what := b.suffer(t, r, f, from)
+		if f.heal != nil {
+			f.heal(t, u)
+		}
+		if f.fill != nil {
+			b.onDisk(t, u.disk, func(dir string) {
+				if err := os.RemoveAll(filepath.Join(dir, filler)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		checkCache(t, u.disk, what)
+		b.plain(t, u.disk, b.refs)
+		total.state()
+		if diff := cmp.Diff(b.want, normal(t, u.disk)); diff != "" {
+			t.Errorf("%s, then a plain build: %s", what, diff)
+		}
+		u.disk.CheckStore(t, len(b.want.Layers))
+		if t.Failed() {
+			t.Logf("%s; what the build said:\n%s", what, u.out.String())
+		}
+	})
+}
+
+// suffer runs a build that the fault strikes, and says what happened. The VM has to
+// clean up by itself.
+func (b *builds) suffer(t *testing.T, r *rand.Rand, f buildFault, from string) (*build, string) {
+	t.Helper()
+	for {
+		d := buildvm.OpenDisk(t, b.vm, b.copyOf(t, from))
+		var options []string
+		what := f.kind
+		if f.fill != nil {
+			b.onDisk(t, d, func(dir string) {
+				if err := f.fill(r, filepath.Join(dir, filler), f.room); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		if f.disturb != "" {
+			share, random := r.Float64(), rand.New(rand.NewPCG(r.Uint64(), 0))
+			faults := make(chan *rand.Rand, 1) // requests come at once
+			faults <- random
+			b.reg.Disturb(func(*http.Request) registry.Fault {
+				r := <-faults
+				defer func() { faults <- r }()
+				if r.Float64() < share {
+					return f.disturb
+				}
+				return ""
+			})
+			// Neither Docker nor the registry's client ends a download that stalls: Packer
+			// does, where it is told to.
+			options = append(options, fmt.Sprintf("timeout = %q", (4*b.took).Round(time.Second)))
+		}
+		u := b.start(t, d, options...)
+		struck := f.strike == nil
+		if f.strike != nil {
+			after := time.Duration(r.Int64N(int64(b.took)))
+			what = fmt.Sprintf("%s, %v into a build", f.kind, after.Round(time.Millisecond))
+			if u.runsFor(after) {
+				err := f.strike(t, u, r)
+				if err != nil && err != errNotRunning {
+					t.Fatalf("%s: %v", what, err)
+				}
+				struck = err == nil
+			}
+		}
+		u.wait(t, what)
+		b.reg.Disturb(nil)
+		b.waitClean(t, what, u)
+		if struck {
+			t.Logf("%s: exit status %d", what, u.cmd.ProcessState.ExitCode())
+			total.fault(f.kind)
+			return u, what
+		}
+	}
+}
+
+func (u *build) runsFor(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-u.ended:
+		return false
+	case <-timer.C:
+		return true
+	}
+}
+
+func (u *build) wait(t *testing.T, what string) {
+	t.Helper()
+	timer := time.NewTimer(buildLimit)
+	defer timer.Stop()
+	select {
+	case <-u.ended:
+	case <-timer.C:
+		_ = syscall.Kill(-u.cmd.Process.Pid, syscall.SIGKILL)
+		<-u.ended
+		t.Fatalf("%s: the build hangs:\n%s", what, u.out.String())
+	}
+	if out := u.out.String(); strings.Contains(out, "panic:") {
+		t.Errorf("%s: the build says:\n%s", what, out)
+	}
+}
+
+// waitClean waits for the VM to be as it was before the build.
+func (b *builds) waitClean(t *testing.T, what string, u *build) {
+	t.Helper()
+	deadline := time.Now().Add(cleanLimit)
+	for {
+		now := b.vm.State(t)
+		if now == b.state {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %s later the VM is not as it was: %s\n%s", what, cleanLimit, cmp.Diff(b.state, now), u.out.String())
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+}
+
+// checkCache proves every layer that the disk's manifest names, if there is one.
+func checkCache(t *testing.T, d *buildvm.Disk, what string) {
+	t.Helper()
+	if out, err := exec.CommandContext(t.Context(), "blkid", "--probe", d.Device).CombinedOutput(); len(out) == 0 {
+		return // still blank
+	} else if err != nil {
+		t.Fatalf("%s: %v: %s", what, err, out)
+	}
+	d.Mount(t, func(dir string) {
+		if _, err := os.Stat(filepath.Join(dir, manifest.Path)); errors.Is(err, os.ErrNotExist) {
+			return
+		}
+		if _, err := host.Output(exec.CommandContext(t.Context(), world.injector, "verify", "--cache", dir)); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	})
+}

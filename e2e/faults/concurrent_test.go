@@ -1,0 +1,232 @@
+//go:build e2e
+
+package faults_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/nodestate"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/pods"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
+)
+
+// stepLimit is what nothing that is asked of the node while everything goes on at once
+// may take.
+const stepLimit = 3 * time.Minute
+
+// crowd is everything that works on a node at once.
+type crowd struct {
+	n    *ctrdNode
+	conn *grpc.ClientConn
+
+	mu    sync.Mutex
+	done  map[string]int
+	wrong []string
+}
+
+// count notes what was done, or said.
+func (c *crowd) count(what string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.done[what]++
+}
+
+func (c *crowd) fail(format string, a ...any) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.wrong = append(c.wrong, fmt.Sprintf(format, a...))
+}
+
+// TestConcurrent lets injectors, garbage collection and what kubelet does work on the
+// same images at once: no container sees anything but its whole tree, everything ends,
+// and nothing is left over.
+func TestConcurrent(t *testing.T) {
+	t.Parallel()
+	n := newCtrdNode(t, machine.Upstream)
+	n.MountDisk(t, newStore(t), nodestate.ContainerdDir, "rw")
+	n.start(t)
+	c := &crowd{n: n, done: map[string]int{}}
+	var err error
+	if c.conn, err = grpc.NewClient("unix://"+n.Path(machine.Socket), grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.conn.Close() })
+	// The sandbox's image is the node's own, before all.
+	p, err := pods.Run(t.Context(), c.conn, "first", world.pause, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Remove(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	n.learn(t)
+
+	duration := time.Duration(*faults) * time.Second
+	ctx, cancel := context.WithTimeout(n.context(t), duration)
+	defer cancel()
+	var wg sync.WaitGroup
+	for i, member := range []func(ctx context.Context, t *testing.T, r *rand.Rand, i int){
+		c.injects, c.injects, c.ejects, c.collects, c.kubelet, c.kubelet, c.kubelet,
+	} {
+		r := rand.New(rand.NewPCG(*seed, uint64(i)))
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				member(context.WithoutCancel(ctx), t, r, i)
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("in %v: %v", duration, c.summary())
+	for _, w := range c.wrong {
+		t.Error(w)
+	}
+	if t.Failed() {
+		return
+	}
+
+	// All that kubelet would remove goes, and what was registered.
+	for _, ref := range world.refs {
+		if err := c.removeImage(n.context(t), ref); err != nil {
+			t.Error(err)
+		}
+	}
+	n.recover(t, eject, "everything at once")
+	n.recover(t, inject, "everything at once, and eject")
+	n.checkVisible(t)
+	n.recover(t, eject, "everything at once, eject and inject")
+	total.crowded(duration)
+}
+
+func (c *crowd) summary() string {
+	var s []string
+	for _, what := range slices.Sorted(maps.Keys(c.done)) {
+		s = append(s, fmt.Sprintf("\n%5d %s", c.done[what], what))
+	}
+	return strings.Join(s, "")
+}
+
+// run runs the injector; refusals that refused names are none of its faults.
+func (c *crowd) run(t *testing.T, command string, refused string) {
+	i := startInjector(t, c.n.Machine, "containerd", command)
+	status, err := i.end()
+	switch {
+	case err != nil:
+		c.fail("%v", err)
+	case status == 0:
+		c.count(command)
+	default:
+		for line := range strings.Lines(i.stderr.String()) {
+			if refused == "" || !strings.Contains(line, refused) {
+				c.fail("%s: %s", command, line)
+			}
+		}
+		c.count(command + " refused")
+	}
+}
+
+func (c *crowd) injects(_ context.Context, t *testing.T, _ *rand.Rand, _ int) { c.run(t, inject, "") }
+
+func (c *crowd) ejects(_ context.Context, t *testing.T, r *rand.Rand, _ int) {
+	time.Sleep(time.Duration(r.Int64N(int64(2 * time.Second))))
+	c.run(t, eject, "remove the container first")
+}
+
+func (c *crowd) collects(ctx context.Context, _ *testing.T, r *rand.Rand, _ int) {
+	time.Sleep(time.Duration(r.Int64N(int64(200 * time.Millisecond))))
+	ctx, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
+	if err := nodestate.Collect(ctx, c.n.ctrd); err != nil {
+		c.fail("%v", err)
+		return
+	}
+	c.count("garbage collected")
+}
+
+// kubelet pulls an image if it is not there, or always, runs it, compares what the
+// container sees, and now and then removes the image.
+func (c *crowd) kubelet(ctx context.Context, _ *testing.T, r *rand.Rand, i int) {
+	ctx, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
+	ref := pick(r, world.refs)
+	if r.IntN(2) == 0 {
+		if _, err := cri.NewImageServiceClient(c.conn).PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil {
+			c.said(ctx, "pulling "+ref, err)
+			return
+		}
+		c.count("images pulled")
+	}
+	p, err := pods.Run(ctx, c.conn, fmt.Sprintf("pod-%d", i), ref, nil)
+	if err != nil {
+		c.said(ctx, "running "+ref, err)
+		return
+	}
+	tree, err := pods.Tree(ctx, c.n.Machine, c.n.ctrd, p.Container)
+	if err != nil {
+		c.fail("reading the tree of %s: %v", ref, err)
+	}
+	c.compare(ref, tree)
+	if err := p.Remove(ctx); err != nil {
+		c.fail("%v", err)
+	}
+	c.count("pods run")
+	if r.IntN(3) == 0 {
+		if err := c.removeImage(ctx, ref); err != nil {
+			c.fail("%v", err)
+		}
+		c.count("images removed")
+	}
+}
+
+func (c *crowd) removeImage(ctx context.Context, ref string) error {
+	_, err := cri.NewImageServiceClient(c.conn).RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: ref}})
+	return err
+}
+
+// said sorts the errors of pulls and runs: an image that another member removes is not
+// there any more, which kubelet answers by trying again.
+func (c *crowd) said(ctx context.Context, what string, err error) {
+	if ctx.Err() != nil {
+		c.fail("%s hangs: %v", what, errors.Join(err, ctx.Err()))
+		return
+	}
+	if strings.Contains(err.Error(), "not found") || strings.Contains(err.Error(), "does not exist") {
+		c.count(what[:strings.Index(what, " ")] + " an image that was removed meanwhile")
+		if strings.HasPrefix(what, "pulling") {
+			c.count("pull: " + err.Error())
+		}
+		return
+	}
+	c.fail("%s: %v", what, err)
+}
+
+// compare compares what a container sees with what it sees after a pull.
+func (c *crowd) compare(ref string, got treediff.Tree) {
+	total.tree()
+	for _, img := range world.cache.Images {
+		if !slices.Contains(img.Names, ref) {
+			continue
+		}
+		want := pods.WithoutRuntime(maps.Clone(world.trees[img.Target().Digest]))
+		delete(want, ".")
+		delete(got, ".") // that of the container
+		for _, diff := range treediff.Compare(want, got) {
+			c.fail("a container of %s: %s", ref, diff)
+		}
+		return
+	}
+	c.fail("no image is named %s", ref)
+}

@@ -1,0 +1,114 @@
+//go:build e2e
+
+package faults_test
+
+import (
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/nodestate"
+)
+
+// ctrdFault is something that goes wrong while the injector works with containerd.
+type ctrdFault struct {
+	kind string
+	// prepare, if any, comes before the run.
+	prepare func(t *testing.T, n *ctrdNode)
+	strike  func(t *testing.T, n *ctrdNode, r *rand.Rand, i *injection) error
+	// heal makes the node well again; what the fault did to its state stays.
+	heal func(t *testing.T, n *ctrdNode)
+	// unreadable is true of a fault after which the disk of what is registered has to
+	// be mounted anew.
+	unreadable bool
+}
+
+var ctrdFaults = []ctrdFault{
+	{kind: "injector killed, containerd", strike: killInjector},
+	{kind: "containerd killed", strike: killContainerd, heal: restartContainerd},
+	{kind: "containerd and injector killed", strike: killBoth, heal: restartContainerd},
+	{kind: "containerd stopped for a moment", strike: stopContainerd},
+	{kind: "lease expired, as when the clock jumps a day ahead", strike: expireLease},
+	{kind: "disk full, containerd", strike: onStore(fillDisk, 512<<10), heal: emptyStore},
+	{kind: "inodes used up, containerd", strike: onStore(fillInodes, 64), heal: emptyStore},
+	{
+		kind: "cache disk fails every read, containerd", unreadable: true,
+		prepare: func(t *testing.T, n *ctrdNode) { n.ownCache(t) },
+		strike:  func(_ *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error { return n.failCache() },
+		heal:    func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
+	},
+	{
+		kind:   "cache disk unmounted, containerd",
+		strike: func(t *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error { return n.unmountCache(t) },
+		heal:   func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
+	},
+}
+
+func killInjector(_ *testing.T, _ *ctrdNode, _ *rand.Rand, i *injection) error { return i.kill() }
+
+func killContainerd(_ *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error {
+	return n.signal(syscall.SIGKILL)
+}
+
+func killBoth(t *testing.T, n *ctrdNode, _ *rand.Rand, i *injection) error {
+	return errors.Join(n.signal(syscall.SIGKILL), i.kill())
+}
+
+// stopContainerd has calls hang for a time that the injector waits.
+func stopContainerd(_ *testing.T, n *ctrdNode, r *rand.Rand, _ *injection) error {
+	if err := n.signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	time.Sleep(time.Duration(r.Int64N(int64(500 * time.Millisecond))))
+	return n.signal(syscall.SIGCONT)
+}
+
+func (n *ctrdNode) signal(s syscall.Signal) error {
+	reached, err := n.Signal(s, "containerd")
+	if err == nil && reached == 0 {
+		err = errors.New("no containerd runs")
+	}
+	return err
+}
+
+func restartContainerd(t *testing.T, n *ctrdNode) { n.start(t) }
+
+// expireLease takes the injector's lease away, with what only it kept: what containerd
+// does when the clock, which is the machine's own, jumps past the lease's end.
+func expireLease(t *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error {
+	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	list, err := n.ctrd.LeasesService().List(ctx)
+	if err != nil {
+		return err
+	}
+	for _, l := range list {
+		if l.Labels["selkies.io/image-cache.id"] == "" {
+			continue
+		}
+		if err := n.ctrd.LeasesService().Delete(ctx, l, leases.SynchronousDelete); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// onStore is a fault of the file system that the runtime keeps its store on.
+func onStore(fill filling, most int64) func(*testing.T, *ctrdNode, *rand.Rand, *injection) error {
+	return func(_ *testing.T, n *ctrdNode, r *rand.Rand, _ *injection) error {
+		return fill(r, n.Path(filepath.Join(nodestate.ContainerdDir, filler)), most)
+	}
+}
+
+func emptyStore(t *testing.T, n *ctrdNode) {
+	if err := os.RemoveAll(n.Path(filepath.Join(nodestate.ContainerdDir, filler))); err != nil {
+		t.Fatal(err)
+	}
+}

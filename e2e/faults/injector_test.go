@@ -1,0 +1,121 @@
+//go:build e2e
+
+package faults_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+)
+
+const (
+	cacheDir = "/cache" // where the injector looks by itself
+	program  = "/usr/local/bin/selkies-image-injector"
+)
+
+// runLimit is far more than any run of the injector takes, also if what it asks hangs:
+// it is bounded by deadlines of its own.
+const runLimit = 5 * time.Minute
+
+// injection is a run of the injector on a node.
+type injection struct {
+	cmd    *exec.Cmd
+	stderr bytes.Buffer
+	ended  chan struct{}
+	killed bool
+}
+
+// startInjector starts the injector with a runtime and a command.
+func startInjector(t *testing.T, m *machine.Machine, runtime string, args ...string) *injection {
+	t.Helper()
+	i := &injection{ended: make(chan struct{})}
+	i.cmd = m.Command(context.Background(), program, append([]string{"--runtime", runtime}, args...)...)
+	i.cmd.Stderr = &i.stderr
+	if err := i.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		_ = i.cmd.Wait() // its status is asked later
+		close(i.ended)
+	}()
+	return i
+}
+
+// kill kills it. An injector that has ended stays as it is.
+func (i *injection) kill() error {
+	i.killed = true
+	if err := syscall.Kill(-i.cmd.Process.Pid, syscall.SIGKILL); err != syscall.ESRCH {
+		return err
+	}
+	return nil
+}
+
+// runsFor waits until it has run for that long, and says if it still does.
+func (i *injection) runsFor(d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-i.ended:
+		return false
+	case <-timer.C:
+		return true
+	}
+}
+
+// end waits for the end and gives the exit status, -1 for one that was killed. The error
+// is for an injector that hangs, crashes, races, or fails without saying why.
+func (i *injection) end() (status int, err error) {
+	timer := time.NewTimer(runLimit)
+	defer timer.Stop()
+	select {
+	case <-i.ended:
+	case <-timer.C:
+		_ = syscall.Kill(-i.cmd.Process.Pid, syscall.SIGQUIT) // for the stacks
+		<-i.ended
+		return -1, fmt.Errorf("%v hangs: %s", i.cmd.Args, i.stderr.String())
+	}
+	said := i.stderr.String()
+	if strings.Contains(said, "DATA RACE") || strings.Contains(said, "goroutine ") {
+		return -1, fmt.Errorf("%v: %s", i.cmd.Args, said)
+	}
+	if i.killed {
+		return -1, nil
+	}
+	status = i.cmd.ProcessState.ExitCode()
+	if status != 0 && (status != 1 || said == "") {
+		return status, fmt.Errorf("%v: exit status %d: %s", i.cmd.Args, status, said)
+	}
+	return status, nil
+}
+
+// wait is end for a test, which fails by the error.
+func (i *injection) wait(t *testing.T) (status int) {
+	t.Helper()
+	status, err := i.end()
+	if err != nil {
+		t.Error(err)
+	}
+	return status
+}
+
+// runInjector runs the injector without a fault; it must succeed.
+func runInjector(t *testing.T, m *machine.Machine, runtime string, args ...string) (took time.Duration) {
+	t.Helper()
+	start := time.Now()
+	i := startInjector(t, m, runtime, args...)
+	if i.wait(t) != 0 {
+		t.Fatalf("%v: %s", args, i.stderr.String())
+	}
+	return time.Since(start)
+}
+
+// pick is one of a list.
+func pick[T any](r *rand.Rand, list []T) T { return list[r.IntN(len(list))] }
