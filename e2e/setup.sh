@@ -14,6 +14,11 @@ system=$(. /etc/os-release && echo "$ID $PRETTY_NAME") 2>/dev/null || system="? 
 [ "$(id -u)" = 0 ] || say "this boots machines and attaches disks: run it as root"
 [ -e /dev/loop-control ] || say "this needs a kernel with loop devices; a container has none"
 
+# Each machine's systemd, containerd, dockerd and kubelet take some of what root has in
+# all, by default 128. Where none is left, units of a machine fail as it boots.
+instances=/proc/sys/fs/inotify/max_user_instances
+[ "$(cat $instances)" -ge 1024 ] || echo 1024 >$instances || say "fs.inotify.max_user_instances could not be raised to 1024"
+
 # libseccomp, a C compiler and pkg-config are for runc, the compiler for the race detector
 # as well, libnbd for disks that lose their power; the rest is run directly.
 packages="systemd-container debootstrap util-linux iproute2 openssh-client ca-certificates
