@@ -32,6 +32,8 @@ var commands = []struct{ begin, file, text string }{
 	{"kubectl exec -n selkies-image-cache ds/selkies-image-injector -- selkies-image-injector plan", "e2e/cluster/agent_test.go", `inAgent(t, n, "plan", `},
 	{"kubectl apply -k example/kustomize/", "e2e/cluster/privileges_test.go", `"-k", examples+variant`},
 	{"kubectl apply -k example/gke", "e2e/pipeline/cronjob_test.go", `"apply", "-k", dir`},
+	{"kubectl get jobs -n pod-broker-system", "e2e/pipeline/cronjob_test.go", `"kubectl get jobs -n pod-broker-system"`},
+	{"kubectl patch cronjob update-image-cache -n pod-broker-system", "e2e/pipeline/cronjob_test.go", "kubectl patch cronjob update-image-cache"},
 	{"kubectl create job --from=cronjob/update-image-cache", "e2e/pipeline/cronjob_test.go", "documented(t, tt.command)"},
 	{"install build/selkies-image-injector /usr/local/bin/", "e2e/systemd/boot_test.go", "/usr/local/bin/selkies-image-injector"},
 	{"mkdir -p /cache", "e2e/systemd/boot_test.go", "/cache"},
@@ -44,8 +46,6 @@ var byHand = []string{
 	"make demo",
 	"make dev", // tests install the plugin into a folder of their own
 	"echo '/dev/disk/by-id/google-image-cache /cache ext4 ro,noload", // tests mount it on /cache otherwise
-	"kubectl get jobs -n pod-broker-system",
-	"kubectl patch cronjob update-image-cache",
 }
 
 // notCommands are blocks that are something else, by how they begin.

@@ -86,6 +86,20 @@ func TestCronJob(t *testing.T) {
 			validate(t, t.TempDir(), args, env)
 		})
 	}
+
+	for _, command := range []string{
+		"kubectl get jobs -n pod-broker-system",
+		`kubectl patch cronjob update-image-cache -n pod-broker-system -p '{"spec":{"suspend":true}}'`,
+	} {
+		documented(t, command)
+		kubectl(t, command)
+	}
+	if cron, err = world.Client.BatchV1().CronJobs(broker).Get(t.Context(), "update-image-cache", metav1.GetOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if cron.Spec.Suspend == nil || !*cron.Spec.Suspend {
+		t.Error("the CronJob is not suspended")
+	}
 }
 
 // byHand is a command for a run with other settings than the CronJob's.
