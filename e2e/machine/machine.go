@@ -68,6 +68,9 @@ func Boot(ctx context.Context, config Config) (*Machine, error) {
 	if err := host.Check(); err != nil {
 		return nil, err
 	}
+	if err := allowInotify(); err != nil {
+		return nil, err
+	}
 	base, err := baseRoot(ctx)
 	if err != nil {
 		return nil, err
@@ -83,6 +86,21 @@ func Boot(ctx context.Context, config Config) (*Machine, error) {
 		return nil, errors.Join(err, m.Close())
 	}
 	return m, nil
+}
+
+// allowInotify raises the kernel's limit of inotify instances, 128 by default, which all
+// machines and the host's root share. The systemd of a machine has five and kubelet some
+// more; without one, units fail at boot and kubelet ends. kind advises the same.
+func allowInotify() error {
+	const file, enough = "/proc/sys/fs/inotify/max_user_instances", 1024
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return err
+	}
+	if now, err := strconv.Atoi(strings.TrimSpace(string(data))); err != nil || now >= enough {
+		return err
+	}
+	return os.WriteFile(file, []byte(strconv.Itoa(enough)), 0)
 }
 
 func (m *Machine) prepare(ctx context.Context, base string, config Config) error {
