@@ -352,7 +352,7 @@ func TestDocker(t *testing.T) {
 	n.Output(t, "docker", "run", "-d", "--network=host", world.refs[0], "/bin/busybox", "sleep", "86400")
 	n.Output(t, "docker", "rmi", world.refs[1])
 	n.Output(t, "umount", mount)
-	a = n.start(t)
+	a = n.start(t, "--gate-deadline=2s")
 	waitFor(t, "the log", func() bool { return strings.Contains(a.log.String(), "registering needs a restart of docker") })
 	runs(world.refs[2])
 }
