@@ -211,7 +211,7 @@ func format(e ast.Expr) string {
 // first cells of its tables that are code, with an ellipsis for what differs.
 func TestMessages(t *testing.T) {
 	var said strings.Builder
-	for _, dir := range []string{"injector", "injector/agent", "injector/cachedisk", "injector/containerd", "injector/docker", "manifest",
+	for _, dir := range []string{"injector", "injector/agent", "injector/cachedisk", "injector/containerd", "injector/docker", "injector/report", "manifest",
 		"provisioner/imagecache", "post-processor/imagecache", "gcp"} {
 		inspect(parse(t, dir), func(n ast.Node) {
 			if e, ok := n.(ast.Expr); ok && literal(e) != "" {

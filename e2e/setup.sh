@@ -1,6 +1,9 @@
 #!/bin/sh
 # Installs what the tests and the demo need on a fresh Debian 12, and says in one
 # line why it cannot. Does nothing, quickly, where everything is there.
+#
+#   e2e/setup.sh           installs
+#   e2e/setup.sh --check   says whether it could
 set -eu
 
 top=$(cd "$(dirname "$0")/.." && pwd)
@@ -9,10 +12,11 @@ say() { echo "e2e/setup.sh: $*" >&2; exit 1; }
 [ "$(uname -s)" = Linux ] || say "this needs Linux, on a Debian 12 machine"
 [ "$(uname -m)" = x86_64 ] || say "this needs an x86-64 machine, not $(uname -m): the images are for linux/amd64"
 # shellcheck disable=SC1091
-system=$(. /etc/os-release && echo "$ID $PRETTY_NAME") 2>/dev/null || system="? a system without /etc/os-release"
-[ "${system%% *}" = debian ] || say "this needs Debian 12, not ${system#* }"
+system=$(. /etc/os-release && echo "$ID-${VERSION_ID:-} $PRETTY_NAME") 2>/dev/null || system="? a system without /etc/os-release"
+[ "${system%% *}" = debian-12 ] || say "this needs Debian 12, not ${system#* }"
 [ "$(id -u)" = 0 ] || say "this boots machines and attaches disks: run it as root"
 [ -e /dev/loop-control ] || say "this needs a kernel with loop devices; a container has none"
+[ "${1:-}" != --check ] || exit 0
 
 # Each machine's systemd, containerd, dockerd and kubelet take some of what root has in
 # all, by default 128. Where none is left, units of a machine fail as it boots.

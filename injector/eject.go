@@ -38,6 +38,9 @@ under them.`,
 				return err
 			}
 			r, err := rt.Eject(cmd.Context(), report.EjectOptions{Caches: ids})
+			if errors.Is(err, report.ErrUnknownCache) {
+				return usageError{err}
+			}
 			if r == nil {
 				return err
 			}
@@ -86,7 +89,7 @@ func cacheIDs(args []string, registered []report.Generation) ([]digest.Digest, e
 		}
 		switch len(found) {
 		case 0:
-			return nil, usageError{fmt.Errorf("cache ID %q: nothing is registered from such a cache; status lists what is", a)}
+			return nil, usageError{fmt.Errorf("cache %s: %w", a, report.ErrUnknownCache)}
 		case 1:
 			ids = append(ids, digest.Digest(found[0]))
 		default:

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -55,8 +56,12 @@ func printInject(w io.Writer, r *report.Inject, dryRun bool) {
 			if dryRun && img.State == report.Registered {
 				state = "to register"
 			}
-			fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%d\t%s\n", title(img.Names), state, img.Layers,
-				img.Registered, img.Present, img.Milliseconds, img.Reason)
+			ms := ""
+			if img.Milliseconds > 0 {
+				ms = strconv.FormatInt(img.Milliseconds, 10)
+			}
+			fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%s\t%s\n", title(img.Names), state, img.Layers,
+				img.Registered, img.Present, ms, img.Reason)
 		}
 		t.Flush()
 	}
@@ -74,8 +79,18 @@ func printInject(w io.Writer, r *report.Inject, dryRun bool) {
 			}
 		}
 	}
-	fmt.Fprintf(w, "%s: %s %d images and %d layers, %d layers already there, in %d ms\n",
-		r.Runtime, verb, images, layers, present, r.Milliseconds)
+	restart := ""
+	switch {
+	case r.Restart && dryRun:
+		restart = "; docker would be restarted"
+	case r.Restart:
+		restart = "; docker was restarted"
+	}
+	fmt.Fprintf(w, "%s: %s %d images and %d layers, %d layers already there, in %d ms%s\n",
+		r.Runtime, verb, images, layers, present, r.Milliseconds, restart)
+	if r.Refusal != "" {
+		fmt.Fprintf(w, "%s: inject would refuse: %s\n", r.Runtime, r.Refusal)
+	}
 }
 
 // title is an image's best name, and how many more it has.

@@ -122,7 +122,7 @@ func TestCacheIDs(t *testing.T) {
 		// The runtime may know a generation that is half gone.
 		"not listed": {args: []string{c.String()}, want: []digest.Digest{c}},
 		"ambiguous":  {args: []string{"12"}, err: `cache ID "12" begins those of ` + a.String() + " and " + b.String()},
-		"unknown":    {args: []string{report.Short(a), "12ef"}, err: `cache ID "12ef": nothing is registered`},
+		"unknown":    {args: []string{report.Short(a), "12ef"}, err: "cache 12ef: nothing is registered"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			got, err := cacheIDs(tt.args, registered)
@@ -163,11 +163,15 @@ func TestPrintInject(t *testing.T) {
 			"skipped", "the node has another image",
 			"containerd: registered 1 images and 2 layers, 1 layers already there, in 13 ms",
 		}},
-		"plan": {true, []string{"to register", "would register 1 images"}},
+		"plan": {true, []string{"to register", "would register 1 images", "; docker would be restarted\n", "inject would refuse: containers run"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var b bytes.Buffer
-			printInject(&b, r, c.dryRun)
+			r := *r
+			if c.dryRun {
+				r.Restart, r.Refusal = true, "containers run"
+			}
+			printInject(&b, &r, c.dryRun)
 			for _, want := range c.want {
 				if !strings.Contains(b.String(), want) {
 					t.Errorf("output lacks %q:\n%s", want, b.String())

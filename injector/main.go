@@ -2,6 +2,7 @@
 // to a node's container runtime: no pull, no copy, and on containerd no restart.
 //
 //	selkies-image-injector run              the node agent: inject, then gate, watch, heal, report
+//	selkies-image-injector gate             open the node's gate at its deadline where run cannot start
 //	selkies-image-injector inject           register everything on the cache disks
 //	selkies-image-injector plan [REF...]    change nothing; say what inject would do, and why
 //	selkies-image-injector status           what is registered, and whether its disk is readable
@@ -39,6 +40,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
 func main() {
@@ -63,6 +66,7 @@ SELKIES_CACHE separates directories by colons. The command line wins.`,
   selkies-image-injector inject --cache /mnt/disks/images
   selkies-image-injector plan registry.example.com/desktop:1.4
   selkies-image-injector eject`,
+		Version:       version.String(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          usage(cobra.NoArgs),
@@ -77,6 +81,7 @@ SELKIES_CACHE separates directories by colons. The command line wins.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 	})
+	root.SetVersionTemplate("{{ .Version }}\n")
 	root.CompletionOptions.HiddenDefaultCmd = true
 	f.register(root.PersistentFlags())
 	root.AddCommand(

@@ -21,7 +21,7 @@ and the node have it:
 
   hit      a container starts without a pull
   partial  a pull would find some layers
-  miss     a pull would fetch every layer`,
+  miss     no layer is known to be there`,
 		Args: usage(checkReferences),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			if len(refs) == 0 {

@@ -64,6 +64,8 @@ func TestReboot(t *testing.T) {
 		n.inject(t, cacheDir)
 		n.listed(t, ref(sandbox))
 		n.listed(t, ref(app1))
+		// Of the same image, with no sandbox that would fail first.
+		n.Output(t, "ctr", "-n", n.ns, "containers", "create", ref(app1), "earlier", "/bin/busybox", "cat", "/version")
 		before := n.settled(t, true)
 
 		n.disconnect()
@@ -80,6 +82,11 @@ func TestReboot(t *testing.T) {
 		}
 		if !strings.Contains(err.Error(), "no such file or directory") {
 			t.Errorf("without the disk: %v", err)
+		}
+		for _, cmd := range [][]string{{"tasks", "start", "earlier"}, {"run", "--rm", ref(app1), "new", "/bin/busybox", "cat", "/version"}} {
+			if out, err := n.Run(t.Context(), append([]string{"ctr", "-n", n.ns}, cmd...)...); err == nil || !strings.Contains(err.Error(), "no such file or directory") {
+				t.Errorf("ctr %v without the disk said %q: %v", cmd, out, err)
+			}
 		}
 		if _, err := n.Run(t.Context(), "selkies-image-injector", "status", "--runtime", "containerd"); err == nil || !strings.Contains(err.Error(), "disk not readable") {
 			t.Errorf("status without the disk: %v", err)
@@ -101,6 +108,10 @@ func TestReboot(t *testing.T) {
 		if diff := cmp.Diff(before, after); diff != "" {
 			t.Errorf("the disk is back, and inject changed more than the mount: %s", diff)
 		}
+		if got := n.Output(t, "ctr", "-n", n.ns, "tasks", "start", "earlier"); got != "1" {
+			t.Errorf("in the earlier container: %q", got)
+		}
+		n.Output(t, "ctr", "-n", n.ns, "containers", "delete", "earlier")
 		p = n.mustRun(t, "back", ref(app1))
 		if got := p.sh(t, "cat /version /data/owned"); got != "1owned" {
 			t.Errorf("in the container: %q", got)

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/opencontainers/go-digest"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
@@ -112,10 +113,13 @@ func lifecycle(t *testing.T, n *node) {
 		if err := n.injector(t, &answers, "plan", "--cache", cacheDir, ref(app1), ref(app2), ref("other/thing:1")); err != nil {
 			t.Fatal(err)
 		}
-		for i, want := range []report.Cover{report.Hit, report.Partial, report.Miss} {
+		for i, want := range []report.Cover{report.Hit, report.Miss, report.Miss} {
 			if answers[i].Cover != want {
 				t.Errorf("plan: %+v, want %s", answers[i], want)
 			}
+		}
+		if !strings.HasSuffix(answers[1].Reason, "; a pull may find layers of "+ref(app1)) || strings.Contains(answers[2].Reason, "may") {
+			t.Errorf("plan: %+v", answers[1:])
 		}
 
 		running := n.settled(t, true)
@@ -125,6 +129,7 @@ func lifecycle(t *testing.T, n *node) {
 		if diff := cmp.Diff(running, n.settled(t, true)); diff != "" {
 			t.Errorf("eject refused, and changed something: %s", diff)
 		}
+		n.Refused(t, 2, []string{"selkies-image-injector", "eject", "--runtime", "containerd", digest.FromString("another").String()}, "nothing is registered from such a cache")
 		var status []report.Registration
 		if err := n.injector(t, &status, "status"); err != nil {
 			t.Fatal(err)

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -124,6 +125,9 @@ func (n *node) injector(t testing.TB, out any, args ...string) error {
 	text, err := n.Run(t.Context(), cmd...)
 	if err != nil {
 		return err
+	}
+	if strings.Contains(text, "null") {
+		t.Errorf("an empty list is null in the report of %v: %s", args, text)
 	}
 	if err := json.Unmarshal([]byte(text), out); err != nil {
 		t.Fatalf("decoding the report of %v: %v: %s", args, err, text)

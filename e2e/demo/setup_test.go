@@ -23,7 +23,8 @@ func TestSetup(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	write("os-release", "ID=arch\nPRETTY_NAME=\"Arch Linux\"\n")
+	write("arch", "ID=arch\nPRETTY_NAME=\"Arch Linux\"\n")
+	write("trixie", "ID=debian\nVERSION_ID=\"13\"\nPRETTY_NAME=\"Debian GNU/Linux 13 (trixie)\"\n")
 	write("uname", "#!/bin/sh\n[ \"$1\" = \"$FAKE\" ] && echo other || exec /bin/uname \"$@\"\n")
 	// The mounts end with the namespace.
 	unshared := func(prepare string) []string {
@@ -37,7 +38,8 @@ func TestSetup(t *testing.T) {
 	}{
 		{"not Linux", []string{"sh", "-s"}, "FAKE=-s", "needs Linux"},
 		{"another processor", []string{"sh", "-s"}, "FAKE=-m", "needs an x86-64 machine, not other"},
-		{"another distribution", unshared("mount --bind " + fake + "/os-release /etc/os-release"), "", "needs Debian 12, not Arch Linux"},
+		{"another distribution", unshared("mount --bind " + fake + "/arch /etc/os-release"), "", "needs Debian 12, not Arch Linux"},
+		{"another release", unshared("mount --bind " + fake + "/trixie /etc/os-release"), "", "needs Debian 12, not Debian GNU/Linux 13"},
 		{"no distribution", unshared("mount -t tmpfs tmpfs /etc"), "", "needs Debian 12, not a system without /etc/os-release"},
 		{"not root", []string{"setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-s"}, "", "run it as root"},
 		{"no loop devices", unshared("mount -t tmpfs tmpfs /dev\nmknod -m 666 /dev/null c 1 3"), "", "loop devices"},
@@ -60,5 +62,19 @@ func TestSetup(t *testing.T) {
 				t.Errorf("it said %q and on stdout %q, want one line with %q", &stderr, &stdout, tt.want)
 			}
 		})
+	}
+}
+
+// TestSetupByMake has make say it, in one line too.
+func TestSetupByMake(t *testing.T) {
+	fake := t.TempDir()
+	if err := os.WriteFile(filepath.Join(fake, "uname"), []byte("#!/bin/sh\necho other\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "make", "-C", "../..", "--no-print-directory", "demo")
+	cmd.Env = append(os.Environ(), "PATH="+fake+":"+os.Getenv("PATH"))
+	out, err := cmd.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "needs Linux") || strings.Count(string(out), "\n") != 1 {
+		t.Errorf("make demo said %q (%v), want one line", out, err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
@@ -86,7 +87,7 @@ func life(t *testing.T, n *node) {
 	t.Run("inject twice", func(t *testing.T) {
 		pid := n.pid(t)
 		r := n.inject(t)
-		if r.Disks[0].Registered != 0 || slices.ContainsFunc(r.Disks[0].Images, func(i report.Image) bool { return i.State != report.Present }) {
+		if r.Restart || r.Disks[0].Registered != 0 || slices.ContainsFunc(r.Disks[0].Images, func(i report.Image) bool { return i.State != report.Present }) {
 			t.Errorf("the second run says %+v", r.Disks[0])
 		}
 		if n.pid(t) != pid {
@@ -107,6 +108,9 @@ func life(t *testing.T, n *node) {
 		}
 		n.hello(t, ref("oci:latest")+"@"+digestOf(t, ref("oci:latest")))
 		n.hello(t, ref("platforms:latest")+"@"+digestOf(t, ref("platforms:latest")))
+	})
+	t.Run("eject of another cache", func(t *testing.T) {
+		n.Refused(t, 2, []string{"selkies-image-injector", "--runtime", "docker", "eject", digest.FromString("another").String()}, "nothing is registered from such a cache")
 	})
 	t.Run("status", func(t *testing.T) {
 		var regs []report.Registration

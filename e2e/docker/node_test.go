@@ -110,6 +110,9 @@ func (n *node) emptyDisk(t *testing.T) string {
 func (n *node) injector(t *testing.T, out any, args ...string) error {
 	t.Helper()
 	text, err := n.Run(t.Context(), append([]string{"selkies-image-injector", "--runtime", "docker", "--output", "json"}, args...)...)
+	if strings.Contains(text, "null") {
+		t.Errorf("an empty list is null in the report of %v: %s", args, text)
+	}
 	if text != "" && out != nil {
 		if err := json.Unmarshal([]byte(text), out); err != nil {
 			t.Fatalf("the injector said %q: %v", text, err)

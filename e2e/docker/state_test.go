@@ -311,13 +311,19 @@ func TestRefused(t *testing.T) {
 		n.Output(t, "docker", "pull", "-q", ref("one-layer:latest"))
 		n.Output(t, "docker", "run", "-d", "--name", "busy", "--network", "none", ref("one-layer:latest"), "/bin/sleep", "1000")
 		n.refused(t, inject, "busy", "live-restore", "--docker-restart-running")
+		var planned report.Inject
+		if err := n.injector(t, &planned, "plan"); err != nil || !planned.Restart || !strings.Contains(planned.Refusal, "busy") {
+			t.Errorf("plan says %+v, %v", planned, err)
+		}
 		// With live-restore containers survive.
 		n.docker.Config = map[string]any{"live-restore": true}
 		n.Output(t, "docker", "rm", "-f", "busy")
 		n.start(t)
 		n.Output(t, "docker", "run", "-d", "--name", "busy", "--network", "none", ref("one-layer:latest"), "/bin/sleep", "1000")
 		before := n.store(t)
-		n.inject(t)
+		if r := n.inject(t); !r.Restart {
+			t.Errorf("inject says of no restart: %+v", r)
+		}
 		if out := n.Output(t, "docker", "inspect", "-f", "{{.State.Running}}", "busy"); out != "true\n" {
 			t.Errorf("the container runs: %s", out)
 		}

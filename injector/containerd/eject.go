@@ -73,7 +73,7 @@ func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.E
 func (s *survey) generations(ids []digest.Digest) (func(digest.Digest) bool, error) {
 	for _, id := range ids {
 		if s.anchors[id] == nil && !s.uses(id) {
-			return nil, fmt.Errorf("cache %s is not registered on this node; status lists those that are", id)
+			return nil, fmt.Errorf("cache %s: %w", id, report.ErrUnknownCache)
 		}
 	}
 	return func(id digest.Digest) bool { return len(ids) == 0 || slices.Contains(ids, id) }, nil

@@ -45,7 +45,11 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 			done = append(done, j.report())
 			opt.Report(j.report())
 		}
-		return r.reportInject(disks, jobs, done, start), nil
+		out := r.reportInject(disks, jobs, done, start)
+		if refusal := r.checkRoom(jobs); refusal != nil {
+			out.Refusal = refusal.Error()
+		}
+		return out, nil
 	}
 	unlock, err := r.lock(ctx)
 	if err != nil {

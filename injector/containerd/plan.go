@@ -28,14 +28,14 @@ func (r *Runtime) Plan(ctx context.Context, disks []*cachedisk.Disk, refs []stri
 	if err != nil {
 		return nil, err
 	}
-	var answers []report.Reference
+	answers := []report.Reference{}
 	for _, ref := range refs {
-		answers = append(answers, r.plan(ctx, s, jobs, ref))
+		answers = append(answers, r.plan(ctx, s, disks, jobs, ref))
 	}
 	return answers, nil
 }
 
-func (r *Runtime) plan(ctx context.Context, s *survey, jobs []*job, ref string) report.Reference {
+func (r *Runtime) plan(ctx context.Context, s *survey, disks []*cachedisk.Disk, jobs []*job, ref string) report.Reference {
 	answer := report.Reference{Reference: ref, Cover: report.Miss}
 	named, err := reference.ParseNormalizedNamed(ref)
 	if err != nil {
@@ -57,7 +57,9 @@ func (r *Runtime) plan(ctx context.Context, s *survey, jobs []*job, ref string) 
 	if record, ok := s.images[name]; ok {
 		return r.planRecord(ctx, s, jobs, answer, record)
 	}
-	return planRepository(answer, jobs, named, name)
+	answer = report.Nowhere(name, cachedisk.InRepository(disks, named.Name()))
+	answer.Reference = ref
+	return answer
 }
 
 // serves says whether the name leads, or will lead, to the job's image.
@@ -91,26 +93,6 @@ func (r *Runtime) planRecord(ctx context.Context, s *survey, jobs []*job, answer
 		answer.Reason = fmt.Sprintf("the node's %s lacks %d layers", report.Short(record.Target.Digest), answer.Layers-answer.Cached)
 	default:
 		answer.Reason = fmt.Sprintf("the node's %s has no layer unpacked", report.Short(record.Target.Digest))
-	}
-	return answer
-}
-
-// planRepository answers for an image that is nowhere, by other images of its
-// repository. Only the registry knows which layers they share.
-func planRepository(answer report.Reference, jobs []*job, named reference.Named, name string) report.Reference {
-	answer.Reason = "neither the cache nor the node has " + name
-	for _, j := range jobs {
-		for _, other := range j.image.Names {
-			n, err := reference.ParseNormalizedNamed(other)
-			if err != nil || n.Name() != named.Name() || reference.IsNameOnly(n) {
-				continue
-			}
-			answer.Cover = report.Partial
-			answer.Reason = fmt.Sprintf("the cache has %s; a pull of %s fetches only the layers that the two do not share", other, name)
-			if _, tag := n.(reference.Tagged); tag {
-				return answer
-			}
-		}
 	}
 	return answer
 }

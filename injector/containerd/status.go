@@ -21,7 +21,7 @@ func (r *Runtime) Status(ctx context.Context) ([]report.Registration, error) {
 	}
 	type key struct{ target, cache digest.Digest }
 	at := map[key]int{}
-	var rs []report.Registration
+	rs := []report.Registration{}
 	for _, record := range s.records(func(digest.Digest) bool { return true }) {
 		k := key{record.Target.Digest, recordCache(record)}
 		if i, ok := at[k]; ok {

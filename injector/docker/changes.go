@@ -138,7 +138,7 @@ func (p *planner) disk(d *cachedisk.Disk) error {
 		Overlay: filepath.Join(m.Store.Root, manifest.DriverOverlay2),
 		Layers:  map[digest.Digest]recordedLayer{},
 	}
-	rep := report.Disk{Dir: d.Dir, CacheID: d.ID, Created: m.Created}
+	rep := report.Disk{Dir: d.Dir, CacheID: d.ID, Created: m.Created, Images: []report.Image{}}
 	wanted := newMetadata()
 	before := len(p.planned)
 	counted := map[digest.Digest]bool{}

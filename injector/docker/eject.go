@@ -37,7 +37,7 @@ func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.E
 	if err != nil {
 		return nil, err
 	}
-	e := &ejection{Runtime: r, check: r.checker(), rep: &report.Eject{Runtime: "docker"}}
+	e := &ejection{Runtime: r, check: r.checker(), rep: &report.Eject{Runtime: "docker", Images: []string{}}}
 	for _, rec := range recs {
 		if len(ids) == 0 || slices.Contains(ids, rec.CacheID) {
 			e.going = append(e.going, rec)
@@ -47,7 +47,7 @@ func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.E
 	}
 	for _, id := range ids {
 		if !slices.ContainsFunc(e.going, func(rec *record) bool { return rec.CacheID == id }) {
-			return nil, fmt.Errorf("nothing is registered from cache %s; status lists what is", id)
+			return nil, fmt.Errorf("cache %s: %w", id, report.ErrUnknownCache)
 		}
 	}
 	before, err := r.ownLayers()

@@ -19,28 +19,45 @@ import (
 func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error) {
 	start := time.Now()
 	disks = cachedisk.NewestFirst(disks)
-	done := func(c *changes, err error) (*report.Inject, error) {
-		if err != nil {
+	out := &report.Inject{Runtime: "docker"}
+	var c *changes
+	var err error
+	if opt.DryRun {
+		if c, err = r.plan(disks, r.checker()); err != nil {
 			return nil, err
 		}
-		ms := time.Since(start).Milliseconds()
-		for _, d := range c.disks {
-			for i := range d.Images {
-				d.Images[i].Milliseconds = ms
-				opt.Report(d.Images[i])
-			}
+		if refusal := r.refuse(ctx, c); refusal != nil {
+			out.Refusal = refusal.Error()
 		}
-		return &report.Inject{Runtime: "docker", Disks: c.disks, Milliseconds: ms}, nil
+	} else {
+		unlock, e := r.lock(ctx)
+		if e != nil {
+			return nil, e
+		}
+		defer unlock()
+		if c, err = r.inject(ctx, disks); err != nil {
+			return nil, err
+		}
 	}
-	if opt.DryRun {
-		return done(r.plan(disks, r.checker()))
+	for _, d := range c.disks {
+		for _, img := range d.Images {
+			opt.Report(img)
+		}
 	}
-	unlock, err := r.lock(ctx)
-	if err != nil {
-		return nil, err
+	out.Disks, out.Restart = c.disks, c.restart() && r.info != nil
+	out.Milliseconds = time.Since(start).Milliseconds()
+	return out, nil
+}
+
+// refuse says why the changes cannot be made now.
+func (r *Runtime) refuse(ctx context.Context, c *changes) error {
+	if err := r.checkRoom(c); err != nil {
+		return err
 	}
-	defer unlock()
-	return done(r.inject(ctx, disks))
+	if c.restart() && r.info != nil {
+		return r.checkRestart(ctx)
+	}
+	return nil
 }
 
 func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes, error) {
@@ -52,13 +69,8 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 	if err != nil {
 		return nil, err
 	}
-	if err := r.checkRoom(c); err != nil {
+	if err := r.refuse(ctx, c); err != nil {
 		return nil, err
-	}
-	if c.restart() && r.info != nil {
-		if err := r.checkRestart(ctx); err != nil {
-			return nil, err
-		}
 	}
 	for _, rec := range c.records {
 		if err := r.save(rec); err != nil {

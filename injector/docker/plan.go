@@ -10,29 +10,31 @@ import (
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
-	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 // Plan says of each reference what docker run would find, once the disks are
-// injected. It changes nothing and asks no registry: of a reference that neither
-// the node nor a disk knows, it cannot say which layers a pull would share.
+// injected. It changes nothing and asks no registry.
 func (r *Runtime) Plan(_ context.Context, disks []*cachedisk.Disk, refs []string) ([]report.Reference, error) {
 	disks = cachedisk.NewestFirst(disks)
-	repos, err := r.readRepositories()
-	if err != nil {
-		return nil, err
-	}
 	rd, err := r.reader()
 	if err != nil {
 		return nil, err
 	}
-	var answers []report.Reference
+	c, err := r.plan(disks, rd.check)
+	if err != nil {
+		return nil, err
+	}
+	repos, err := r.readRepositories()
+	if err != nil {
+		return nil, err
+	}
+	answers := []report.Reference{}
 	for _, ref := range refs {
 		fam, err := familiar(ref)
 		if err != nil {
 			return nil, fmt.Errorf("reference %w", err)
 		}
-		a, err := rd.planOne(disks, repos, fam)
+		a, err := rd.planOne(disks, c, repos, fam)
 		if err != nil {
 			return nil, fmt.Errorf("reference %q: %w", ref, err)
 		}
@@ -42,7 +44,8 @@ func (r *Runtime) Plan(_ context.Context, disks []*cachedisk.Disk, refs []string
 	return answers, nil
 }
 
-func (r *reader) planOne(disks []*cachedisk.Disk, repos *repositories, n name) (report.Reference, error) {
+// planOne answers for one name; c is what inject would change for the disks.
+func (r *reader) planOne(disks []*cachedisk.Disk, c *changes, repos *repositories, n name) (report.Reference, error) {
 	if id := repos.get(n); id != "" && r.hasImage(id) {
 		return r.onNode(id)
 	}
@@ -54,32 +57,28 @@ func (r *reader) planOne(disks []*cachedisk.Disk, repos *repositories, n name) (
 	if d, ok := named.(reference.Digested); ok {
 		digested = d.Digest()
 	}
-	related := 0
-	for _, d := range disks {
-		for _, img := range d.Manifest.Images {
+	for i, d := range disks {
+		for k, img := range d.Manifest.Images {
 			chain, err := img.ChainIDs()
 			if err != nil {
 				return report.Reference{}, err
 			}
 			a := report.Reference{Layers: len(chain), Cached: len(chain)}
 			switch {
-			case slices.Contains(img.Names, named.String()):
+			case slices.Contains(img.Names, named.String()) && c.names[n].id == img.Config.Digest:
 				a.Cover, a.Reason = report.Hit, fmt.Sprintf("on cache disk %s; inject registers it", d.Dir)
 				return a, nil
+			case slices.Contains(img.Names, named.String()):
+				return report.Reference{Cover: report.Miss, Layers: len(chain),
+					Reason: fmt.Sprintf("on cache disk %s, but inject leaves it out: %s", d.Dir, c.disks[i].Images[k].Reason)}, nil
 			case digested != "" && (digested == img.Manifest.Digest || digested == img.Target().Digest):
 				a.Cover = report.Partial
 				a.Reason = fmt.Sprintf("cache disk %s has this image as %s; a pull fetches its manifest and config only", d.Dir, img.Names[0])
 				return a, nil
-			case inRepository(img, named.Name()):
-				related++
 			}
 		}
 	}
-	a := report.Reference{Cover: report.Miss, Reason: "neither the node nor a cache disk has an image of this name"}
-	if related > 0 {
-		a.Reason += fmt.Sprintf("; a pull may find layers of %d cached images of the same repository", related)
-	}
-	return a, nil
+	return report.Nowhere(n.ref, cachedisk.InRepository(disks, named.Name())), nil
 }
 
 // onNode looks at an image that the node has, whose layers may be on a disk that is
@@ -109,13 +108,4 @@ func (r *reader) onNode(id digest.Digest) (report.Reference, error) {
 		a.Cover = report.Miss
 	}
 	return a, nil
-}
-
-func inRepository(img manifest.Image, repository string) bool {
-	for _, n := range img.Names {
-		if ref, err := reference.ParseNormalizedNamed(n); err == nil && ref.Name() == repository {
-			return true
-		}
-	}
-	return false
 }

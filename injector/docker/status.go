@@ -23,7 +23,7 @@ func (r *Runtime) Status(context.Context) ([]report.Registration, error) {
 	if err != nil {
 		return nil, err
 	}
-	var regs []report.Registration
+	regs := []report.Registration{}
 	for _, rec := range rd.records {
 		for _, img := range rec.Images {
 			if !r.registered(repos, img) {

@@ -5,6 +5,8 @@ package report
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -76,8 +78,9 @@ type Image struct {
 	Cached int `json:"layersCached"`
 	// Removed are the names that were not made again, as asked.
 	Removed []string `json:"removed,omitempty"`
-	// Milliseconds from the start of the image's registration to its end.
-	Milliseconds int64 `json:"milliseconds"`
+	// Milliseconds from the start of the image's registration to its end; with Docker,
+	// which takes all images at once, they are those of the run, see Inject.
+	Milliseconds int64 `json:"milliseconds,omitempty"`
 }
 
 // Disk is what inject did, or would do, with one cache disk.
@@ -98,6 +101,9 @@ type Change struct {
 	Removed bool
 }
 
+// ErrUnknownCache is for a cache ID that eject is given and the node has nothing of.
+var ErrUnknownCache = errors.New("nothing is registered from such a cache; status lists what is")
+
 // Generation is one that was registered on the node, whether its disk is there or not.
 type Generation struct {
 	CacheID digest.Digest `json:"cacheID"`
@@ -107,8 +113,12 @@ type Generation struct {
 
 // Inject is the result of inject.
 type Inject struct {
-	Runtime      string `json:"runtime"`
-	Disks        []Disk `json:"disks"`
+	Runtime string `json:"runtime"`
+	Disks   []Disk `json:"disks"`
+	// Restart says whether a daemon that ran was stopped and started.
+	Restart bool `json:"restart"`
+	// Refusal is why inject would change nothing. Only a dry run has it.
+	Refusal      string `json:"refusal,omitempty"`
 	Milliseconds int64  `json:"milliseconds"`
 }
 
@@ -118,7 +128,7 @@ type Cover string
 const (
 	Hit     Cover = "hit"     // the image is complete without a pull
 	Partial Cover = "partial" // a pull would find some layers
-	Miss    Cover = "miss"    // a pull would fetch every layer
+	Miss    Cover = "miss"    // no layer is known to be there
 )
 
 // Reference answers plan's question about one reference.
@@ -128,6 +138,21 @@ type Reference struct {
 	Reason    string `json:"reason"`
 	Layers    int    `json:"layers,omitempty"`
 	Cached    int    `json:"layersCached,omitempty"`
+}
+
+// Nowhere answers for a name that neither the node nor a cache disk has. related are
+// the cached images of its repository: only the registry knows which layers it shares
+// with them.
+func Nowhere(name string, related []string) Reference {
+	r := Reference{Cover: Miss, Reason: "neither the node nor a cache disk has " + name}
+	switch len(related) {
+	case 0:
+	case 1:
+		r.Reason += "; a pull may find layers of " + related[0]
+	default:
+		r.Reason += fmt.Sprintf("; a pull may find layers of %s and of %d more cached images of its repository", related[0], len(related)-1)
+	}
+	return r
 }
 
 // Registration is one image that was registered from a cache disk, as status
