@@ -178,6 +178,11 @@ func TestGenerations(t *testing.T) {
 	}
 	c.wantResources(image(2), image(3), image(4),
 		c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 4), c.disk(zoneB, 4))
+
+	// The next build keeps the generation that is worth going back to once more.
+	c.must(c.build(5))
+	c.wantResources(image(2), image(3), image(5),
+		c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 5), c.disk(zoneB, 5))
 }
 
 func with(m map[string]string, kv ...string) map[string]string {

@@ -1,6 +1,7 @@
 package imagecache
 
 import (
+	"cmp"
 	"fmt"
 	"regexp"
 	"slices"
@@ -17,7 +18,7 @@ const (
 	labelName = "selkies-image-cache"
 	// labelImage has the image that a disk was made from.
 	labelImage = "selkies-image-cache-image"
-	// labelRolledOut has the Unix time at which an image was first rolled out. Images
+	// labelRolledOut has the Unix time at which an image was last rolled out. Images
 	// without it are what a failed build left, and no way back.
 	labelRolledOut = "selkies-image-cache-rolled-out"
 )
@@ -31,7 +32,9 @@ type generation struct {
 	image   *computepb.Image
 	project string // the image's
 	created time.Time
-	stamp   string // in the names of its disks
+	// rolledOut is the Unix time of its last roll-out, 0 if there was none.
+	rolledOut int64
+	stamp     string // in the names of its disks
 }
 
 func newGeneration(image *computepb.Image, project string) (*generation, error) {
@@ -40,6 +43,11 @@ func newGeneration(image *computepb.Image, project string) (*generation, error) 
 		return nil, fmt.Errorf("image %s: %w", image.GetName(), err)
 	}
 	g := &generation{image: image, project: project, created: created, stamp: strconv.FormatInt(created.Unix(), 10)}
+	if label := image.GetLabels()[labelRolledOut]; label != "" {
+		if g.rolledOut, err = strconv.ParseInt(label, 10, 64); err != nil {
+			return nil, fmt.Errorf("image %s: label %s: %w; correct it or remove it", image.GetName(), labelRolledOut, err)
+		}
+	}
 	if m := stampRE.FindStringSubmatch(image.GetName()); m != nil {
 		g.stamp = m[1]
 	}
@@ -59,19 +67,18 @@ func (g *generation) diskName(cache, zone string) string {
 	return fmt.Sprintf("%s-%s-%s", cache, zone, g.stamp)
 }
 
-// kept are the names of the images to keep: the current one and the newest others,
-// n in all, that have been rolled out.
+// kept are the names of the images to keep: the current one and those others that
+// were rolled out last, n in all. After a way back that is not the order in which
+// they were made.
 func kept(family []*generation, current *generation, n int) map[string]bool {
 	keep := map[string]bool{current.name(): true}
 	family = slices.Clone(family)
-	slices.SortFunc(family, func(a, b *generation) int { return b.created.Compare(a.created) })
+	slices.SortFunc(family, func(a, b *generation) int { return cmp.Compare(b.rolledOut, a.rolledOut) })
 	for _, g := range family {
-		if len(keep) == n {
+		if len(keep) == n || g.rolledOut == 0 {
 			break
 		}
-		if g.image.GetLabels()[labelRolledOut] != "" {
-			keep[g.name()] = true
-		}
+		keep[g.name()] = true
 	}
 	return keep
 }

@@ -75,21 +75,29 @@ func (r *run) listFamily(ctx context.Context, family string) (generations []*gen
 	return generations, err
 }
 
-// mark notes on the image that it has been rolled out.
+// mark notes on the image that it has been rolled out, unless it says already that it
+// was the last.
 func (r *run) mark(ctx context.Context) error {
+	var last int64 // of the others
+	for _, g := range r.family {
+		if g.name() != r.generation.name() {
+			last = max(last, g.rolledOut)
+		}
+	}
 	for {
 		image, err := r.getImage(ctx, r.generation.name())
 		if err != nil {
 			return fmt.Errorf("getting image %s: %w", r.generation.name(), gcp.Explain(err))
 		}
-		if image.GetLabels()[labelRolledOut] != "" {
-			return nil
+		if g, err := newGeneration(image, r.config.ImageProjectID); err != nil || g.rolledOut > last {
+			return err
 		}
 		labels := maps.Clone(image.GetLabels())
 		if labels == nil {
 			labels = map[string]string{}
 		}
-		labels[labelName], labels[labelRolledOut] = r.config.CacheName, strconv.FormatInt(time.Now().Unix(), 10)
+		// The order has to hold whatever the clocks of two Packer hosts say.
+		labels[labelName], labels[labelRolledOut] = r.config.CacheName, strconv.FormatInt(max(last+1, time.Now().Unix()), 10)
 		err = r.do(fmt.Sprintf("label image %s as rolled out", image.GetName()), func() error {
 			return r.operate(ctx, "image "+image.GetName(), func() (operation, error) {
 				return r.images.SetLabels(ctx, &computepb.SetLabelsImageRequest{

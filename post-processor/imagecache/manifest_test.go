@@ -102,34 +102,29 @@ func TestManifests(t *testing.T) {
 }
 
 func TestKept(t *testing.T) {
-	generations := func(rolledOut ...bool) []*generation {
-		var all []*generation
-		for i, r := range rolledOut {
-			g := &generation{image: &computepb.Image{Name: new(fmt.Sprint(i))}, created: time.Unix(int64(i), 0)}
-			if r {
-				g.image.Labels = map[string]string{labelRolledOut: "1"}
-			}
-			all = append(all, g)
-		}
-		return all
-	}
+	// Each generation by the time of its last roll-out, in the order in which they
+	// were made, the current one last if not said otherwise.
 	tests := []struct {
 		name      string
-		rolledOut []bool // oldest first
+		rolledOut []int64
 		current   int
 		n         int
 		want      map[string]bool
 	}{
-		{"newest", []bool{true, true, true, false}, 3, 2, map[string]bool{"3": true, "2": true}},
-		{"failed ones do not count", []bool{true, true, false, false}, 3, 2, map[string]bool{"3": true, "1": true}},
-		{"current once more", []bool{true, true, true}, 2, 2, map[string]bool{"2": true, "1": true}},
-		{"the way back", []bool{true, true, true}, 0, 2, map[string]bool{"0": true, "2": true}},
-		{"one", []bool{true, true}, 1, 1, map[string]bool{"1": true}},
-		{"more than there are", []bool{false, true}, 1, 5, map[string]bool{"1": true}},
+		{"newest", []int64{1, 2, 3, 0}, 3, 2, map[string]bool{"3": true, "2": true}},
+		{"failed ones do not count", []int64{1, 2, 0, 0}, 3, 2, map[string]bool{"3": true, "1": true}},
+		{"current once more", []int64{1, 2, 3}, 2, 2, map[string]bool{"2": true, "1": true}},
+		{"the way back", []int64{1, 2, 3}, 0, 2, map[string]bool{"0": true, "2": true}},
+		{"after a way back", []int64{4, 2, 3, 0}, 3, 2, map[string]bool{"3": true, "0": true}},
+		{"one", []int64{1, 2}, 1, 1, map[string]bool{"1": true}},
+		{"more than there are", []int64{0, 2}, 1, 5, map[string]bool{"1": true}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			all := generations(tt.rolledOut...)
+			var all []*generation
+			for i, r := range tt.rolledOut {
+				all = append(all, &generation{image: &computepb.Image{Name: new(fmt.Sprint(i))}, created: time.Unix(int64(i), 0), rolledOut: r})
+			}
 			if diff := cmp.Diff(tt.want, kept(all, all[tt.current], tt.n)); diff != "" {
 				t.Error(diff)
 			}
