@@ -3,6 +3,7 @@ package gcp
 import (
 	"net/http"
 	"path"
+	"slices"
 	"strings"
 
 	"cloud.google.com/go/container/apiv1/containerpb"
@@ -15,8 +16,9 @@ func (s *Server) serveClusters() {
 	s.handle("clusters.get", "GET "+clusters+"/{cluster}", (*call).getCluster)
 }
 
-// AddCluster adds a GKE cluster of a project. Location is a region, or a zone;
-// Locations are the zones of its nodes. The endpoint is what follows "https://".
+// AddCluster adds a GKE cluster of a project, in place of one of the same name. Location
+// is a region, or a zone; Locations are the zones of its nodes. The endpoint is what
+// follows "https://".
 func (s *Server) AddCluster(project string, cluster *containerpb.Cluster) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -25,6 +27,7 @@ func (s *Server) AddCluster(project string, cluster *containerpb.Cluster) {
 	if cluster.Status == containerpb.Cluster_STATUS_UNSPECIFIED {
 		cluster.Status = containerpb.Cluster_RUNNING
 	}
+	s.clusters = slices.DeleteFunc(s.clusters, func(c *containerpb.Cluster) bool { return c.SelfLink == cluster.SelfLink })
 	s.clusters = append(s.clusters, cluster)
 }
 

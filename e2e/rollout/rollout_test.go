@@ -339,19 +339,27 @@ func TestAbsentCluster(t *testing.T) {
 	c.waitGenerations(map[string]string{"xa": c.diskName(zoneA, 1)})
 	c.wantResources(image(1), c.disk(zoneA, 1), c.disk(zoneB, 1))
 
-	// Left out, nothing is wrong.
-	c.must(artifact(imageName(1)), "exclude_regions", []string{"europe-west4"})
+	// It keeps no image that no disk was made from.
+	for stamp := 2; stamp <= 3; stamp++ {
+		if err := c.process(t.Context(), u, c.build(stamp), "keep", 1); err == nil || !strings.HasPrefix(err.Error(), "1 of 2 clusters failed: ") {
+			t.Errorf("error is %v", err)
+		}
+	}
+	c.wantResources(image(1), image(3), c.disk(zoneA, 1), c.disk(zoneA, 3), c.disk(zoneB, 3))
 
-	if err := c.process(t.Context(), u, artifact(imageName(1)), "zones", []string{zoneA, "europe-west4-b"}); err == nil ||
+	// Left out, nothing is wrong.
+	c.must(artifact(imageName(3)), "exclude_regions", []string{"europe-west4"})
+
+	if err := c.process(t.Context(), u, artifact(imageName(3)), "zones", []string{zoneA, "europe-west4-b"}); err == nil ||
 		err.Error() != `no cluster with a name like "^broker-" has nodes in europe-west4-b; drop it from zones, or check cluster_pattern and exclude_regions` {
 		t.Errorf("error is %v", err)
 	}
-	if err := c.process(t.Context(), u, artifact(imageName(1)), "cluster_pattern", "^none"); err == nil ||
+	if err := c.process(t.Context(), u, artifact(imageName(3)), "cluster_pattern", "^none"); err == nil ||
 		!strings.Contains(err.Error(), `project p has no running cluster with a name like "^none"`) {
 		t.Errorf("error is %v", err)
 	}
 	c.Deny("container.clusters.list")
-	if err := c.process(t.Context(), u, artifact(imageName(1))); err == nil ||
+	if err := c.process(t.Context(), u, artifact(imageName(3))); err == nil ||
 		!strings.Contains(err.Error(), "the permission container.clusters.list is missing, grant roles/container.clusterViewer (403)") {
 		t.Errorf("error is %v", err)
 	}

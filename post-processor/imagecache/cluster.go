@@ -3,6 +3,7 @@ package imagecache
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -33,21 +34,32 @@ type cluster struct {
 	*gcp.Cluster
 	run   *run
 	zones []string // that get a disk
-	err   error    // of the last step
-	errs  []error  // of all steps
+	errs  []error  // what fails the run in the end
 
 	typed   *kubernetes.Clientset
 	dynamic *dynamic.DynamicClient
 	mapper  meta.RESTMapper
 
-	// What survey has found, by name, which for objects of this cache is that of the
-	// disk.
+	// surveyed is whether the last survey succeeded. If not, what an earlier one has
+	// found stays.
+	surveyed bool
+	inventory
+}
+
+// inventory is what a survey finds, by name, which for objects of this cache is that of
+// the disk.
+type inventory struct {
 	daemonSets map[string]*appsv1.DaemonSet
 	volumes    map[string]*corev1.PersistentVolume
 	claims     map[string]*corev1.PersistentVolumeClaim
-	attached   map[string]bool            // volumes that a node has attached
-	holders    map[string]map[string]bool // the nodes that have a disk
-	labelled   map[string]string          // the disk that a node's label says
+	attached   map[string]bool // volumes that a node has attached
+	nodes
+}
+
+// nodes says which nodes have which disk.
+type nodes struct {
+	holders  map[string]map[string]bool // the nodes that have a disk
+	labelled map[string]string          // the disk that a node's label says
 }
 
 // connect makes sure that the cluster answers and finds out what it serves.
@@ -116,54 +128,74 @@ func (k *cluster) selector() metav1.ListOptions {
 
 // survey finds all objects of this cache and the nodes that use its disks.
 func (k *cluster) survey(ctx context.Context) error {
-	k.daemonSets, k.volumes = map[string]*appsv1.DaemonSet{}, map[string]*corev1.PersistentVolume{}
-	k.claims, k.attached = map[string]*corev1.PersistentVolumeClaim{}, map[string]bool{}
+	k.surveyed = false
+	found, err := k.look(ctx)
+	if err != nil {
+		return err
+	}
+	k.inventory, k.surveyed = *found, true
+	return nil
+}
 
+func (k *cluster) look(ctx context.Context) (*inventory, error) {
+	found := &inventory{
+		daemonSets: map[string]*appsv1.DaemonSet{}, volumes: map[string]*corev1.PersistentVolume{},
+		claims: map[string]*corev1.PersistentVolumeClaim{}, attached: map[string]bool{},
+	}
 	sets, err := k.typed.AppsV1().DaemonSets(namespace).List(ctx, k.selector())
 	if err != nil {
-		return fmt.Errorf("listing DaemonSets: %w", explain(err))
+		return nil, fmt.Errorf("listing DaemonSets: %w", explain(err))
 	}
 	for i := range sets.Items {
-		k.daemonSets[sets.Items[i].Name] = &sets.Items[i]
+		found.daemonSets[sets.Items[i].Name] = &sets.Items[i]
 	}
 	// All of them: one that someone else has made for a disk of ours counts, too.
 	volumes, err := k.typed.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
 	if err != nil {
-		return fmt.Errorf("listing PersistentVolumes: %w", explain(err))
+		return nil, fmt.Errorf("listing PersistentVolumes: %w", explain(err))
 	}
 	for i := range volumes.Items {
-		k.volumes[volumes.Items[i].Name] = &volumes.Items[i]
+		found.volumes[volumes.Items[i].Name] = &volumes.Items[i]
 	}
 	claims, err := k.typed.CoreV1().PersistentVolumeClaims(namespace).List(ctx, k.selector())
 	if err != nil {
-		return fmt.Errorf("listing PersistentVolumeClaims: %w", explain(err))
+		return nil, fmt.Errorf("listing PersistentVolumeClaims: %w", explain(err))
 	}
 	for i := range claims.Items {
-		k.claims[claims.Items[i].Name] = &claims.Items[i]
+		found.claims[claims.Items[i].Name] = &claims.Items[i]
 	}
 	attachments, err := k.typed.StorageV1().VolumeAttachments().List(ctx, metav1.ListOptions{})
 	if err != nil {
-		return fmt.Errorf("listing VolumeAttachments: %w", explain(err))
+		return nil, fmt.Errorf("listing VolumeAttachments: %w", explain(err))
 	}
 	for _, a := range attachments.Items {
 		if v := a.Spec.Source.PersistentVolumeName; v != nil {
-			k.attached[*v] = true
+			found.attached[*v] = true
 		}
 	}
-	return k.surveyNodes(ctx)
+	if err := k.lookAtNodes(ctx, &found.nodes); err != nil {
+		return nil, err
+	}
+	return found, nil
 }
 
-// surveyNodes finds out which nodes have which disk: those with its label, and those
+// lookAtNodes finds out which nodes have which disk: those with its label, and those
 // that a pod of its DaemonSet runs on.
-func (k *cluster) surveyNodes(ctx context.Context) error {
-	k.holders, k.labelled = map[string]map[string]bool{}, map[string]string{}
+func (k *cluster) lookAtNodes(ctx context.Context, found *nodes) error {
+	found.holders, found.labelled = map[string]map[string]bool{}, map[string]string{}
+	hold := func(disk, node string) {
+		if found.holders[disk] == nil {
+			found.holders[disk] = map[string]bool{}
+		}
+		found.holders[disk][node] = true
+	}
 	nodes, err := k.typed.CoreV1().Nodes().List(ctx, metav1.ListOptions{LabelSelector: labelDisk})
 	if err != nil {
 		return fmt.Errorf("listing nodes: %w", explain(err))
 	}
 	for _, n := range nodes.Items {
-		k.labelled[n.Name] = n.Labels[labelDisk]
-		k.hold(n.Labels[labelDisk], n.Name)
+		found.labelled[n.Name] = n.Labels[labelDisk]
+		hold(n.Labels[labelDisk], n.Name)
 	}
 	pods, err := k.typed.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: labelDisk})
 	if err != nil {
@@ -172,17 +204,16 @@ func (k *cluster) surveyNodes(ctx context.Context) error {
 	for _, p := range pods.Items {
 		// One without a node has no disk yet. One that ends still has.
 		if p.Spec.NodeName != "" {
-			k.hold(p.Labels[labelDisk], p.Spec.NodeName)
+			hold(p.Labels[labelDisk], p.Spec.NodeName)
 		}
 	}
 	return nil
 }
 
-func (k *cluster) hold(disk, node string) {
-	if k.holders[disk] == nil {
-		k.holders[disk] = map[string]bool{}
-	}
-	k.holders[disk][node] = true
+// mayUse tells whether nodes of the cluster can be in a zone: now, or when its node
+// pools were others.
+func (k *cluster) mayUse(zone string) bool {
+	return k.Location == "" || k.Region() == gcp.Region(zone) || slices.Contains(k.Cluster.Zones, zone)
 }
 
 // apply applies an object server-side. What others have set of the same fields is

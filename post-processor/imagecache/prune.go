@@ -16,31 +16,46 @@ import (
 
 // makeRoom prunes what failed builds have left, before new disks need the quota. The
 // generation that is about to be rolled out comes on top of those to keep. What goes
-// wrong here does so again in prune, and fails the build there, or in the next run.
+// wrong here fails nothing: prune does it all again.
 func (r *run) makeRoom(ctx context.Context) error {
-	if err := r.deleteBuilderDisks(ctx); err != nil && ctx.Err() == nil {
-		r.say("making room: disks of the builder: %v; going on", err)
-	}
-	if !r.prunes() || r.config.DryRun { // which tells of it at the end
+	if r.config.DryRun { // prune tells of it
 		return nil
 	}
-	if _, err := r.pruneGenerations(ctx, r.config.Keep+1); err != nil && ctx.Err() == nil {
-		r.say("making room: %v; going on", err)
+	tell := func(err error) {
+		if err != nil && ctx.Err() == nil {
+			r.say("making room: %v; going on", err)
+		}
 	}
+	tell(r.deleteBuilderDisks(ctx))
+	if !r.prunes() {
+		return nil
+	}
+	_, failed, err := r.pruneGenerations(ctx, r.config.Keep+1)
+	for _, f := range failed {
+		tell(fmt.Errorf("cluster %s: %w", f.cluster, f.err))
+	}
+	tell(err)
 	return nil
 }
 
 // prune deletes what no node uses and no way back needs: in the clusters first, then
-// disks that no volume names, then images without a disk.
+// disks that no volume names, then images without a disk. What goes wrong fails the run
+// in the end: what is left costs money.
 func (r *run) prune(ctx context.Context) error {
-	if !r.prunes() {
-		return nil
+	errs := []error{r.deleteBuilderDisks(ctx)}
+	if r.prunes() {
+		onDisks, failed, err := r.pruneGenerations(ctx, r.config.Keep)
+		for _, f := range failed {
+			r.say("cluster %s: pruning: %v", f.cluster, f.err)
+		}
+		r.count(failed)
+		errs = append(errs, err)
+		if onDisks != nil {
+			errs = append(errs, r.pruneImages(ctx, kept(r.family, r.generation, r.config.Keep), onDisks))
+		}
 	}
-	onDisks, err := r.pruneGenerations(ctx, r.config.Keep)
-	if err != nil || r.failed() != nil {
-		return err // a cluster that failed may need the image yet
-	}
-	return r.pruneImages(ctx, kept(r.family, r.generation, r.config.Keep), onDisks)
+	r.pruning = join(slices.DeleteFunc(errs, func(err error) bool { return err == nil }))
+	return ctx.Err()
 }
 
 // prunes tells whether the run knows what is in use, and which generations there are.
@@ -49,16 +64,15 @@ func (r *run) prunes() bool {
 }
 
 // pruneGenerations prunes clusters and disks, and returns the images of the disks
-// that are left.
-func (r *run) pruneGenerations(ctx context.Context, n int) (onDisks map[string]bool, err error) {
+// that are left, nil if they are not known.
+func (r *run) pruneGenerations(ctx context.Context, n int) (onDisks map[string]bool, failed []failure, err error) {
 	keep := kept(r.family, r.generation, n)
-	for _, k := range r.each(ctx, func(ctx context.Context, k *cluster) error { return k.prune(ctx, keep) }) {
-		r.say("cluster %s: pruning: %v", k, k.err)
-	}
+	failed = r.each(ctx, func(ctx context.Context, k *cluster) error { return k.prune(ctx, keep) })
 	if err := ctx.Err(); err != nil {
-		return nil, err
+		return nil, failed, err
 	}
-	return r.pruneDisks(ctx, keep)
+	onDisks, err = r.pruneDisks(ctx, keep)
+	return onDisks, failed, err
 }
 
 // superseded tells whether something of a generation is to be pruned if nothing uses
@@ -117,7 +131,8 @@ func (k *cluster) names(zone, disk string) bool {
 	return false
 }
 
-// pruneDisks deletes disks that nothing uses and returns the images of the others.
+// pruneDisks deletes disks that nothing uses and returns the images of the others, nil
+// if they are not known.
 func (r *run) pruneDisks(ctx context.Context, keep map[string]bool) (onDisks map[string]bool, err error) {
 	disks, err := r.listDisks(ctx, fmt.Sprintf("labels.%s = %s", labelName, r.config.CacheName), r.ofCache)
 	if err != nil {
@@ -157,17 +172,8 @@ func (r *run) known(zone string) bool {
 	if slices.Contains(r.config.ExcludeRegions, gcp.Region(zone)) {
 		return false
 	}
-	for _, k := range r.absent {
-		if k.Region() == gcp.Region(zone) || slices.Contains(k.Cluster.Zones, zone) {
-			return false
-		}
-	}
-	for _, k := range r.clusters {
-		if k.err != nil && slices.Contains(k.Cluster.Zones, zone) {
-			return false
-		}
-	}
-	return true
+	unknown := func(k *cluster) bool { return !k.surveyed && k.mayUse(zone) }
+	return !slices.ContainsFunc(r.absent, unknown) && !slices.ContainsFunc(r.clusters, unknown)
 }
 
 func (r *run) named(zone, disk string) bool {
@@ -190,7 +196,7 @@ func (r *run) deleteBuilderDisks(ctx context.Context) error {
 		return strings.HasPrefix(d.GetName(), prefix) && d.GetLabels()[labelName] == "" && len(d.GetUsers()) == 0
 	})
 	if err != nil {
-		return gcp.Explain(err)
+		return fmt.Errorf("listing the builder's disks: %w", gcp.Explain(err))
 	}
 	var errs []error
 	for _, d := range disks {

@@ -69,9 +69,11 @@ func (k *cluster) rollOutZone(ctx context.Context, d *zoneDisk) error {
 	if err := k.apply(ctx, ds); err != nil {
 		return err
 	}
-	if err := k.surveyNodes(ctx); err != nil {
+	var now nodes
+	if err := k.lookAtNodes(ctx, &now); err != nil {
 		return err
 	}
+	k.nodes = now
 	for _, name := range slices.Sorted(maps.Keys(k.daemonSets)) {
 		former := k.daemonSets[name]
 		if former.Labels[labelZone] != d.zone || name == d.name {

@@ -29,6 +29,7 @@ type run struct {
 	family     []*generation // of which images are pruned
 	clusters   []*cluster    // those that answer
 	absent     []*cluster    // those that do not
+	pruning    error         // what went wrong in the last step
 	zones      []string      // that get a disk
 
 	sizesMu sync.Mutex

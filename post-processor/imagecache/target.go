@@ -114,33 +114,46 @@ func (r *run) connectClusters(ctx context.Context) {
 		}
 		return k.survey(ctx)
 	})
-	for _, k := range failed {
-		r.say("cluster %s is left out: %v", k, k.err)
-		r.absent = append(r.absent, k)
+	r.count(failed)
+	for _, f := range failed {
+		r.say("cluster %s is left out: %v", f.cluster, f.err)
+		r.absent = append(r.absent, f.cluster)
 	}
-	r.clusters = slices.DeleteFunc(r.clusters, func(k *cluster) bool { return slices.Contains(failed, k) })
+	r.clusters = slices.DeleteFunc(r.clusters, func(k *cluster) bool { return slices.Contains(r.absent, k) })
 	for _, k := range r.clusters {
 		r.say("cluster %s: %s", k, cmp.Or(strings.Join(k.zones, ", "), "none of the zones"))
 	}
 }
 
+// failure is a cluster with which something went wrong.
+type failure struct {
+	cluster *cluster
+	err     error
+}
+
 // each does something for all clusters at once, and returns those that failed.
-func (r *run) each(ctx context.Context, f func(context.Context, *cluster) error) []*cluster {
+func (r *run) each(ctx context.Context, f func(context.Context, *cluster) error) []failure {
+	all := make([]failure, len(r.clusters))
 	var group errgroup.Group
 	group.SetLimit(parallelClusters)
-	for _, k := range r.clusters {
+	for i, k := range r.clusters {
 		group.Go(func() error {
-			if k.err = f(ctx, k); k.err != nil {
-				k.errs = append(k.errs, k.err)
-			}
+			all[i] = failure{k, f(ctx, k)}
 			return nil
 		})
 	}
 	_ = group.Wait() // they all return nil
-	return slices.DeleteFunc(slices.Clone(r.clusters), func(k *cluster) bool { return k.err == nil })
+	return slices.DeleteFunc(all, func(f failure) bool { return f.err == nil })
 }
 
-// failed is one error that names every cluster that went wrong.
+// count has failures fail the run in the end.
+func (r *run) count(failures []failure) {
+	for _, f := range failures {
+		f.cluster.errs = append(f.cluster.errs, f.err)
+	}
+}
+
+// failed is one error that names all that went wrong on the way.
 func (r *run) failed() error {
 	all := slices.Concat(r.absent, r.clusters)
 	var errs []error
@@ -149,10 +162,14 @@ func (r *run) failed() error {
 			errs = append(errs, fmt.Errorf("cluster %s: %w", k, join(k.errs)))
 		}
 	}
-	if len(errs) == 0 {
-		return nil
+	var failed []error
+	if len(errs) > 0 {
+		failed = append(failed, fmt.Errorf("%d of %d clusters failed: %w", len(errs), len(all), join(errs)))
 	}
-	return fmt.Errorf("%d of %d clusters failed: %w", len(errs), len(all), join(errs))
+	if r.pruning != nil {
+		failed = append(failed, fmt.Errorf("pruning failed, after image %s was rolled out: %w", r.generation.name(), r.pruning))
+	}
+	return join(failed)
 }
 
 // rollOut brings the generation to all clusters.
@@ -164,11 +181,12 @@ func (r *run) rollOut(ctx context.Context) error {
 		return r.writeManifests()
 	}
 	failed := r.each(ctx, func(ctx context.Context, k *cluster) error { return k.rollOut(ctx) })
+	r.count(failed)
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	for _, k := range failed {
-		r.say("cluster %s failed: %v; going on with the others", k, k.err)
+	for _, f := range failed {
+		r.say("cluster %s failed: %v; going on with the others", f.cluster, f.err)
 	}
 	if len(failed) == len(r.clusters) {
 		return r.failed()
