@@ -40,6 +40,9 @@ type cluster struct {
 	dynamic *dynamic.DynamicClient
 	mapper  meta.RESTMapper
 
+	leading context.Context // ends when the lease is lost; nil without one
+	release func()          // gives the lease back
+
 	// surveyed is whether the last survey succeeded. If not, what an earlier one has
 	// found stays.
 	surveyed bool

@@ -14,7 +14,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/gcp"
 )
 
-// findImage finds the image to roll out and the others of its family.
+// findImage finds the image to roll out.
 func (r *run) findImage(ctx context.Context) error {
 	image, err := r.getImage(ctx, r.config.ImageName)
 	switch {
@@ -33,10 +33,18 @@ func (r *run) findImage(ctx context.Context) error {
 	}
 	if image.GetFamily() == "" {
 		r.say("image %s has no family, so that earlier images cannot be told; set image_family in the builder to have them pruned", image.GetName())
+	}
+	return nil
+}
+
+// findFamily finds the images of the same family.
+func (r *run) findFamily(ctx context.Context) (err error) {
+	family := r.generation.image.GetFamily()
+	if family == "" {
 		return nil
 	}
-	if r.family, err = r.listFamily(ctx, image.GetFamily()); err != nil {
-		return fmt.Errorf("listing the images of family %s: %w", image.GetFamily(), gcp.Explain(err))
+	if r.family, err = r.listFamily(ctx, family); err != nil {
+		return fmt.Errorf("listing the images of family %s: %w", family, gcp.Explain(err))
 	}
 	return nil
 }

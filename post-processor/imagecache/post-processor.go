@@ -45,6 +45,8 @@ func (p *PostProcessor) PostProcess(ctx context.Context, ui packersdk.Ui, artifa
 		{"connecting", r.connect},
 		{"finding the image", r.findImage},
 		{"finding clusters", r.findClusters},
+		{"waiting for other runs", r.lead},
+		{"looking at what is there", r.look},
 		{"making room", r.makeRoom},
 		{"making disks", r.makeDisks},
 		{"rolling out", r.rollOut},
@@ -67,6 +69,7 @@ func (p *PostProcessor) PostProcess(ctx context.Context, ui packersdk.Ui, artifa
 // take takes from the artifact what the configuration leaves open.
 func (r *run) take(artifact packersdk.Artifact) error {
 	c := r.config
+	r.goBack = c.ImageName != ""
 	if artifact.BuilderId() == builderID {
 		c.ImageName = cmp.Or(c.ImageName, artifact.Id())
 		project, _ := artifact.State("ProjectId").(string)

@@ -60,7 +60,7 @@ func (r *run) prune(ctx context.Context) error {
 
 // prunes tells whether the run knows what is in use, and which generations there are.
 func (r *run) prunes() bool {
-	return !r.config.SkipRollOut && r.config.OutputDir == "" && r.generation.image.GetFamily() != ""
+	return r.touchesClusters() && r.generation.image.GetFamily() != ""
 }
 
 // pruneGenerations prunes clusters and disks, and returns the images of the disks
@@ -172,7 +172,7 @@ func (r *run) known(zone string) bool {
 	if slices.Contains(r.config.ExcludeRegions, gcp.Region(zone)) {
 		return false
 	}
-	unknown := func(k *cluster) bool { return !k.surveyed && k.mayUse(zone) }
+	unknown := func(k *cluster) bool { return (!k.surveyed || k.lost()) && k.mayUse(zone) }
 	return !slices.ContainsFunc(r.absent, unknown) && !slices.ContainsFunc(r.clusters, unknown)
 }
 

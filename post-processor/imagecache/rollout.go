@@ -43,6 +43,20 @@ func (k *cluster) rollOut(ctx context.Context) error {
 	return join(errs)
 }
 
+// applyNamespace makes the namespace that all objects of a cluster are in.
+func (k *cluster) applyNamespace(ctx context.Context) error {
+	shared, err := kustomization(accessDir)
+	if err != nil {
+		return err
+	}
+	for _, o := range shared {
+		if o.GetKind() == "Namespace" {
+			return k.apply(ctx, o)
+		}
+	}
+	return fmt.Errorf("%s has no namespace", accessDir)
+}
+
 // rollOutZone brings the generation to a zone. The new DaemonSet is there before the
 // former one is locked, so that at every moment some generation takes new nodes; the
 // agents keep to themselves until then, see zoneDisk.alone.

@@ -3,6 +3,7 @@ package imagecache
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -26,6 +27,7 @@ type run struct {
 	disks  *compute.DisksClient
 
 	generation *generation
+	goBack     bool          // an image was asked for by its name
 	family     []*generation // of which images are pruned
 	clusters   []*cluster    // those that answer
 	absent     []*cluster    // those that do not
@@ -54,6 +56,11 @@ func (r *run) connect(ctx context.Context) error {
 }
 
 func (r *run) close() {
+	for _, k := range slices.Concat(r.clusters, r.absent) {
+		if k.release != nil {
+			k.release()
+		}
+	}
 	if r.images != nil {
 		r.images.Close()
 	}

@@ -17,12 +17,12 @@ import (
 // parallelClusters is how many clusters are worked on at once.
 const parallelClusters = 8
 
-// findClusters finds the clusters, connects to them and settles which zones get a
-// disk. A cluster that does not answer gets none for its sake.
+// touchesClusters tells whether the run speaks to the clusters themselves.
+func (r *run) touchesClusters() bool { return !r.config.SkipRollOut && r.config.OutputDir == "" }
+
+// findClusters finds the clusters and connects to them.
 func (r *run) findClusters(ctx context.Context) error {
-	c := r.config
-	if c.SkipRollOut && len(c.Zones) > 0 {
-		r.zones = c.Zones
+	if r.config.SkipRollOut && len(r.config.Zones) > 0 {
 		return nil
 	}
 	all, err := r.listClusters(ctx)
@@ -32,23 +32,65 @@ func (r *run) findClusters(ctx context.Context) error {
 	for _, k := range all {
 		r.clusters = append(r.clusters, &cluster{Cluster: k, run: r})
 	}
-	if err := r.settleZones(); err != nil {
+	if err := r.settleZones(); err != nil || !r.touchesClusters() {
 		return err
 	}
-	if !c.SkipRollOut && c.OutputDir == "" {
-		r.connectClusters(ctx)
-		if len(r.clusters) == 0 {
-			return r.failed()
+	return r.setAside(r.each(ctx, func(ctx context.Context, k *cluster) error { return k.connect(ctx) }))
+}
+
+// look finds out what there is of this cache, and which zones get a disk. A cluster
+// that does not answer gets none for its sake.
+func (r *run) look(ctx context.Context) error {
+	if err := r.findFamily(ctx); err != nil {
+		return err
+	}
+	if len(r.clusters) == 0 {
+		r.zones = r.config.Zones
+		return nil
+	}
+	if r.touchesClusters() {
+		if err := r.setAside(r.each(ctx, func(ctx context.Context, k *cluster) error { return k.survey(ctx) })); err != nil {
+			return err
+		}
+		if err := r.checkNewest(); err != nil {
+			return err
 		}
 	}
 	zones := map[string]bool{}
 	for _, k := range r.clusters {
+		r.say("cluster %s: %s", k, cmp.Or(strings.Join(k.zones, ", "), "none of the zones"))
 		for _, z := range k.zones {
 			zones[z] = true
 		}
 	}
 	r.zones = slices.Sorted(maps.Keys(zones))
 	return nil
+}
+
+// checkNewest refuses to take an image for new that is not: its build was overtaken by
+// another.
+func (r *run) checkNewest() error {
+	if r.goBack {
+		return nil
+	}
+	for _, g := range r.family {
+		if g.created.After(r.generation.created) && (g.rolledOut > 0 || r.hasDaemonSet(g)) {
+			return fmt.Errorf("image %s is older than %s, which has been rolled out meanwhile; set image_name to go back to it", r.generation.name(), g.name())
+		}
+	}
+	return nil
+}
+
+// hasDaemonSet tells whether the roll-out of a generation has begun in a cluster.
+func (r *run) hasDaemonSet(g *generation) bool {
+	return slices.ContainsFunc(r.clusters, func(k *cluster) bool {
+		for _, ds := range k.daemonSets {
+			if ds.Labels[labelSource] == g.name() {
+				return true
+			}
+		}
+		return false
+	})
 }
 
 func (r *run) listClusters(ctx context.Context) ([]*gcp.Cluster, error) {
@@ -106,23 +148,19 @@ func (r *run) settleZones() error {
 	return nil
 }
 
-// connectClusters sets clusters aside that do not answer.
-func (r *run) connectClusters(ctx context.Context) {
-	failed := r.each(ctx, func(ctx context.Context, k *cluster) error {
-		if err := k.connect(ctx); err != nil {
-			return err
-		}
-		return k.survey(ctx)
-	})
+// setAside goes on without clusters that have failed. It is an error if no other is
+// left.
+func (r *run) setAside(failed []failure) error {
 	r.count(failed)
 	for _, f := range failed {
 		r.say("cluster %s is left out: %v", f.cluster, f.err)
 		r.absent = append(r.absent, f.cluster)
 	}
 	r.clusters = slices.DeleteFunc(r.clusters, func(k *cluster) bool { return slices.Contains(r.absent, k) })
-	for _, k := range r.clusters {
-		r.say("cluster %s: %s", k, cmp.Or(strings.Join(k.zones, ", "), "none of the zones"))
+	if len(r.clusters) == 0 {
+		return r.failed()
 	}
+	return nil
 }
 
 // failure is a cluster with which something went wrong.
@@ -138,7 +176,13 @@ func (r *run) each(ctx context.Context, f func(context.Context, *cluster) error)
 	group.SetLimit(parallelClusters)
 	for i, k := range r.clusters {
 		group.Go(func() error {
-			all[i] = failure{k, f(ctx, k)}
+			ctx, done := k.whileLeading(ctx)
+			defer done()
+			err := f(ctx, k)
+			if cause := context.Cause(ctx); errors.Is(cause, errLeaseLost) {
+				err = cause
+			}
+			all[i] = failure{k, err}
 			return nil
 		})
 	}
