@@ -17,6 +17,7 @@ import (
 	"cloud.google.com/go/auth"
 	"cloud.google.com/go/auth/credentials"
 	"cloud.google.com/go/auth/credentials/impersonate"
+	"github.com/google/go-containerregistry/pkg/authn"
 	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
 	"github.com/hashicorp/packer-plugin-sdk/useragent"
 	"google.golang.org/api/option"
@@ -129,6 +130,26 @@ func (a *Auth) token(ctx context.Context) (string, error) {
 	// The SDK's secret filter takes no new secrets while others log. This one goes into
 	// a header and nowhere else.
 	return t.Value, nil
+}
+
+// Keychain has the credentials for Google's registries, and none for others.
+func (a *Auth) Keychain(ctx context.Context) authn.Keychain { return &keychain{ctx, a} }
+
+type keychain struct {
+	ctx  context.Context
+	auth *Auth
+}
+
+func (k *keychain) Resolve(target authn.Resource) (authn.Authenticator, error) {
+	host := target.RegistryStr()
+	if host != "gcr.io" && !strings.HasSuffix(host, ".gcr.io") && !strings.HasSuffix(host, ".pkg.dev") {
+		return authn.Anonymous, nil
+	}
+	token, err := k.auth.token(k.ctx)
+	if err != nil {
+		return nil, err
+	}
+	return authn.FromConfig(authn.AuthConfig{Username: "oauth2accesstoken", Password: token}), nil
 }
 
 // find finds the credentials, once. It is not safe for concurrent use the first time.

@@ -12,6 +12,8 @@ import (
 	"cloud.google.com/go/compute/apiv1/computepb"
 	"cloud.google.com/go/container/apiv1/containerpb"
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
 	"google.golang.org/api/googleapi"
 
 	fake "github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
@@ -161,5 +163,34 @@ func TestAuthNone(t *testing.T) {
 	_, err := new(Auth).Options(t.Context(), Compute)
 	if err == nil || !strings.HasPrefix(err.Error(), "finding Google credentials: ") || !strings.HasSuffix(err.Error(), "set credentials_file or access_token") {
 		t.Errorf("error is %v", err)
+	}
+}
+
+// TestKeychain gives the access token to Google's registries and to no other.
+func TestKeychain(t *testing.T) {
+	a := &Auth{AccessToken: "a"}
+	for host, want := range map[string]authn.AuthConfig{
+		"us-docker.pkg.dev": {Username: "oauth2accesstoken", Password: "a"},
+		"eu.gcr.io":         {Username: "oauth2accesstoken", Password: "a"},
+		"gcr.io":            {Username: "oauth2accesstoken", Password: "a"},
+		"index.docker.io":   {},
+		"notgcr.io":         {},
+		"pkg.dev.example":   {},
+	} {
+		r, err := name.NewRegistry(host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found, err := a.Keychain(t.Context()).Resolve(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := found.Authorization()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, *got); diff != "" {
+			t.Errorf("%s: %s", host, diff)
+		}
 	}
 }

@@ -63,8 +63,7 @@ func TestLeastRoles(t *testing.T) {
 func TestSameAsKustomize(t *testing.T) {
 	c := newCloud(t, "same", administrator(t))
 	dir := t.TempDir()
-	c.must(c.build(1), "output_dir", dir, "injector_image", "us-docker.pkg.dev/my-project/tools/selkies-image-injector:0.1.0",
-		"node_selector", map[string]string{"selkies.io/image-cache": "true"})
+	c.must(c.build(1), "output_dir", dir, "node_selector", map[string]string{"selkies.io/image-cache": "true"})
 	written, err := os.ReadFile(filepath.Join(dir, "us-central1-broker-us-central1.yaml"))
 	if err != nil {
 		t.Fatal(err)
@@ -73,8 +72,10 @@ func TestSameAsKustomize(t *testing.T) {
 
 	ours, theirs := parse(t, string(written)), parse(t, rendered)
 	disk := c.diskName(zoneA, 1)
-	// What differs by intention: names, and that two generations are kept apart.
-	replace := strings.NewReplacer(disk, "DISK", "image-cache-us-central1-a", "DISK", "image-cache-1", "DISK", "projects/p/", "projects/my-project/")
+	// What differs by intention: names, the image's digest, and that two generations are
+	// kept apart.
+	replace := strings.NewReplacer(disk, "DISK", "image-cache-us-central1-a", "DISK", "image-cache-1", "DISK", "projects/p/", "projects/my-project/",
+		world.pinned, "us-docker.pkg.dev/my-project/tools/selkies-image-injector:0.1.0")
 	ourPod, theirPod := ours.sets[disk].Spec.Template.Spec, theirs.sets["selkies-image-injector-us-central1-a"].Spec.Template.Spec
 	ourPod.Affinity.PodAntiAffinity = nil
 	if diff := cmp.Diff(replace.Replace(marshal(t, theirPod)), replace.Replace(marshal(t, ourPod))); diff != "" {
@@ -83,7 +84,15 @@ func TestSameAsKustomize(t *testing.T) {
 	if diff := cmp.Diff(theirs.sets["selkies-image-injector-us-central1-a"].Spec.UpdateStrategy, ours.sets[disk].Spec.UpdateStrategy); diff != "" {
 		t.Errorf("update strategy: %s", diff)
 	}
-	if diff := cmp.Diff(theirs.sets["selkies-image-gate"], ours.sets["selkies-image-gate"]); diff != "" {
+	ourGate, theirGate := ours.sets["same-gate"].Spec, theirs.sets["selkies-image-gate"].Spec
+	// A cluster may have several caches.
+	for _, labels := range []map[string]string{ourGate.Selector.MatchLabels, ourGate.Template.Labels} {
+		if labels["app.kubernetes.io/instance"] != "same" {
+			t.Errorf("the gate's labels are %v", labels)
+		}
+		delete(labels, "app.kubernetes.io/instance")
+	}
+	if diff := cmp.Diff(replace.Replace(marshal(t, theirGate)), replace.Replace(marshal(t, ourGate))); diff != "" {
 		t.Errorf("gate: %s", diff)
 	}
 	ourVolume, theirVolume := ours.volumes[disk].Spec, theirs.volumes["image-cache-us-central1-a"].Spec

@@ -3,7 +3,7 @@
 // Package rollout_test runs the post-processor and the data source of apps against a
 // real API server, controller manager and scheduler. Google's APIs are the fake ones,
 // and nodes are objects without a kubelet, so that the tests say when one comes and
-// goes.
+// goes, and which pods start.
 package rollout_test
 
 import (
@@ -20,6 +20,11 @@ import (
 
 	"cloud.google.com/go/compute/apiv1/computepb"
 	"cloud.google.com/go/container/apiv1/containerpb"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -31,6 +36,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 	"github.com/selkies-project/packer-plugin-selkies/post-processor/imagecache"
 )
 
@@ -49,6 +55,11 @@ var world struct {
 	config *rest.Config
 	// packer is Packer's program, plugin the one that it has installed.
 	packer, plugin string
+	// injector is the image of the agents, pinned the same by its digest. Nothing is in
+	// it: there is no kubelet to run it.
+	injector, pinned string
+	kubelet          *kubelet
+	registry         *registry.Registry
 }
 
 func TestMain(m *testing.M) {
@@ -79,7 +90,38 @@ func run(ctx context.Context, dir string, m *testing.M) (int, error) {
 	if world.config, err = clientcmd.BuildConfigFromFlags("", c.Kubeconfig); err != nil {
 		return 1, err
 	}
+	reg, err := registry.Start(registry.Config{Dir: filepath.Join(dir, "blobs")})
+	if err != nil {
+		return 1, err
+	}
+	defer reg.Stop()
+	world.registry = reg
+	if world.injector, world.pinned, err = pushInjector(reg, "1"); err != nil {
+		return 1, err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	world.kubelet = &kubelet{}
+	go world.kubelet.run(ctx)
 	return m.Run(), nil
+}
+
+// pushInjector pushes an image with the tag.
+func pushInjector(reg *registry.Registry, tag string) (ref, pinned string, err error) {
+	image, err := mutate.ConfigFile(empty.Image, &v1.ConfigFile{OS: "linux", Architecture: "amd64", Author: tag})
+	if err != nil {
+		return "", "", err
+	}
+	digest, err := image.Digest()
+	if err != nil {
+		return "", "", err
+	}
+	repository := reg.Addr + "/injector"
+	r, err := name.NewTag(repository + ":" + tag)
+	if err != nil {
+		return "", "", err
+	}
+	return r.String(), repository + "@" + digest.String(), remote.Write(r, image)
 }
 
 // cloud is a Google Cloud project with the cluster in it.
@@ -152,7 +194,7 @@ func (u *ui) Say(line string) {
 
 func (c *cloud) options(kv ...any) map[string]any {
 	o := map[string]any{
-		"cache_name": c.name, "access_token": c.token, "injector_image": "registry.example/injector:1",
+		"cache_name": c.name, "access_token": c.token, "injector_image": world.injector,
 		"custom_endpoints": map[string]string{"compute": c.URL + "/compute/v1/", "container": c.URL},
 	}
 	for i := 0; i < len(kv); i += 2 {
@@ -197,8 +239,9 @@ func (c *cloud) changes() []string {
 	})
 }
 
-// addNode makes a node in a zone, as autoscaling would.
-func addNode(t *testing.T, name, zone string) {
+// addNode makes a node in a zone, as autoscaling would, with a label app.broker/tier if
+// one is given.
+func addNode(t *testing.T, name, zone string, tier ...string) {
 	t.Helper()
 	capacity := corev1.ResourceList{
 		corev1.ResourceCPU: resource.MustParse("4"), corev1.ResourceMemory: resource.MustParse("8Gi"), corev1.ResourcePods: resource.MustParse("110"),
@@ -207,7 +250,10 @@ func addNode(t *testing.T, name, zone string) {
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: map[string]string{
 			zoneLabel: zone, "topology.gke.io/zone": zone, "kubernetes.io/hostname": name, "kubernetes.io/os": "linux",
 		}},
-		Status: corev1.NodeStatus{Capacity: capacity, Allocatable: capacity},
+		Status: corev1.NodeStatus{Capacity: capacity, Allocatable: capacity, Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}}},
+	}
+	for _, value := range tier {
+		node.Labels["app.broker/tier"] = value
 	}
 	if _, err := world.Client.CoreV1().Nodes().Create(t.Context(), node, metav1.CreateOptions{}); err != nil {
 		t.Fatal(err)
@@ -241,10 +287,13 @@ func endPod(t *testing.T, name string) {
 	}
 }
 
-// generationsOf are the disks whose agents nodes have, by node. There must be one
+// agents, with the name of a cache, finds its agents' pods, without those of its gate.
+const agents = "app.kubernetes.io/name=selkies-image-injector,app.kubernetes.io/instance="
+
+// generations are the disks whose agents nodes have, by node. There must be one
 // agent on each node, and none that waits for a node.
 func generations(ctx context.Context, prefix string) (map[string]string, error) {
-	pods, err := world.Client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: "app.kubernetes.io/instance=" + prefix})
+	pods, err := world.Client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: agents + prefix})
 	if err != nil {
 		return nil, err
 	}
@@ -278,8 +327,8 @@ func (c *cloud) waitGenerations(want map[string]string) {
 	})
 }
 
-// objects are the names of all objects of the cache in the cluster, sorted, with the
-// versions of their specifications if wanted.
+// objects are the names of all objects that the cache has in the cluster for its disks,
+// sorted, with the versions of their specifications if wanted.
 func (c *cloud) objects(versions bool) []string {
 	c.t.Helper()
 	template := `{{range .items}}{{.kind}}/{{.metadata.name}}{{if .metadata.deletionTimestamp}} ending{{end}}{{"\n"}}{{end}}`
@@ -287,7 +336,7 @@ func (c *cloud) objects(versions bool) []string {
 		template = `{{range .items}}{{.kind}}/{{.metadata.name}} {{.metadata.resourceVersion}}{{"\n"}}{{end}}`
 	}
 	out := world.Output(c.t, "get", "daemonsets,persistentvolumes,persistentvolumeclaims", "-n", namespace,
-		"-l", "app.kubernetes.io/instance="+c.name, "-o", "go-template="+template)
+		"-l", "selkies.io/zone,app.kubernetes.io/instance="+c.name, "-o", "go-template="+template)
 	return slices.Sorted(slices.Values(strings.Fields(strings.ReplaceAll(out, " ", "@"))))
 }
 
@@ -318,7 +367,7 @@ func (c *cloud) two(zone string, stamp int) []string {
 
 // working fails unless in each zone some generation takes new nodes.
 func (c *cloud) working() error {
-	sets, err := world.Client.AppsV1().DaemonSets(namespace).List(c.t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/instance=" + c.name})
+	sets, err := world.Client.AppsV1().DaemonSets(namespace).List(c.t.Context(), metav1.ListOptions{LabelSelector: "selkies.io/zone,app.kubernetes.io/instance=" + c.name})
 	if err != nil {
 		return err
 	}

@@ -42,7 +42,7 @@ build {
     cache_name       = "packer"
     project_id       = data.selkies-image-cache.last.project_id
     image_name       = var.rollback_to
-    injector_image   = "registry.example/injector:1"
+    injector_image   = %[3]q
     access_token     = var.access_token
     node_selector    = { "tier" = "gpu" }
     custom_endpoints = { compute = %[1]q, container = %[2]q }
@@ -56,7 +56,7 @@ func TestPacker(t *testing.T) {
 	c.build(1)
 	c.build(2)
 	file := filepath.Join(t.TempDir(), "rollback.pkr.hcl")
-	if err := os.WriteFile(file, fmt.Appendf(nil, rollback, c.URL+"/compute/v1/", c.URL), 0o600); err != nil {
+	if err := os.WriteFile(file, fmt.Appendf(nil, rollback, c.URL+"/compute/v1/", c.URL, world.injector), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	packer := func(args ...string) (string, error) {

@@ -199,7 +199,7 @@ func with(m map[string]string, kv ...string) map[string]string {
 // podsOf are the IDs of a cache's pods.
 func podsOf(t *testing.T, name string) []string {
 	t.Helper()
-	pods, err := world.Client.CoreV1().Pods(namespace).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/instance=" + name})
+	pods, err := world.Client.CoreV1().Pods(namespace).List(t.Context(), metav1.ListOptions{LabelSelector: agents + name})
 	if err != nil {
 		t.Fatal(err)
 	}

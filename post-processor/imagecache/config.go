@@ -10,7 +10,10 @@ import (
 	"maps"
 	"regexp"
 	"slices"
+	"time"
 
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/hashicorp/packer-plugin-sdk/common"
 	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
 	"github.com/hashicorp/packer-plugin-sdk/template/config"
@@ -64,18 +67,26 @@ type Config struct {
 	DiskSizeGB int `mapstructure:"disk_size_gb"`
 	// More labels for the disks.
 	DiskLabels map[string]string `mapstructure:"disk_labels"`
-	// The injector's container image. Required unless `skip_roll_out`.
+	// The injector's container image. Required unless `skip_roll_out`. The clusters get
+	// it by the digest that it has now. Packer asks the registry for that with Docker's
+	// credentials, or at Google's registries with those below.
 	InjectorImage string `mapstructure:"injector_image"`
+	// The platform of the nodes, which `injector_image` must have. Defaults to
+	// `linux/amd64`.
+	Platform string `mapstructure:"platform"`
 	// Labels that a node must have to get the cache, such as
 	// `{ "app.broker/tier" = "gpu-cos" }`. Defaults to all nodes of the zones.
 	NodeSelector map[string]string `mapstructure:"node_selector"`
+	// How long the first pod of a new generation may take to be ready, where there are
+	// nodes for it, and that of the gate. If none is, what there was before is brought
+	// back. Defaults to `5m`.
+	StartTimeout time.Duration `mapstructure:"start_timeout"`
 	// How many generations to keep, the new one included. What nodes still use is kept
 	// in any case. Defaults to 2.
 	Keep int `mapstructure:"keep"`
 	// What the names of the builder's own disks begin with, up to a dash, such as
-	// `selkies-image-cache-build-`. Disks of such names in `project_id` that no
-	// instance uses, and that were made more than a day before the image, are deleted:
-	// a build that was killed has left them. See
+	// `selkies-image-cache-build-`. Disks of such names in `project_id` that nothing has
+	// used for an hour are deleted: a build that was killed has left them. See
 	// [What a killed build leaves](#what-a-killed-build-leaves). None are by default.
 	BuilderDiskPrefix string `mapstructure:"builder_disk_prefix"`
 	// Say what would be done and change nothing. Defaults to `false`.
@@ -85,6 +96,8 @@ type Config struct {
 	OutputDir string `mapstructure:"output_dir"`
 
 	clusterRE *regexp.Regexp
+	injector  name.Reference
+	platform  *v1.Platform
 	ctx       interpolate.Context
 }
 
@@ -158,17 +171,32 @@ func (c *Config) prepare(raws ...any) error {
 	if c.Keep < 1 {
 		fail("keep is %d; choose 1 or more", c.Keep)
 	}
-	if c.InjectorImage == "" && !c.SkipRollOut {
-		fail("injector_image is not set; name the injector's container image, or set skip_roll_out")
-	}
 	check := func(err error) {
 		if err != nil {
 			errs = packersdk.MultiErrorAppend(errs, err)
 		}
 	}
+	check(c.prepareInjector())
 	check(c.prepareTargets())
 	if len(errs.Errors) > 0 {
 		return errs
+	}
+	return nil
+}
+
+func (c *Config) prepareInjector() (err error) {
+	if c.SkipRollOut {
+		return nil
+	}
+	if c.InjectorImage == "" {
+		return errors.New("injector_image is not set; name the injector's container image, or set skip_roll_out")
+	}
+	if c.injector, err = name.ParseReference(c.InjectorImage); err != nil {
+		return fmt.Errorf("injector_image: %w", err)
+	}
+	c.platform, err = v1.ParsePlatform(c.Platform)
+	if err != nil || c.platform.Architecture == "" {
+		return fmt.Errorf("platform %q is not os/architecture[/variant], such as linux/amd64", c.Platform)
 	}
 	return nil
 }
@@ -190,5 +218,7 @@ func (c *Config) setDefaults() {
 	c.ClusterPattern = cmp.Or(c.ClusterPattern, "^broker-")
 	c.ClusterEndpoint = cmp.Or(c.ClusterEndpoint, gcp.EndpointPublic)
 	c.DiskType = cmp.Or(c.DiskType, "pd-balanced")
+	c.Platform = cmp.Or(c.Platform, "linux/amd64")
+	c.StartTimeout = cmp.Or(c.StartTimeout, 5*time.Minute)
 	c.Keep = cmp.Or(c.Keep, 2)
 }

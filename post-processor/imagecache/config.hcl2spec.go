@@ -38,7 +38,9 @@ type FlatConfig struct {
 	DiskSizeGB                *int              `mapstructure:"disk_size_gb" cty:"disk_size_gb" hcl:"disk_size_gb"`
 	DiskLabels                map[string]string `mapstructure:"disk_labels" cty:"disk_labels" hcl:"disk_labels"`
 	InjectorImage             *string           `mapstructure:"injector_image" cty:"injector_image" hcl:"injector_image"`
+	Platform                  *string           `mapstructure:"platform" cty:"platform" hcl:"platform"`
 	NodeSelector              map[string]string `mapstructure:"node_selector" cty:"node_selector" hcl:"node_selector"`
+	StartTimeout              *string           `mapstructure:"start_timeout" cty:"start_timeout" hcl:"start_timeout"`
 	Keep                      *int              `mapstructure:"keep" cty:"keep" hcl:"keep"`
 	BuilderDiskPrefix         *string           `mapstructure:"builder_disk_prefix" cty:"builder_disk_prefix" hcl:"builder_disk_prefix"`
 	DryRun                    *bool             `mapstructure:"dry_run" cty:"dry_run" hcl:"dry_run"`
@@ -85,7 +87,9 @@ func (*FlatConfig) HCL2Spec() map[string]hcldec.Spec {
 		"disk_size_gb":                &hcldec.AttrSpec{Name: "disk_size_gb", Type: cty.Number, Required: false},
 		"disk_labels":                 &hcldec.AttrSpec{Name: "disk_labels", Type: cty.Map(cty.String), Required: false},
 		"injector_image":              &hcldec.AttrSpec{Name: "injector_image", Type: cty.String, Required: false},
+		"platform":                    &hcldec.AttrSpec{Name: "platform", Type: cty.String, Required: false},
 		"node_selector":               &hcldec.AttrSpec{Name: "node_selector", Type: cty.Map(cty.String), Required: false},
+		"start_timeout":               &hcldec.AttrSpec{Name: "start_timeout", Type: cty.String, Required: false},
 		"keep":                        &hcldec.AttrSpec{Name: "keep", Type: cty.Number, Required: false},
 		"builder_disk_prefix":         &hcldec.AttrSpec{Name: "builder_disk_prefix", Type: cty.String, Required: false},
 		"dry_run":                     &hcldec.AttrSpec{Name: "dry_run", Type: cty.Bool, Required: false},

@@ -59,20 +59,18 @@ func (d *zoneDisk) labels() map[string]string {
 	}
 }
 
-// shared are the objects that a cluster has once: what the agents may do, and the gate
-// for nodes whose disk cannot be attached. They bear no cache's label, for caches of
-// other names have them too.
-func (c *Config) shared() ([]*unstructured.Unstructured, error) {
-	objects, err := kustomization(accessDir)
+// gate is the DaemonSet that opens the gate of nodes whose disk cannot be attached.
+// Each cache has its own, for its own nodes.
+func (c *Config) gate() (*unstructured.Unstructured, error) {
+	ds, err := c.daemonSet(gateDir)
 	if err != nil {
 		return nil, err
 	}
-	gate, err := c.daemonSet(gateDir)
-	if err != nil {
-		return nil, err
-	}
-	o, err := toUnstructured(gate)
-	return append(objects, o), err
+	ds.Name = c.CacheName + "-gate"
+	maps.Copy(ds.Labels, map[string]string{labelManagedBy: fieldManager, labelInstance: c.CacheName})
+	ds.Spec.Selector.MatchLabels[labelInstance] = c.CacheName
+	ds.Spec.Template.Labels[labelInstance] = c.CacheName
+	return toUnstructured(ds)
 }
 
 // daemonSet is that of a folder, for the nodes and with the image of the

@@ -30,7 +30,9 @@ func TestManifests(t *testing.T) {
 	s.AddCluster(project, &containerpb.Cluster{Name: "other", Location: "us-central1", Locations: []string{"us-central1-f"}})
 	s.AddCluster(project, &containerpb.Cluster{Name: "broker-ending", Location: "us-central1", Locations: []string{"us-central1-f"}, Status: containerpb.Cluster_STOPPING})
 	dir := filepath.Join(t.TempDir(), "manifests")
-	c := options(s, "injector_image", "registry.example/injector:1", "output_dir", dir, "node_selector", map[string]string{"tier": "gpu"})
+	repository := newRegistry(t)
+	digest := push(t, repository+":1", index(t, "linux/amd64"))
+	c := options(s, "injector_image", repository+":1", "output_dir", dir, "node_selector", map[string]string{"tier": "gpu"})
 	if _, err := postProcess(t, t.Context(), c, builderArtifact(built)); err != nil {
 		t.Fatal(err)
 	}
@@ -72,13 +74,13 @@ func TestManifests(t *testing.T) {
 		}
 	}
 	const disk = "selkies-image-cache-europe-west4-b-1700000000"
-	for _, want := range []string{"Namespace selkies-image-cache", "ServiceAccount selkies-image-injector", "PersistentVolumeClaim " + disk, "DaemonSet " + disk} {
+	for _, want := range []string{"Namespace selkies-image-cache", "ServiceAccount selkies-image-injector", "DaemonSet selkies-image-cache-gate", "PersistentVolumeClaim " + disk, "DaemonSet " + disk} {
 		if !slices.Contains(got, want) {
 			t.Errorf("there is no %s among %q", want, got)
 		}
 	}
 	pod := set.Spec.Template.Spec
-	if pod.Containers[0].Image != "registry.example/injector:1" || pod.NodeSelector["tier"] != "gpu" || pod.NodeSelector["kubernetes.io/os"] != "linux" {
+	if pod.Containers[0].Image != repository+"@"+digest || pod.NodeSelector["tier"] != "gpu" || pod.NodeSelector["kubernetes.io/os"] != "linux" {
 		t.Errorf("pod is %v", pod)
 	}
 	if volume.Spec.CSI.VolumeHandle != "projects/p/zones/europe-west4-b/disks/"+disk || volume.Spec.ClaimRef.Name != disk || volume.Spec.Capacity.Storage().String() != "20Gi" {

@@ -46,10 +46,15 @@ func (r *run) writeManifests() error {
 
 // manifests are all objects of a cluster.
 func (k *cluster) manifests() ([]*unstructured.Unstructured, error) {
-	objects, err := k.run.config.shared()
+	objects, err := kustomization(accessDir)
 	if err != nil {
 		return nil, err
 	}
+	gate, err := k.run.config.gate()
+	if err != nil {
+		return nil, err
+	}
+	objects = append(objects, gate)
 	for _, zone := range k.zones {
 		d := k.run.zoneDisk(zone)
 		volume, err := d.volume()

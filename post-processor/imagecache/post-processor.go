@@ -44,6 +44,7 @@ func (p *PostProcessor) PostProcess(ctx context.Context, ui packersdk.Ui, artifa
 	}{
 		{"connecting", r.connect},
 		{"finding the image", r.findImage},
+		{"finding the injector's image", r.pinInjector},
 		{"finding clusters", r.findClusters},
 		{"waiting for other runs", r.lead},
 		{"looking at what is there", r.look},

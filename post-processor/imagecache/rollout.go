@@ -17,19 +17,27 @@ import (
 )
 
 // rollOut brings the generation to a cluster: what all zones share, then zone by
-// zone. A zone that goes wrong keeps the generation that it has.
+// zone. A zone that goes wrong keeps the generation that it has. The gate comes first:
+// every node has one, so that it shows whether the injector's image runs there.
 func (k *cluster) rollOut(ctx context.Context) error {
 	if len(k.zones) == 0 {
 		return nil
 	}
-	shared, err := k.run.config.shared()
+	access, err := kustomization(accessDir)
 	if err != nil {
 		return err
 	}
-	for _, o := range shared {
+	for _, o := range access {
 		if err := k.apply(ctx, o); err != nil {
 			return err
 		}
+	}
+	gate, err := k.run.config.gate()
+	if err != nil {
+		return err
+	}
+	if err := k.start(ctx, gate); err != nil {
+		return err
 	}
 	var errs []error
 	for _, zone := range k.zones {
@@ -45,11 +53,11 @@ func (k *cluster) rollOut(ctx context.Context) error {
 
 // applyNamespace makes the namespace that all objects of a cluster are in.
 func (k *cluster) applyNamespace(ctx context.Context) error {
-	shared, err := kustomization(accessDir)
+	access, err := kustomization(accessDir)
 	if err != nil {
 		return err
 	}
-	for _, o := range shared {
+	for _, o := range access {
 		if o.GetKind() == "Namespace" {
 			return k.apply(ctx, o)
 		}
@@ -57,9 +65,9 @@ func (k *cluster) applyNamespace(ctx context.Context) error {
 	return fmt.Errorf("%s has no namespace", accessDir)
 }
 
-// rollOutZone brings the generation to a zone. The new DaemonSet is there before the
-// former one is locked, so that at every moment some generation takes new nodes; the
-// agents keep to themselves until then, see zoneDisk.alone.
+// rollOutZone brings the generation to a zone. The new DaemonSet is there, and its pods
+// start, before the former one is locked, so that at every moment some generation takes
+// new nodes; the agents keep to themselves until then, see zoneDisk.alone.
 func (k *cluster) rollOutZone(ctx context.Context, d *zoneDisk) error {
 	if err := k.freeVolume(ctx, d.name); err != nil {
 		return err
@@ -80,7 +88,7 @@ func (k *cluster) rollOutZone(ctx context.Context, d *zoneDisk) error {
 	if err != nil {
 		return err
 	}
-	if err := k.apply(ctx, ds); err != nil {
+	if err := k.start(ctx, ds); err != nil {
 		return err
 	}
 	var now nodes
@@ -142,30 +150,40 @@ func (k *cluster) retire(ctx context.Context, ds *appsv1.DaemonSet) error {
 // they are: a change of the template would otherwise replace each of them.
 func (k *cluster) lock(ctx context.Context, ds *appsv1.DaemonSet) error {
 	d := &zoneDisk{config: k.run.config, name: ds.Name, zone: ds.Labels[labelZone]}
-	locked := d.nodes(has)
-	if a := ds.Spec.Template.Spec.Affinity; a != nil && equality.Semantic.DeepEqual(a.NodeAffinity, locked) {
+	if d.locked(ds) {
 		return nil
 	}
-	// What was applied is applied again, with these two changes: what is left out of
-	// a server-side apply is removed.
-	applied, err := appsv1ac.ExtractDaemonSet(ds, fieldManager)
-	if err != nil {
-		return fmt.Errorf("reading DaemonSet %s: %w", ds.Name, err)
-	}
-	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(applied)
+	o, err := applied(ds)
 	if err != nil {
 		return err
 	}
-	affinity, err := runtime.DefaultUnstructuredConverter.ToUnstructured(locked)
+	affinity, err := runtime.DefaultUnstructuredConverter.ToUnstructured(d.nodes(has))
 	if err != nil {
 		return err
 	}
-	if err := unstructured.SetNestedMap(content, affinity, "spec", "template", "spec", "affinity", "nodeAffinity"); err != nil {
+	if err := unstructured.SetNestedMap(o.Object, affinity, "spec", "template", "spec", "affinity", "nodeAffinity"); err != nil {
 		return err
 	}
-	if err := unstructured.SetNestedMap(content, map[string]any{"type": string(appsv1.OnDeleteDaemonSetStrategyType)}, "spec", "updateStrategy"); err != nil {
+	if err := unstructured.SetNestedMap(o.Object, map[string]any{"type": string(appsv1.OnDeleteDaemonSetStrategyType)}, "spec", "updateStrategy"); err != nil {
 		return err
 	}
 	k.run.say("cluster %s: DaemonSet %s keeps its %d nodes and gets no new ones", k, ds.Name, len(k.holders[ds.Name]))
-	return k.apply(ctx, &unstructured.Unstructured{Object: content})
+	return k.apply(ctx, o)
+}
+
+// locked tells whether the disk's DaemonSet takes no new nodes.
+func (d *zoneDisk) locked(ds *appsv1.DaemonSet) bool {
+	a := ds.Spec.Template.Spec.Affinity
+	return a != nil && equality.Semantic.DeepEqual(a.NodeAffinity, d.nodes(has))
+}
+
+// applied is what was last applied of a DaemonSet, to apply it once more: what is left
+// out of a server-side apply is removed.
+func applied(ds *appsv1.DaemonSet) (*unstructured.Unstructured, error) {
+	fields, err := appsv1ac.ExtractDaemonSet(ds, fieldManager)
+	if err != nil {
+		return nil, fmt.Errorf("reading DaemonSet %s: %w", ds.Name, err)
+	}
+	content, err := runtime.DefaultUnstructuredConverter.ToUnstructured(fields)
+	return &unstructured.Unstructured{Object: content}, err
 }
