@@ -10,7 +10,7 @@ import (
 )
 
 // Fault makes calls go wrong. Of Error, Operation, LoseRequest and LoseAnswer at most
-// one is set; Delay and Hold may come with any of them or alone.
+// one is set; Delay, Hold and OperationHold may come with any of them or alone.
 type Fault struct {
 	// Call is the method, as in "disks.insert" or "disks.*".
 	Call string
@@ -27,6 +27,8 @@ type Fault struct {
 	Error *Error
 	// Operation is how the operation fails that the call starts.
 	Operation *OperationError
+	// OperationHold, if set, keeps the operation that the call starts until it is closed.
+	OperationHold <-chan struct{}
 	// LoseRequest breaks the connection, and nothing is done.
 	LoseRequest bool
 	// LoseAnswer does what was asked, but breaks the connection before the answer.

@@ -73,6 +73,12 @@ func (c *call) run(op *operation, t task) {
 	case <-time.After(c.config.OperationTime):
 	case <-c.ctx.Done():
 	}
+	if c.fault.OperationHold != nil {
+		select {
+		case <-c.fault.OperationHold:
+		case <-c.ctx.Done():
+		}
+	}
 	err := c.ctx.Err()
 	if err == nil && c.fault.Operation != nil {
 		err = c.fault.Operation

@@ -121,10 +121,10 @@ func TestRollOutFails(t *testing.T) {
 				return c.build(t, strings.Replace(named, `"new"`, `"selkies-image-cache-`+stamp+`"`, 1), fmt.Sprintf(`
   post-processor "manifest" {}
   post-processor "selkies-image-cache" {
-    injector_image   = "registry.example/injector:1"
+    injector_image   = "%[3]s/injector:1"
     access_token     = %[1]q
     custom_endpoints = { compute = "%[2]s/compute/v1/", container = "%[2]s/" }
-  }`, c.token, c.URL))
+  }`, c.token, c.URL, world.registry.Addr))
 			}
 			tt.fail(c)
 			out, err := build("1700000001")
@@ -202,8 +202,8 @@ func TestInterruptProvisioner(t *testing.T) {
 }
 
 // TestKill has the machine that Packer runs on go away in the middle of a build. The
-// VM ends when its time is up, if it was made so; its disks stay until a build of a
-// later day deletes them.
+// VM ends when its time is up, if it was made so; its disks stay until the next build
+// deletes them.
 func TestKill(t *testing.T) {
 	c := newRecords(t)
 	before := c.Resources()
@@ -228,7 +228,7 @@ func TestKill(t *testing.T) {
 	c.Forward(time.Hour)
 	c.wantLeft(t, before, disks, b.said(t))
 
-	c.Forward(24 * time.Hour)
+	c.Forward(time.Hour)
 	out := c.mustBuild(t, build("1700000002"), fmt.Sprintf(`
   post-processor "selkies-image-cache" {
     zones               = [%q]

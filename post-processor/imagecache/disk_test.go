@@ -242,15 +242,31 @@ func TestBuilderDisks(t *testing.T) {
 	insert("games-builder", nil)
 	insert("old-games-build-1", nil)
 	s.AddInstance(project, "us-central1-b", "vm")
-	op, err := clients.Instances.AttachDisk(t.Context(), &computepb.AttachDiskInstanceRequest{
-		Project: project, Zone: "us-central1-b", Instance: "vm",
-		AttachedDiskResource: &computepb.AttachedDisk{Source: new("projects/p/zones/us-central1-b/disks/games-build-used")},
-	})
+	attach := func(disk string) {
+		op, err := clients.Instances.AttachDisk(t.Context(), &computepb.AttachDiskInstanceRequest{
+			Project: project, Zone: "us-central1-b", Instance: "vm",
+			AttachedDiskResource: &computepb.AttachedDisk{Source: new("projects/p/zones/us-central1-b/disks/" + disk), DeviceName: &disk},
+		})
+		gcp.Wait(t, op, err)
+	}
+	attach("games-build-used")
+	// The VM of one has just gone, and an image is being made of another.
+	insert("games-build-freed", nil)
+	insert("games-build-source", nil)
+	attach("games-build-freed")
+	s.Forward(50 * time.Minute)
+	op, err := clients.Instances.DetachDisk(t.Context(), &computepb.DetachDiskInstanceRequest{Project: project, Zone: "us-central1-b", Instance: "vm", DeviceName: "games-build-freed"})
 	gcp.Wait(t, op, err)
-	s.Forward(23 * time.Hour)
 	insert("games-build-young", nil)
-	s.Forward(2 * time.Hour)
+	s.Forward(50 * time.Minute)
 	s.AddImage(project, cacheImage(built))
+	hold := make(chan struct{})
+	s.Inject(gcp.Fault{Call: "images.insert", OperationHold: hold})
+	making, err := clients.Images.Insert(t.Context(), &computepb.InsertImageRequest{
+		Project: project, ImageResource: &computepb.Image{Name: new("in-the-making"), SourceDisk: new("projects/p/zones/us-central1-b/disks/games-build-source")}})
+	if err != nil {
+		t.Fatal(err)
+	}
 
 	dryRun := diskOptions(s, "builder_disk_prefix", "games-build-", "dry_run", true)
 	before := s.Resources()
@@ -269,6 +285,13 @@ func TestBuilderDisks(t *testing.T) {
 	})
 	slices.Sort(want)
 	wantResources(t, s, want)
+
+	close(hold)
+	gcp.Wait(t, making, nil)
+	if _, err := postProcess(t, t.Context(), diskOptions(s, "builder_disk_prefix", "games-build-"), builderArtifact(built)); err != nil {
+		t.Fatal(err)
+	}
+	wantResources(t, s, slices.DeleteFunc(want, func(r string) bool { return strings.HasSuffix(r, "/games-build-source") }))
 }
 
 func TestDryRunOfDisks(t *testing.T) {

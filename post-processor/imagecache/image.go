@@ -83,6 +83,24 @@ func (r *run) listFamily(ctx context.Context, family string) (generations []*gen
 	return generations, err
 }
 
+// listSources are the IDs of the disks of which an image is being made.
+func (r *run) listSources(ctx context.Context) (ids map[string]bool, err error) {
+	request := &computepb.ListImagesRequest{Project: r.config.ImageProjectID, Filter: new("status != READY")}
+	err = gcp.Retry(ctx, func() error {
+		ids = map[string]bool{}
+		for image, err := range r.images.List(ctx, request).All() {
+			if err != nil {
+				return err
+			}
+			if image.GetStatus() != "READY" {
+				ids[image.GetSourceDiskId()] = true
+			}
+		}
+		return nil
+	})
+	return ids, err
+}
+
 // mark notes on the image that it has been rolled out, unless it says already that it
 // was the last.
 func (r *run) mark(ctx context.Context) error {

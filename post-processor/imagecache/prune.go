@@ -180,10 +180,12 @@ func (r *run) named(zone, disk string) bool {
 	return slices.ContainsFunc(r.clusters, func(k *cluster) bool { return k.names(zone, disk) })
 }
 
-// builderDiskAge is how long before the image a disk of the builder must have been
-// made to be what a killed build left. No build takes that long, so that those that
-// run at the same time keep theirs, also for the moment in which no VM has them.
-const builderDiskAge = 24 * time.Hour
+// builderDiskRest is for how long nothing may have used a disk of the builder for it to
+// be what a killed build left. A build that goes on has its VM use its disks. Without a
+// VM they are only before it is there and after it has gone: moments in which the disk
+// is being made, or an image of it, which takes no longer than the builder's
+// state_timeout.
+const builderDiskRest = time.Hour
 
 // deleteBuilderDisks deletes the disks that killed builds have left. Disks of a cache
 // are never among them, whatever their names are.
@@ -193,18 +195,26 @@ func (r *run) deleteBuilderDisks(ctx context.Context) error {
 		return nil
 	}
 	disks, err := r.listDisks(ctx, fmt.Sprintf(`name eq "%s.*"`, prefix), func(d *computepb.Disk) bool {
-		return strings.HasPrefix(d.GetName(), prefix) && d.GetLabels()[labelName] == "" && len(d.GetUsers()) == 0
+		return strings.HasPrefix(d.GetName(), prefix) && d.GetLabels()[labelName] == "" && len(d.GetUsers()) == 0 && d.GetStatus() == "READY"
 	})
 	if err != nil {
 		return fmt.Errorf("listing the builder's disks: %w", gcp.Explain(err))
 	}
+	if len(disks) == 0 {
+		return nil
+	}
+	sources, err := r.listSources(ctx)
+	if err != nil {
+		return fmt.Errorf("listing images in the making: %w", gcp.Explain(err))
+	}
 	var errs []error
 	for _, d := range disks {
-		created, err := time.Parse(time.RFC3339, d.GetCreationTimestamp())
+		used, err := lastUse(d)
 		if err != nil {
 			return fmt.Errorf("disk %s: %w", d.GetName(), err)
 		}
-		if r.generation.created.Sub(created) < builderDiskAge {
+		// Both times are Compute Engine's.
+		if r.generation.created.Sub(used) < builderDiskRest || sources[fmt.Sprint(d.GetId())] {
 			continue
 		}
 		// One that an instance has taken since is refused.
@@ -213,6 +223,23 @@ func (r *run) deleteBuilderDisks(ctx context.Context) error {
 		}
 	}
 	return join(errs)
+}
+
+// lastUse is when a disk was last made, attached or detached.
+func lastUse(d *computepb.Disk) (last time.Time, err error) {
+	for _, stamp := range []string{d.GetCreationTimestamp(), d.GetLastAttachTimestamp(), d.GetLastDetachTimestamp()} {
+		if stamp == "" {
+			continue
+		}
+		t, err := time.Parse(time.RFC3339, stamp)
+		if err != nil {
+			return last, err
+		}
+		if t.After(last) {
+			last = t
+		}
+	}
+	return last, nil
 }
 
 // ofCache tells whether a disk is one of this cache.
