@@ -16,34 +16,40 @@ import (
 	"testing"
 	"time"
 
+	"cloud.google.com/go/compute/apiv1/computepb"
 	"github.com/google/go-cmp/cmp"
+	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
+	"github.com/selkies-project/packer-plugin-selkies/post-processor/imagecache"
 )
 
 // named is a source whose resources have names, on a VM that nothing logs in to.
 const named = `
   communicator  = "none"
-  instance_name = "vm"
-  disk_name     = "boot"
-  image_name    = "new"
+  instance_name = "build-1700000001"
+  disk_name     = "build-1700000001"
+  image_name    = "selkies-image-cache-1700000001"
   image_family  = "selkies-image-cache"
+
+  max_run_duration_in_seconds = 3600
+  instance_termination_action = "DELETE"
 
   disk_attachment {
     create_image = true
-    disk_name    = "data"
+    disk_name    = "build-1700000001-data"
     volume_type  = "pd-balanced"
     volume_size  = 20
   }`
 
 // What the builder makes.
 const (
-	vm   = "projects/broker/zones/us-central1-a/instances/vm"
-	boot = "projects/broker/zones/us-central1-a/disks/boot"
-	data = "projects/broker/zones/us-central1-a/disks/data"
-	made = "projects/broker/global/images/new"
+	vm   = "projects/broker/zones/us-central1-a/instances/build-1700000001"
+	boot = "projects/broker/zones/us-central1-a/disks/build-1700000001"
+	data = "projects/broker/zones/us-central1-a/disks/build-1700000001-data"
+	made = "projects/broker/global/images/selkies-image-cache-1700000001"
 )
 
 // TestBuilderFails has Google fail at every step of the builder. It leaves nothing,
@@ -80,7 +86,34 @@ func TestBuilderFails(t *testing.T) {
 				t.Errorf("packer build: %v: does not say %q:\n%s", err, tt.want, out)
 			}
 			c.wantLeft(t, before, tt.left, out)
+			c.nextRun(t)
 		})
+	}
+}
+
+// nextRun is the next build's post-processor, at a time at which the VM of the last one
+// has ended. It leaves nothing of that.
+func (c *cloud) nextRun(t *testing.T) {
+	t.Helper()
+	c.Forward(time.Hour) // the VM's time is up
+	c.Forward(time.Hour)
+	const image = "selkies-image-cache-1700000002"
+	c.AddImage(project, &computepb.Image{Name: new(image), Family: new("selkies-image-cache"), DiskSizeGb: new(int64(20))})
+	var p imagecache.PostProcessor
+	if err := p.Configure(map[string]any{
+		"zones": []string{zone}, "skip_roll_out": true, "builder_disk_prefix": "build-",
+		"access_token": c.token, "custom_endpoints": map[string]string{"compute": c.URL + "/compute/v1/"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	built := &packersdk.MockArtifact{BuilderIdValue: "packer.googlecompute", IdValue: image, StateValues: map[string]any{"ProjectId": project}}
+	if _, _, _, err := p.PostProcess(t.Context(), packersdk.TestUi(t), built); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range c.Resources() {
+		if strings.Contains(r, "/build-") {
+			t.Errorf("the next run leaves %s", r)
+		}
 	}
 }
 
@@ -118,7 +151,7 @@ func TestRollOutFails(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			c := newRecordsWithBroker(t, zones...)
 			build := func(stamp string) (string, error) {
-				return c.build(t, strings.Replace(named, `"new"`, `"selkies-image-cache-`+stamp+`"`, 1), fmt.Sprintf(`
+				return c.build(t, strings.ReplaceAll(named, "1700000001", stamp), fmt.Sprintf(`
   post-processor "manifest" {}
   post-processor "selkies-image-cache" {
     injector_image   = "%[3]s/injector:1"
@@ -157,25 +190,63 @@ func TestRollOutFails(t *testing.T) {
 	}
 }
 
-// TestInterrupt presses Ctrl-C at every step of the builder, which then cleans up.
-func TestInterrupt(t *testing.T) {
-	for _, call := range []string{"disks.insert", "instances.insert", "instances.get", "instances.delete", "images.insert"} {
-		t.Run(call, func(t *testing.T) {
-			t.Parallel()
-			c := newRecords(t)
-			before := c.Resources()
-			b := c.startHeld(t, call, named)
-			b.interrupt(t)
-			close(b.hold)
-			// It ends with or without an error: the last step is not cut off.
-			_ = b.wait()
-			var left []string
-			if call == "images.insert" {
-				left = []string{made}
-			}
-			c.wantLeft(t, before, left, b.said(t))
-		})
+// TestEnded ends Packer at every call to Google of the builder's, from the first that
+// makes something. Told to end, it cleans up. Killed, it leaves what the next run deletes.
+func TestEnded(t *testing.T) {
+	whole := newRecords(t)
+	whole.mustBuild(t, named, "")
+	calls := whole.Calls()
+	first := slices.IndexFunc(calls, func(call string) bool { return strings.HasPrefix(call, "disks.insert ") })
+	ways := map[string]func(*runningBuild, *testing.T){
+		"terminated": (*runningBuild).terminate,
+		"killed":     (*runningBuild).kill,
 	}
+	for n := first; n < len(calls); n++ {
+		call, _, _ := strings.Cut(calls[n], " ")
+		for way, end := range ways {
+			t.Run(fmt.Sprintf("%s at call %d, %s", way, n, call), func(t *testing.T) {
+				t.Parallel() // Packer mostly waits
+				c := newRecords(t)
+				hold := make(chan struct{})
+				c.Inject(gcp.Fault{Call: "*", After: n, Hold: hold})
+				b := c.startBuild(t, named, "")
+				b.waitFor(t, "the call", func() error {
+					if done := len(c.Calls()); done <= n {
+						return fmt.Errorf("%d of %d calls so far:\n%s", done, n+1, b.said(t))
+					}
+					return nil
+				})
+				end(b, t)
+				close(hold)
+				// It ends with or without an error: the last step is not cut off.
+				_ = b.wait()
+				if way != "killed" {
+					for _, r := range c.Resources() {
+						if strings.Contains(r, "/build-") {
+							t.Errorf("it leaves %s:\n%s", r, b.said(t))
+						}
+					}
+				}
+				c.nextRun(t)
+			})
+		}
+	}
+	if n := len(calls) - first; n < 10 {
+		t.Errorf("a build makes %d calls only", n)
+	}
+}
+
+// TestInterrupt presses Ctrl-C while the builder waits for its VM.
+func TestInterrupt(t *testing.T) {
+	c := newRecords(t)
+	before := c.Resources()
+	b := c.startHeld(t, "instances.get", named)
+	b.interrupt(t)
+	close(b.hold)
+	if err := b.wait(); err == nil {
+		t.Error("the build succeeded")
+	}
+	c.wantLeft(t, before, nil, b.said(t))
 }
 
 // TestInterruptProvisioner presses Ctrl-C while a real VM pulls images.
@@ -202,34 +273,20 @@ func TestInterruptProvisioner(t *testing.T) {
 }
 
 // TestKill has the machine that Packer runs on go away in the middle of a build. The
-// VM ends when its time is up, if it was made so; its disks stay until the next build
-// deletes them.
+// VM ends when its time is up; its disks stay until the next build deletes them.
 func TestKill(t *testing.T) {
 	c := newRecords(t)
 	before := c.Resources()
-	build := func(n string) string {
-		return strings.NewReplacer(`"vm"`, `"build-`+n+`"`, `"boot"`, `"build-`+n+`"`, `"data"`, `"build-`+n+`-data"`, `"new"`, `"selkies-image-cache-`+n+`"`).Replace(named)
-	}
-	b := c.startHeld(t, "instances.get", `
-  max_run_duration_in_seconds = 3600
-  instance_termination_action = "DELETE"
-`+build("1700000001"))
-	for _, pid := range descendants(t, b.cmd.Process.Pid) {
-		// One may have ended with its parent.
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
-			t.Fatal(err)
-		}
-	}
+	b := c.startHeld(t, "instances.get", named)
+	b.kill(t)
 	_ = b.wait()
 	close(b.hold)
-	in := "projects/broker/zones/us-central1-a/"
-	disks := []string{in + "disks/build-1700000001", in + "disks/build-1700000001-data"}
-	c.wantLeft(t, before, append(disks, in+"instances/build-1700000001"), b.said(t))
+	c.wantLeft(t, before, []string{boot, data, vm}, b.said(t))
 	c.Forward(time.Hour)
-	c.wantLeft(t, before, disks, b.said(t))
+	c.wantLeft(t, before, []string{boot, data}, b.said(t))
 
 	c.Forward(time.Hour)
-	out := c.mustBuild(t, build("1700000002"), fmt.Sprintf(`
+	out := c.mustBuild(t, strings.ReplaceAll(named, "1700000001", "1700000002"), fmt.Sprintf(`
   post-processor "selkies-image-cache" {
     zones               = [%q]
     skip_roll_out       = true
@@ -237,7 +294,7 @@ func TestKill(t *testing.T) {
     access_token        = %q
     custom_endpoints    = { compute = "%s/compute/v1/" }
   }`, zone, c.token, c.URL))
-	c.wantLeft(t, before, []string{"projects/broker/global/images/selkies-image-cache-1700000002", in + "disks/selkies-image-cache-us-central1-a-1700000002"}, out)
+	c.wantLeft(t, before, []string{"projects/broker/global/images/selkies-image-cache-1700000002", "projects/broker/zones/us-central1-a/disks/selkies-image-cache-us-central1-a-1700000002"}, out)
 }
 
 // descendants are a process and all that came of it.
@@ -340,6 +397,27 @@ func (b *runningBuild) interrupt(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.waitSaid(t, "Cancelling build after receiving interrupt")
+}
+
+// terminate is how kubelet ends a pod: the signal goes to its first process alone. It
+// returns once Packer has noticed.
+func (b *runningBuild) terminate(t *testing.T) {
+	t.Helper()
+	if err := syscall.Kill(b.cmd.Process.Pid, syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	b.waitSaid(t, "Cancelling build after receiving terminated")
+}
+
+// kill ends all of Packer's processes at once.
+func (b *runningBuild) kill(t *testing.T) {
+	t.Helper()
+	for _, pid := range descendants(t, b.cmd.Process.Pid) {
+		// One may have ended with its parent.
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+	}
 }
 
 // said is what Packer has said so far.
