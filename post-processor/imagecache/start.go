@@ -16,8 +16,12 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/gcp"
 )
 
-// startInterval is how often the pods of a DaemonSet are looked at.
-const startInterval = 250 * time.Millisecond
+// The pods of a DaemonSet are looked at soon, since there may be nothing to wait for, and
+// then less and less often.
+const (
+	firstLook = 50 * time.Millisecond
+	longLook  = 2 * time.Second
+)
 
 // start applies a DaemonSet and waits until the first of its pods is ready. If none
 // gets so far, what there was before is brought back.
@@ -43,7 +47,7 @@ func (k *cluster) waitStarted(ctx context.Context, name string) error {
 	}
 	timeout := k.run.config.StartTimeout
 	end, told := time.Now().Add(timeout), time.Now()
-	for {
+	for interval := firstLook; ; interval = min(2*interval, longLook) {
 		lacks, err := k.lacks(ctx, name)
 		if err == nil && lacks == "" {
 			return nil
@@ -64,7 +68,7 @@ func (k *cluster) waitStarted(ctx context.Context, name string) error {
 			told = time.Now()
 			k.run.say("cluster %s: waiting for the first pod of DaemonSet %s: %s", k, name, lacks)
 		}
-		if err := gcp.Sleep(ctx, startInterval); err != nil {
+		if err := gcp.Sleep(ctx, interval); err != nil {
 			return err
 		}
 	}
