@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/base64"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
@@ -97,6 +98,49 @@ func TestPipeline(t *testing.T) {
 	if diff := cmp.Diff(fourth, c.Resources()); diff != "" {
 		t.Errorf("the way back changed (-before +after):\n%s", diff)
 	}
+
+	// An injector that nodes cannot run leaves them as they are.
+	out, err := c.rollOut(t, back, world.registry.Addr+"/stable:1")
+	if want := "no pod of DaemonSet selkies-image-cache-gate was ready after 10s: pod selkies-image-cache-gate-"; err == nil || !strings.Contains(out, want) {
+		t.Errorf("Packer does not say %q: %v\n%s", want, err, out)
+	}
+	cluster.Wait(t, "the pods that do not start to go", func(ctx context.Context) error {
+		pods, err := world.Client.CoreV1().Pods("").List(ctx, metav1.ListOptions{FieldSelector: "spec.nodeName=" + second.Name})
+		if err == nil && len(pods.Items) > len(cached)+2 {
+			err = fmt.Errorf("there are %d", len(pods.Items))
+		}
+		return err
+	})
+	c.checkPods(t, second)
+}
+
+// rollOut rolls an image out with another injector, and returns what Packer said.
+func (c *cloud) rollOut(t *testing.T, image, injector string) (string, error) {
+	t.Helper()
+	template := filepath.Join(t.TempDir(), "template.pkr.hcl")
+	text := fmt.Sprintf(`
+source "null" "none" {
+  communicator = "none"
+}
+
+build {
+  sources = ["source.null.none"]
+
+  post-processor "selkies-image-cache" {
+    project_id       = %q
+    image_name       = %q
+    injector_image   = %q
+    start_timeout    = "10s"
+    access_token     = %q
+    custom_endpoints = { compute = "%[5]s/compute/v1/", container = "%[5]s/" }
+  }
+}
+`, project, image, injector, c.token, c.URL)
+	if err := os.WriteFile(template, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	out, err := packerCommand(t.Context(), "build", template).CombinedOutput()
+	return strings.Join(strings.Fields(string(out)), " "), err
 }
 
 // TestDryRun runs the template for the list of images alone. One is from a catalog.
