@@ -36,6 +36,7 @@ func (c *cloud) overlap(first, second int) (errs [2]error) {
 	images := []int{min(first, second), max(first, second)}
 	for _, stamp := range images {
 		c.build(stamp)
+		c.Forward(time.Second) // no two are made in one millisecond
 	}
 	start := func(stamp int, said func(string)) <-chan error {
 		ended := make(chan error, 1)
