@@ -88,21 +88,46 @@ func (k *cluster) rollOutZone(ctx context.Context, d *zoneDisk) error {
 	if err != nil {
 		return err
 	}
+	var formers []*appsv1.DaemonSet
+	for _, name := range slices.Sorted(maps.Keys(k.daemonSets)) {
+		if former := k.daemonSets[name]; former.Labels[labelZone] == d.zone && name != d.name {
+			formers = append(formers, former)
+		}
+	}
+	// Before the new DaemonSet is there, so that it gets no pods for nodes that have a
+	// disk. One that no node took stays when its node gets the label later (Kubernetes
+	// 1.37: the controller looks at pods that are on the node only).
+	if err := k.labelNodes(ctx, formers); err != nil {
+		return err
+	}
 	if err := k.start(ctx, ds); err != nil {
 		return err
 	}
-	var now nodes
-	if err := k.lookAtNodes(ctx, &now); err != nil {
+	if err := k.labelNodes(ctx, formers); err != nil {
 		return err
 	}
-	k.nodes = now
-	for _, name := range slices.Sorted(maps.Keys(k.daemonSets)) {
-		former := k.daemonSets[name]
-		if former.Labels[labelZone] != d.zone || name == d.name {
-			continue
-		}
+	for _, former := range formers {
 		if err := k.retire(ctx, former); err != nil {
 			return err
+		}
+	}
+	return nil
+}
+
+// labelNodes notes on the nodes of former generations which disks they have.
+func (k *cluster) labelNodes(ctx context.Context, formers []*appsv1.DaemonSet) error {
+	if !k.run.config.DryRun { // in which nothing has changed
+		var now nodes
+		if err := k.lookAtNodes(ctx, &now); err != nil {
+			return err
+		}
+		k.nodes = now
+	}
+	for _, former := range formers {
+		for _, node := range slices.Sorted(maps.Keys(k.holders[former.Name])) {
+			if err := k.labelNode(ctx, node, former.Name); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -128,8 +153,8 @@ func (k *cluster) freeVolume(ctx context.Context, name string) error {
 	})
 }
 
-// retire locks a former generation's DaemonSet to the nodes that have its disk, or
-// deletes it if there are none.
+// retire locks a former generation's DaemonSet to the nodes that have its disk and say
+// so, or deletes it if there are none.
 func (k *cluster) retire(ctx context.Context, ds *appsv1.DaemonSet) error {
 	if len(k.holders[ds.Name]) == 0 {
 		if err := k.delete(ctx, "DaemonSet", ds.Name, k.typed.AppsV1().DaemonSets(namespace).Delete); err != nil {
@@ -137,11 +162,6 @@ func (k *cluster) retire(ctx context.Context, ds *appsv1.DaemonSet) error {
 		}
 		delete(k.daemonSets, ds.Name)
 		return nil
-	}
-	for _, node := range slices.Sorted(maps.Keys(k.holders[ds.Name])) {
-		if err := k.labelNode(ctx, node, ds.Name); err != nil {
-			return err
-		}
 	}
 	return k.lock(ctx, ds)
 }
