@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -190,8 +191,8 @@ func TestRollOutFails(t *testing.T) {
 	}
 }
 
-// TestEnded ends Packer at every call to Google of the builder's, from the first that
-// makes something. Told to end, it cleans up. Killed, it leaves what the next run deletes.
+// TestEnded ends Packer at every step of the builder, from the first that makes
+// something. Told to end, it cleans up. Killed, it leaves what the next run deletes.
 func TestEnded(t *testing.T) {
 	whole := newRecords(t)
 	whole.mustBuild(t, named, "")
@@ -201,8 +202,16 @@ func TestEnded(t *testing.T) {
 		"terminated": (*runningBuild).terminate,
 		"killed":     (*runningBuild).kill,
 	}
+	// A read changes nothing, but for the waits for operations and the VM: ended there,
+	// Packer leaves what it leaves when it is ended at the call before.
+	read := regexp.MustCompile(`^(projects|zones|machineTypes|images|disks)\.get`)
+	steps := 0
 	for n := first; n < len(calls); n++ {
 		call, _, _ := strings.Cut(calls[n], " ")
+		if read.MatchString(call) {
+			continue
+		}
+		steps++
 		for way, end := range ways {
 			t.Run(fmt.Sprintf("%s at call %d, %s", way, n, call), func(t *testing.T) {
 				t.Parallel() // Packer mostly waits
@@ -231,8 +240,8 @@ func TestEnded(t *testing.T) {
 			})
 		}
 	}
-	if n := len(calls) - first; n < 10 {
-		t.Errorf("a build makes %d calls only", n)
+	if steps < 10 {
+		t.Errorf("a build has %d steps only", steps)
 	}
 }
 

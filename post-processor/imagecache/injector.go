@@ -53,27 +53,43 @@ func (r *run) pinInjector(ctx context.Context) error {
 
 // platformsOf are those that an image can run on.
 func platformsOf(desc *remote.Descriptor) ([]v1.Platform, error) {
-	if !desc.MediaType.IsIndex() {
-		image, err := desc.Image()
+	if desc.MediaType.IsIndex() {
+		index, err := desc.ImageIndex()
 		if err != nil {
 			return nil, err
 		}
-		config, err := image.ConfigFile()
-		if err != nil {
-			return nil, err
-		}
-		return []v1.Platform{*config.Platform()}, nil
+		return platformsIn(index)
 	}
-	index, err := desc.ImageIndex()
+	image, err := desc.Image()
 	if err != nil {
 		return nil, err
 	}
+	config, err := image.ConfigFile()
+	if err != nil {
+		return nil, err
+	}
+	return []v1.Platform{*config.Platform()}, nil
+}
+
+// platformsIn looks into an index as runtimes do, also into indexes in it.
+func platformsIn(index v1.ImageIndex) ([]v1.Platform, error) {
 	m, err := index.IndexManifest()
 	if err != nil {
 		return nil, err
 	}
 	var has []v1.Platform
 	for _, child := range m.Manifests {
+		if child.MediaType.IsIndex() {
+			inner, err := index.ImageIndex(child.Digest)
+			if err != nil {
+				return nil, err
+			}
+			more, err := platformsIn(inner)
+			if err != nil {
+				return nil, err
+			}
+			has = append(has, more...)
+		}
 		if child.Platform != nil && child.Platform.OS != "unknown" { // attestations
 			has = append(has, *child.Platform)
 		}

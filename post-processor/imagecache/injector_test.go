@@ -75,6 +75,7 @@ func TestPinInjector(t *testing.T) {
 	repository := newRegistry(t)
 	both := push(t, repository+":both", index(t, "linux/amd64", "linux/arm64"))
 	single := push(t, repository+":single", image(t, "linux/amd64"))
+	inner := push(t, repository+":inner", mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: index(t, "linux/amd64")}))
 	push(t, repository+":arm", index(t, "linux/arm64"))
 	push(t, repository+":single-arm", image(t, "linux/arm64"))
 	refuses := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) }))
@@ -88,6 +89,7 @@ func TestPinInjector(t *testing.T) {
 	}{
 		{"tag of an index", repository + ":both", "", repository + "@" + both, ""},
 		{"other platform", repository + ":both", "linux/arm64", repository + "@" + both, ""},
+		{"tag of an index in an index", repository + ":inner", "", repository + "@" + inner, ""},
 		{"tag of an image", repository + ":single", "", repository + "@" + single, ""},
 		{"digest", repository + "@" + single, "", repository + "@" + single, ""},
 		{"no such tag", repository + ":none", "", "", "injector_image " + repository + ":none: the registry has no such image; make injector-image PUSH=... pushes it"},
