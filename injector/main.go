@@ -36,11 +36,11 @@ import (
 	"os"
 	"os/signal"
 	"reflect"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
@@ -112,14 +112,16 @@ func usage(check cobra.PositionalArgs) cobra.PositionalArgs {
 	}
 }
 
+// maxLine bounds one error, in bytes: it may name hundreds of images or containers.
+const maxLine = 16 << 10
+
 // exitStatus prints err, a line for each error in it, and gives the status.
 func exitStatus(err error) int {
 	if err == nil {
 		return 0
 	}
 	for _, e := range flatten(err) {
-		line := strings.Join(strings.Fields(e.Error()), " ")
-		fmt.Fprintf(os.Stderr, "selkies-image-injector: %s\n", line)
+		fmt.Fprintf(os.Stderr, "selkies-image-injector: %s\n", report.Line(e.Error(), maxLine))
 	}
 	if errors.As(err, new(usageError)) {
 		return 2

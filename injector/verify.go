@@ -54,7 +54,7 @@ func printVerify(w io.Writer, reports []*report.Verify) {
 		for _, l := range r.Damaged {
 			fmt.Fprintf(w, "%s: damaged %s\n", r.Dir, l.Directory)
 			for _, p := range l.Problems {
-				fmt.Fprintf(w, "  %s\n", p)
+				fmt.Fprintf(w, "  %s\n", report.Line(p, maxLine))
 			}
 		}
 		fmt.Fprintf(w, "%s: cache %s: %d of %d layers are as built, %s in %d ms\n", r.Dir, report.Short(r.CacheID),

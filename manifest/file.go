@@ -3,20 +3,26 @@ package manifest
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/opencontainers/go-digest"
 )
 
 // MaxSize bounds what Read accepts, in bytes. The manifest of a disk with 2,000
 // layers in 200 images takes about 3 MiB.
-const MaxSize = 256 << 20
+const MaxSize = 64 << 20
+
+// maxValues bounds the JSON values of a layer manifest, and of each document that
+// it inlines: an empty object of three bytes becomes two hundred in memory. The
+// manifest of that disk has 15,000.
+const maxValues = 250_000
 
 // Read reads and validates the layer manifest of the cache disk at dir. Errors
 // name the file, the field and the value; a missing file is fs.ErrNotExist.
@@ -28,22 +34,20 @@ func Read(dir string) (*Manifest, error) {
 	}
 	defer root.Close()
 	name := filepath.Join(dir, Path)
-	f, err := root.Open(Path)
+	// Before it is opened: that waits for ever at a named pipe, and may do anything
+	// at a device. Nobody changes a cache disk meanwhile.
+	fi, err := root.Lstat(Path)
+	switch {
+	case err != nil:
+	case !fi.Mode().IsRegular():
+		err = errors.New("not a regular file; build the disk again")
+	case fi.Size() > MaxSize:
+		err = fmt.Errorf("larger than %d bytes; build the disk again", MaxSize)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("reading layer manifest %s: %w", name, err)
 	}
-	defer f.Close()
-	fi, err := f.Stat()
-	if err == nil && !fi.Mode().IsRegular() {
-		err = fmt.Errorf("not a regular file")
-	}
-	if err != nil {
-		return nil, fmt.Errorf("reading layer manifest %s: %w", name, err)
-	}
-	data, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
-	if err == nil && len(data) > MaxSize {
-		err = fmt.Errorf("larger than %d bytes", MaxSize)
-	}
+	data, err := root.ReadFile(Path)
 	if err != nil {
 		return nil, fmt.Errorf("reading layer manifest %s: %w", name, err)
 	}
@@ -57,6 +61,9 @@ func Read(dir string) (*Manifest, error) {
 // Decode decodes and validates a layer manifest. Fields that this version does
 // not know are ignored.
 func Decode(data []byte) (*Manifest, error) {
+	if err := fewValues(data); err != nil {
+		return nil, fmt.Errorf("%w; build the disk again", err)
+	}
 	// The version decides how the rest is read, so it is looked at alone first.
 	var v struct {
 		SchemaVersion int `json:"schemaVersion"`
@@ -91,6 +98,12 @@ func (m *Manifest) Encode() ([]byte, error) {
 	e.SetIndent("", "  ")
 	if err := e.Encode(c); err != nil {
 		return nil, fmt.Errorf("encoding layer manifest: %w", err)
+	}
+	if err := fewValues(b.Bytes()); err != nil {
+		return nil, fmt.Errorf("encoding layer manifest: %w; list fewer images", err)
+	}
+	if b.Len() > MaxSize {
+		return nil, fmt.Errorf("encoding layer manifest: %d bytes, nobody reads more than %d; list fewer images", b.Len(), MaxSize)
 	}
 	return b.Bytes(), nil
 }
@@ -144,6 +157,15 @@ func (m *Manifest) canonical() (*Manifest, error) {
 	return &c, nil
 }
 
+// fewValues refuses JSON that takes far more memory than bytes. Each value but the
+// first of an array or an object follows a comma.
+func fewValues(data []byte) error {
+	if bytes.Count(data, []byte{','}) > maxValues {
+		return fmt.Errorf("it has more than %d values", maxValues)
+	}
+	return nil
+}
+
 // validRelative reports what is wrong with a path that must stay below the disk.
 func validRelative(p string) error {
 	switch {
@@ -153,7 +175,7 @@ func validRelative(p string) error {
 		return fmt.Errorf("%q is absolute", p)
 	case path.Clean(p) != p || p == ".." || strings.HasPrefix(p, "../"):
 		return fmt.Errorf("%q is not a clean relative path", p)
-	case strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == 0x7f || r == 0xfffd }):
+	case strings.ContainsFunc(p, func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }):
 		return fmt.Errorf("%q has control characters", p)
 	}
 	return nil

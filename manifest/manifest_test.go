@@ -195,6 +195,83 @@ func TestReadRefusesAFileOutsideTheDisk(t *testing.T) {
 	}
 }
 
+// TestReadRefuses reads what must not be opened, or not to its end.
+func TestReadRefuses(t *testing.T) {
+	for name, c := range map[string]struct {
+		make func(file string) error
+		want string
+	}{
+		"10 GB": {func(file string) error {
+			return errors.Join(os.WriteFile(file, []byte(`{"schemaVersion":1`), 0o644), os.Truncate(file, 10<<30))
+		}, "larger than 67108864 bytes"},
+		"directory": {func(file string) error { return os.Mkdir(file, 0o755) }, "not a regular file"},
+		"a link":    {func(file string) error { return os.Symlink("/dev/zero", file) }, "not a regular file"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			file := filepath.Join(dir, Path)
+			if err := errors.Join(os.Mkdir(filepath.Dir(file), 0o755), c.make(file)); err != nil {
+				t.Fatal(err)
+			}
+			_, err := Read(dir)
+			if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), file) || !strings.Contains(err.Error(), "build the disk again") {
+				t.Errorf("Read() = %v, want an error with %q", err, c.want)
+			}
+		})
+	}
+}
+
+// TestDecodeExhausting decodes what is small as bytes and large in memory, or deep.
+func TestDecodeExhausting(t *testing.T) {
+	const million = 1_000_000
+	many := func(element string) string {
+		return "[" + strings.Repeat(element+",", million) + element + "]"
+	}
+	inlined := func(config string) []byte {
+		m := example(t)
+		img := &m.Images[1]
+		b := []byte(config)
+		img.Config.Data, img.Config.Size, img.Config.Digest = b, int64(len(b)), digest.FromBytes(b)
+		var im ocispec.Manifest
+		if err := json.Unmarshal(img.Manifest.Data, &im); err != nil {
+			t.Fatal(err)
+		}
+		im.Config = img.Config
+		im.Config.Data = nil
+		img.Manifest = descriptor(t, ocispec.MediaTypeImageManifest, im)
+		img.Names = img.Names[:1]
+		b, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	const values = "has more than 250000 values"
+	for name, c := range map[string]struct {
+		data []byte
+		want string
+	}{
+		"a million layers":    {[]byte(`{"schemaVersion":1,"layers":` + many("{}") + "}"), values},
+		"a million images":    {[]byte(`{"schemaVersion":1,"images":` + many("{}") + "}"), values},
+		"a million names":     {[]byte(`{"schemaVersion":1,"images":[{"names":` + many(`""`) + "}]}"), values},
+		"a million diff IDs":  {inlined(`{"rootfs":{"diff_ids":` + many(`""`) + "}}"), values},
+		"a million histories": {inlined(`{"history":` + many(`{}`) + "}"), values},
+		"deep":                {[]byte(strings.Repeat(`{"a":`, 100_000)), "exceeded max depth"},
+		"deep config":         {inlined(strings.Repeat(`{"a":`, 100_000) + "1" + strings.Repeat("}", 100_000)), "exceeded max depth"},
+		"501 layers":          {inlined(`{"os":"linux","architecture":"amd64","rootfs":{"diff_ids":[""` + strings.Repeat(`,""`, 500) + "]}}"), "config lists 501 layers, the kernel mounts 500"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := Decode(c.data)
+			if err == nil || !strings.Contains(err.Error(), c.want) || !strings.HasSuffix(err.Error(), "build the disk again") {
+				t.Errorf("Decode() = %v, want an error with %q", err, c.want)
+			}
+			if err != nil && len(err.Error()) > 1000 {
+				t.Errorf("the error has %d bytes", len(err.Error()))
+			}
+		})
+	}
+}
+
 func TestValidate(t *testing.T) {
 	other := digest.FromString("other")
 	for name, c := range map[string]struct {
@@ -203,7 +280,8 @@ func TestValidate(t *testing.T) {
 	}{
 		"newer schema":         {func(m *Manifest) { m.SchemaVersion = 2 }, "schemaVersion is 2"},
 		"no platform":          {func(m *Manifest) { m.Platform.OS = "" }, "platform"},
-		"other platform":       {func(m *Manifest) { m.Platform.Architecture = "arm64" }, "config is for platform linux/amd64"},
+		"other platform":       {func(m *Manifest) { m.Platform.Architecture = "arm64" }, `config is for platform "linux/amd64"`},
+		"platform escapes":     {func(m *Manifest) { m.Platform.Variant = "\x1b[31m" }, `platform has "\x1b[31m"`},
 		"no time":              {func(m *Manifest) { m.Created = time.Time{} }, "created"},
 		"other driver":         {func(m *Manifest) { m.Store.Driver = "btrfs" }, `store.driver is "btrfs"`},
 		"absolute root":        {func(m *Manifest) { m.Store.Root = "/var/lib/docker" }, "store.root"},
@@ -213,11 +291,13 @@ func TestValidate(t *testing.T) {
 		"directory outside":    {func(m *Manifest) { m.Layers[1].Directory = ".." }, "layers[1]: directory"},
 		"directory in another": {func(m *Manifest) { m.Layers[1].Directory = "a/b" }, "one path element"},
 		"directory newline":    {func(m *Manifest) { m.Layers[1].Directory = "a\nb" }, "control characters"},
+		"directory escapes":    {func(m *Manifest) { m.Layers[1].Directory = "a\u009b31m" }, "control characters"},
 		"directory itself":     {func(m *Manifest) { m.Layers[1].Directory = "." }, "one path element"},
 		"directory twice":      {func(m *Manifest) { m.Layers[1].Directory = m.Layers[0].Directory }, "that of"},
 		"negative size":        {func(m *Manifest) { m.Layers[1].Size = -1 }, "size is -1"},
 		"chain ID":             {func(m *Manifest) { m.Layers[1].ChainID = other }, "does not follow"},
 		"diff ID":              {func(m *Manifest) { m.Layers[0].DiffID = "sha256:abc" }, "diffID"},
+		"parent escapes":       {func(m *Manifest) { m.Layers[1].Parent = "\x1b]0;\n" }, `parent "\x1b]0;\n"`},
 		"parent missing":       {func(m *Manifest) { m.Layers[1].Parent = other }, "parent " + other.String()},
 		"parent after child":   {func(m *Manifest) { m.Layers[0], m.Layers[1] = m.Layers[1], m.Layers[0] }, "parent"},
 		"layer missing":        {func(m *Manifest) { m.Layers = m.Layers[:len(m.Layers)-1] }, "not among layers"},
@@ -231,10 +311,13 @@ func TestValidate(t *testing.T) {
 		"tag and digest": {func(m *Manifest) {
 			m.Images[0].Names[0] += "@" + m.Images[0].Target().Digest.String()
 		}, "two names"},
-		"index bytes":    {func(m *Manifest) { m.Images[0].Index.Data[3] ^= 1 }, "index: digest is"},
-		"manifest bytes": {func(m *Manifest) { m.Images[1].Manifest.Data[3] ^= 1 }, "manifest: digest is"},
-		"config bytes":   {func(m *Manifest) { m.Images[1].Config.Data[3] ^= 1 }, "config: digest is"},
-		"config size":    {func(m *Manifest) { m.Images[1].Config.Size++ }, "size is"},
+		"index bytes":        {func(m *Manifest) { m.Images[0].Index.Data[3] ^= 1 }, "index: digest is"},
+		"manifest bytes":     {func(m *Manifest) { m.Images[1].Manifest.Data[3] ^= 1 }, "manifest: digest is"},
+		"config bytes":       {func(m *Manifest) { m.Images[1].Config.Data[3] ^= 1 }, "config: digest is"},
+		"config size":        {func(m *Manifest) { m.Images[1].Config.Size++ }, "size is"},
+		"manifest as index":  {func(m *Manifest) { m.Images[1].Manifest.MediaType = ocispec.MediaTypeImageIndex }, "not that of an image manifest"},
+		"index as manifest":  {func(m *Manifest) { m.Images[0].Index.MediaType = ocispec.MediaTypeImageManifest }, "not that of an index"},
+		"config as artifact": {func(m *Manifest) { m.Images[0].Config.MediaType = "application/x\x1b" }, `media type is "application/x\x1b"`},
 		"config of another": {func(m *Manifest) {
 			m.Images[1].Config = m.Images[0].Config
 		}, "names config"},

@@ -4,12 +4,27 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// maxChain is how many layers an overlay mount takes (OVL_MAX_STACK in the kernel).
+const maxChain = 500
+
+// platformWord is what an operating system, an architecture or a variant is called.
+var platformWord = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
+
+// The media types of what is inlined: without them a manifest could pass for an index
+// with a runtime, or the other way round.
+var (
+	indexTypes    = []string{ocispec.MediaTypeImageIndex, "application/vnd.docker.distribution.manifest.list.v2+json"}
+	manifestTypes = []string{ocispec.MediaTypeImageManifest, "application/vnd.docker.distribution.manifest.v2+json"}
 )
 
 // Validate checks everything that can be checked without the disk. The error
@@ -20,6 +35,11 @@ func (m *Manifest) Validate() error {
 	}
 	if m.Platform.OS == "" || m.Platform.Architecture == "" {
 		return fmt.Errorf("platform %q/%q lacks os or architecture", m.Platform.OS, m.Platform.Architecture)
+	}
+	for _, word := range []string{m.Platform.OS, m.Platform.Architecture, m.Platform.Variant} {
+		if !platformWord.MatchString(word) {
+			return fmt.Errorf("platform has %q, which is no name of one", word)
+		}
 	}
 	if m.Created.IsZero() {
 		return errors.New("created is missing")
@@ -52,6 +72,9 @@ func (m *Manifest) validateLayers() (map[digest.Digest]Layer, error) {
 			return fail("chainID %w", err)
 		}
 		if l.Parent != "" {
+			if err := validDigest(l.Parent); err != nil {
+				return fail("parent %w", err)
+			}
 			// Parents come first, so that a reader can register in order.
 			if _, ok := byChain[l.Parent]; !ok {
 				return fail("parent %s is not among the layers before it", l.Parent)
@@ -127,23 +150,32 @@ func (img Image) validateContent(platform ocispec.Platform) error {
 		if err := validContent(*img.Index); err != nil {
 			return fmt.Errorf("index: %w", err)
 		}
+		if !slices.Contains(indexTypes, img.Index.MediaType) {
+			return fmt.Errorf("index: media type %q is not that of an index", img.Index.MediaType)
+		}
 		var index ocispec.Index
 		if err := json.Unmarshal(img.Index.Data, &index); err != nil {
 			return fmt.Errorf("index: decoding: %w", err)
 		}
 		if !lists(index.Manifests, img.Manifest.Digest) {
-			return fmt.Errorf("index %s does not list manifest %s", img.Index.Digest, img.Manifest.Digest)
+			return fmt.Errorf("index %s does not list manifest %q", img.Index.Digest, img.Manifest.Digest)
 		}
 	}
 	if err := validContent(img.Manifest); err != nil {
 		return fmt.Errorf("manifest: %w", err)
+	}
+	if !slices.Contains(manifestTypes, img.Manifest.MediaType) {
+		return fmt.Errorf("manifest: media type %q is not that of an image manifest", img.Manifest.MediaType)
 	}
 	m, err := img.manifest()
 	if err != nil {
 		return err
 	}
 	if m.Config.Digest != img.Config.Digest {
-		return fmt.Errorf("manifest %s names config %s, not %s", img.Manifest.Digest, m.Config.Digest, img.Config.Digest)
+		return fmt.Errorf("manifest %s names config %q, not %q", img.Manifest.Digest, m.Config.Digest, img.Config.Digest)
+	}
+	if m.Config.MediaType != img.Config.MediaType {
+		return fmt.Errorf("config: media type is %q, manifest %s says %q", img.Config.MediaType, img.Manifest.Digest, m.Config.MediaType)
 	}
 	if err := validContent(img.Config); err != nil {
 		return fmt.Errorf("config: %w", err)
@@ -153,8 +185,11 @@ func (img Image) validateContent(platform ocispec.Platform) error {
 		return err
 	}
 	if config.OS != platform.OS || config.Architecture != platform.Architecture {
-		return fmt.Errorf("config is for platform %s/%s, the disk for %s/%s",
-			config.OS, config.Architecture, platform.OS, platform.Architecture)
+		return fmt.Errorf("config is for platform %q, the disk for %q",
+			config.OS+"/"+config.Architecture, platform.OS+"/"+platform.Architecture)
+	}
+	if n := len(config.RootFS.DiffIDs); n > maxChain {
+		return fmt.Errorf("config lists %d layers, the kernel mounts %d", n, maxChain)
 	}
 	if len(m.Layers) != len(config.RootFS.DiffIDs) {
 		return fmt.Errorf("manifest lists %d layers, config %d", len(m.Layers), len(config.RootFS.DiffIDs))
@@ -260,7 +295,7 @@ func validContent(d ocispec.Descriptor) error {
 	if got := d.Digest.Algorithm().FromBytes(d.Data); got != d.Digest {
 		return fmt.Errorf("digest is %s, data hashes to %s", d.Digest, got)
 	}
-	return nil
+	return fewValues(d.Data)
 }
 
 // validName checks that a name is a normalised tag or digest reference, and that

@@ -179,12 +179,8 @@ func (a *Agent) warn(reason, format string, args ...any) {
 	a.node.event(true, reason, msg)
 }
 
-// oneLine is the error's text, as a condition's message can take it.
+// oneLine is the text of an error, or of several, as a condition's message can take it.
 func oneLine(err error) string {
 	const most = 1000
-	text := strings.Join(strings.FieldsFunc(err.Error(), func(r rune) bool { return r == '\n' }), "; ")
-	if len(text) > most {
-		text = strings.ToValidUTF8(text[:most], "") + " ..."
-	}
-	return text
+	return report.Line(strings.ReplaceAll(err.Error(), "\n", "; "), most)
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 
@@ -75,12 +74,23 @@ func defaults(hostRoot string) []string {
 			candidates = append(candidates, below...)
 		}
 		for _, dir := range candidates {
-			if _, err := os.Lstat(filepath.Join(dir, manifest.Path)); err == nil {
+			if hasManifest(dir) {
 				dirs = append(dirs, dir)
 			}
 		}
 	}
 	return dirs
+}
+
+// hasManifest says if there is anything in the layer manifest's place.
+func hasManifest(dir string) bool {
+	root, err := OpenRoot(dir)
+	if err != nil {
+		return false
+	}
+	defer root.Close()
+	_, err = root.CheckFile(manifest.Path)
+	return !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.ENOTDIR)
 }
 
 // Open reads the layer manifest of the cache disk at dir and checks that the disk
@@ -124,21 +134,15 @@ func remedy(err error) error {
 	return fmt.Errorf("%w; build the disk again", err)
 }
 
-// check looks at every layer's directory once. os.Root refuses paths that leave
-// the disk, also through symbolic links on it.
+// check looks at every layer's directory once.
 func (d *Disk) check() error {
-	root, err := os.OpenRoot(d.Dir)
+	root, err := OpenRoot(d.Dir)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
 	for _, l := range d.Manifest.Layers {
-		dir := d.Manifest.LayerPath(l)
-		fi, err := root.Lstat(dir)
-		if err == nil && !fi.IsDir() {
-			err = &fs.PathError{Op: "lstat", Path: dir, Err: unix.ENOTDIR}
-		}
-		if err != nil {
+		if err := root.CheckDir(d.Manifest.LayerPath(l)); err != nil {
 			return fmt.Errorf("layer %s of cache disk %s: %w", l.ChainID, d.Dir, err)
 		}
 	}

@@ -90,7 +90,29 @@ func TestOpen(t *testing.T) {
 				return err
 			}
 			return os.Symlink(outside, above)
-		}, "escapes"},
+		}, "a symbolic link leads there"},
+		"layer is a link": {func(t *testing.T, dir string, m *manifest.Manifest) error {
+			return errors.Join(os.Remove(layer(dir, m)), os.Symlink(t.TempDir(), layer(dir, m)))
+		}, "not a directory; build the disk again"},
+		// The host would find the same directory, but nothing makes such links.
+		"store behind a link": {func(_ *testing.T, dir string, m *manifest.Manifest) error {
+			store := filepath.Join(dir, m.Store.Root)
+			return errors.Join(os.Rename(store, store+"-moved"), os.Symlink(filepath.Base(store)+"-moved", store))
+		}, "a symbolic link leads there"},
+		"manifest is a link": {func(t *testing.T, dir string, m *manifest.Manifest) error {
+			outside := t.TempDir()
+			file := filepath.Join(dir, manifest.Path)
+			return errors.Join(testdisk.WriteManifest(outside, m), os.Remove(file), os.Symlink(filepath.Join(outside, manifest.Path), file))
+		}, "not a regular file; build the disk again"},
+		"manifest in a linked directory": {func(t *testing.T, dir string, m *manifest.Manifest) error {
+			outside := t.TempDir()
+			own := filepath.Join(dir, manifest.Dir)
+			return errors.Join(testdisk.WriteManifest(outside, m), os.RemoveAll(own), os.Symlink(filepath.Join(outside, manifest.Dir), own))
+		}, "a symbolic link leads there"},
+		"manifest is a pipe": {func(_ *testing.T, dir string, _ *manifest.Manifest) error {
+			file := filepath.Join(dir, manifest.Path)
+			return errors.Join(os.Remove(file), unix.Mkfifo(file, 0o644))
+		}, "not a regular file; build the disk again"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
@@ -153,6 +175,17 @@ func TestFind(t *testing.T) {
 	disks, err := cachedisk.Find(nil, host)
 	if err != nil || len(disks) != 1 || disks[0].Dir != gke {
 		t.Errorf("found %v, %v", disks, err)
+	}
+	// What only looks like one is found too, to be refused.
+	fake := filepath.Join(host, "mnt/disks/gke-secondary-disks/empty", manifest.Dir)
+	if err := os.Symlink(filepath.Join(gke, manifest.Dir), fake); err != nil {
+		t.Fatal(err)
+	}
+	if disks, err = cachedisk.Find(nil, host); err == nil || len(disks) != 1 {
+		t.Errorf("found %v, %v", disks, err)
+	}
+	if err := os.Remove(fake); err != nil {
+		t.Fatal(err)
 	}
 	// The same disk by two paths is one.
 	newDisk(t, filepath.Join(host, "cache"))

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 	"unsafe"
@@ -37,7 +37,7 @@ func Probe(dir string) error {
 	}
 	done := make(chan error, 1)
 	go func() {
-		err := readBlock(filepath.Join(dir, manifest.Path))
+		err := readBlock(dir)
 		// First, so that who has the answer can ask again.
 		probing.Delete(dir)
 		done <- err
@@ -56,17 +56,26 @@ func Probe(dir string) error {
 // disk, and leaves others as they are.
 func unreadable(err error) error {
 	switch errno, ok := errors.AsType[unix.Errno](err); {
-	case !ok, errno == unix.ENOENT, errno == unix.ENOTDIR, errno == unix.EISDIR:
+	case !ok, slices.Contains(ofFiles, errno):
 		return err
 	}
 	return fmt.Errorf("%w: %w", ErrUnreadable, err)
 }
 
-// readBlock reads the first bytes of the file from its device.
-func readBlock(file string) error {
-	f, err := os.OpenFile(file, os.O_RDONLY|unix.O_DIRECT, 0)
+// ofFiles are errors that stay, however often the disk is attached: of files that are
+// others than those expected, and of a file system that the kernel finds damaged.
+var ofFiles = []unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.ELOOP, unix.EXDEV, unix.EUCLEAN, unix.EBADMSG}
+
+// readBlock reads the first bytes of the layer manifest from its device.
+func readBlock(dir string) error {
+	root, err := OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	f, err := root.openFile(manifest.Path, unix.O_DIRECT, unix.RESOLVE_NO_SYMLINKS)
 	if errors.Is(err, unix.EINVAL) { // such as tmpfs before Linux 6.6
-		f, err = os.Open(file)
+		f, err = root.Open(manifest.Path)
 	}
 	if err != nil {
 		return err
@@ -77,19 +86,19 @@ func readBlock(file string) error {
 	}
 	n, err := f.ReadAt(alignedBlock(), 0)
 	if errors.Is(err, unix.EINVAL) { // blocks larger than ours
-		n, err = readBuffered(file)
+		n, err = readBuffered(root)
 	}
 	if n > 0 {
 		return nil
 	}
 	if err == nil || errors.Is(err, io.EOF) {
-		return fmt.Errorf("%s is empty", file)
+		return fmt.Errorf("%s is empty", f.Name())
 	}
 	return err
 }
 
-func readBuffered(file string) (int, error) {
-	f, err := os.Open(file)
+func readBuffered(root *Root) (int, error) {
+	f, err := root.Open(manifest.Path)
 	if err != nil {
 		return 0, err
 	}

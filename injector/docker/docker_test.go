@@ -111,16 +111,17 @@ func addImage(t testing.TB, m *manifest.Manifest, salt string, n int, names ...s
 		parent = chain
 		image.Layers = append(image.Layers, ocispec.Descriptor{Digest: digest.FromString("blob " + dir)})
 	}
-	inline := func(v any) ocispec.Descriptor {
+	inline := func(mediaType string, v any) ocispec.Descriptor {
 		b, err := json.Marshal(v)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b)), Data: b}
+		return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b)), Data: b}
 	}
-	img := manifest.Image{Names: names, Config: inline(config)}
-	image.Config = ocispec.Descriptor{Digest: img.Config.Digest, Size: img.Config.Size}
-	img.Manifest = inline(image)
+	img := manifest.Image{Names: names, Config: inline(ocispec.MediaTypeImageConfig, config)}
+	image.Config = img.Config
+	image.Config.Data = nil
+	img.Manifest = inline(image.MediaType, image)
 	m.Images = append(m.Images, img)
 }
 
