@@ -122,6 +122,12 @@ func (m *Manifest) LayerPath(l Layer) string {
 	return path.Join(m.Store.Root, DriverOverlay2, l.Directory, "diff")
 }
 
+// TarSplitPath is the path, relative to the disk's root, of what Docker keeps of l's tar
+// stream besides the files.
+func (m *Manifest) TarSplitPath(l Layer) string {
+	return path.Join(m.Store.Root, "image", DriverOverlay2, "layerdb", l.ChainID.Algorithm().String(), l.ChainID.Encoded(), "tar-split.json.gz")
+}
+
 // canonical returns a validated copy in canonical order.
 func (m *Manifest) canonical() (*Manifest, error) {
 	c := *m

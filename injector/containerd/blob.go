@@ -91,14 +91,18 @@ func addOrigins(jobs []*job) error {
 			names[b.desc.Digest] = append(names[b.desc.Digest], j.image.Names...)
 		}
 	}
+	origins := map[digest.Digest]map[string]string{}
+	for d, all := range names {
+		var err error
+		if origins[d], err = distributionSource(all); err != nil {
+			return err
+		}
+	}
 	for _, j := range jobs {
 		for i, b := range j.blobs {
-			origin, err := distributionSource(names[b.desc.Digest])
-			if err != nil {
-				return err
-			}
-			maps.Copy(origin, b.info)
-			j.blobs[i].info = origin
+			info := maps.Clone(origins[b.desc.Digest])
+			maps.Copy(info, b.info)
+			j.blobs[i].info = info
 		}
 	}
 	return nil
@@ -116,13 +120,12 @@ func distributionSource(names []string) (map[string]string, error) {
 		// containerd's key has no port.
 		host, _, _ := strings.Cut(reference.Domain(ref), ":")
 		key := labels.LabelDistributionSource + "." + host
-		if repo := reference.Path(ref); !slices.Contains(repos[key], repo) {
-			repos[key] = append(repos[key], repo)
-		}
+		repos[key] = append(repos[key], reference.Path(ref))
 	}
 	origin := map[string]string{}
 	for key, list := range repos {
 		slices.Sort(list)
+		list = slices.Compact(list)
 		// A label has a length limit, which a very common image can reach; a pull
 		// leaves the label out then.
 		if value := strings.Join(list, ","); labels.Validate(key, value) == nil {
@@ -180,7 +183,7 @@ func (r *Runtime) labelBlob(ctx context.Context, info content.Info, missing map[
 // looks for it, then registers it by a write without bytes: containerd takes over
 // content that its store has, if size and digest are those it expects.
 func (r *Runtime) linkBlob(ctx context.Context, run string, b blob, a *anchor, all map[string]string) error {
-	if _, err := os.Stat(filepath.Join(r.host(r.mountPoint(a)), b.file)); err != nil {
+	if err := r.checkBlob(a, b.file, b.desc.Size); err != nil {
 		return fmt.Errorf("%w; the layer manifest says that the disk keeps its blobs: build the disk again", err)
 	}
 	name := r.blobFile(b.desc.Digest)
@@ -216,6 +219,22 @@ func (r *Runtime) linkBlob(ctx context.Context, run string, b blob, a *anchor, a
 	return err
 }
 
+// checkBlob says why the disk on the anchor does not have a blob of that size. containerd
+// takes a file in its store for the blob that its name says if only the size is right,
+// and gives it to whoever asks: so no link may lead it elsewhere.
+func (r *Runtime) checkBlob(a *anchor, file string, size int64) error {
+	root, err := cachedisk.OpenRoot(r.host(r.mountPoint(a)))
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	got, err := root.CheckFile(file)
+	if err == nil && got != size {
+		err = fmt.Errorf("%s has %d bytes, not %d", file, got, size)
+	}
+	return err
+}
+
 // blobFile is the host path of the blob in containerd's content store.
 func (r *Runtime) blobFile(d digest.Digest) string {
 	return filepath.Join(r.contentRoot, "blobs", d.Algorithm().String(), d.Encoded())
@@ -237,11 +256,10 @@ func (r *Runtime) handOverBlobs(ctx context.Context, s *survey, from *anchor, to
 		}
 		moved := false
 		for _, a := range to {
-			other := filepath.Join(r.mountPoint(a), file)
-			if _, err := os.Stat(r.host(other)); err != nil {
+			if r.checkBlob(a, file, s.blobs[d].Size) != nil {
 				continue
 			}
-			target, err := filepath.Rel(filepath.Dir(name), other)
+			target, err := filepath.Rel(filepath.Dir(name), filepath.Join(r.mountPoint(a), file))
 			if err != nil {
 				return err
 			}

@@ -23,8 +23,9 @@ type newLayer struct {
 	Chain, DiffID, Parent digest.Digest
 	ID, Link, Lower       string
 	Size                  int64
-	Source                string // the layer's files, as the host sees them
-	TarSplit              string // its tar-split.json.gz, likewise
+	Cache                 digest.Digest // the generation that has it
+	Source                string        // the layer's files, as the host sees them
+	TarSplit              string        // its tar-split.json.gz, likewise
 }
 
 // relink is a layer of ours whose files have to be reached another way: those of a
@@ -67,6 +68,35 @@ func (c *changes) restart() bool {
 // equal says if the same has to be committed.
 func (c *changes) equal(o *changes) bool {
 	return reflect.DeepEqual(c.layers, o.layers) && reflect.DeepEqual(c.images, o.images) && reflect.DeepEqual(c.names, o.names)
+}
+
+// checkFiles looks at the files of the disks that dockerd is going to open by links in
+// its store: such a file must not lead it anywhere else.
+func (c *changes) checkFiles(disks []*cachedisk.Disk) error {
+	layers := slices.Clone(c.layers)
+	for _, r := range c.relinks {
+		layers = append(layers, r.Layer)
+	}
+	for _, d := range disks {
+		root, err := cachedisk.OpenRoot(d.Dir)
+		if err != nil {
+			return fmt.Errorf("cache disk %s: %w", d.Dir, err)
+		}
+		defer root.Close()
+		for _, l := range layers {
+			if l.Cache != d.ID {
+				continue
+			}
+			file, err := filepath.Rel(mountpoint(d.ID), l.TarSplit)
+			if err == nil {
+				_, err = root.CheckFile(file)
+			}
+			if err != nil {
+				return fmt.Errorf("layer %s of cache disk %s: %w; build the disk again", l.Chain, d.Dir, err)
+			}
+		}
+	}
+	return nil
 }
 
 // planner collects changes over all disks.
@@ -302,13 +332,11 @@ func (p *planner) alive(cache digest.Digest) bool {
 }
 
 func (p *planner) newLayer(d *cachedisk.Disk, l manifest.Layer) newLayer {
-	root := d.Manifest.Store.Root
 	return newLayer{
 		Chain: l.ChainID, DiffID: l.DiffID, Parent: l.Parent,
-		ID: ownID(l.ChainID), Link: ownLink(l.ChainID), Size: l.Size,
-		Source: filepath.Join(mountpoint(d.ID), d.Manifest.LayerPath(l)),
-		TarSplit: filepath.Join(mountpoint(d.ID), root, "image", manifest.DriverOverlay2, "layerdb",
-			l.ChainID.Algorithm().String(), l.ChainID.Encoded(), "tar-split.json.gz"),
+		ID: ownID(l.ChainID), Link: ownLink(l.ChainID), Size: l.Size, Cache: d.ID,
+		Source:   filepath.Join(mountpoint(d.ID), d.Manifest.LayerPath(l)),
+		TarSplit: filepath.Join(mountpoint(d.ID), d.Manifest.TarSplitPath(l)),
 	}
 }
 

@@ -75,7 +75,11 @@ func newDisk(t testing.TB, n int, names ...string) *cachedisk.Disk {
 	t.Helper()
 	m := newManifest()
 	addImage(t, m, "d", n, names...)
-	return &cachedisk.Disk{Dir: "/cache", ID: cacheID(t, m), Manifest: m}
+	d := &cachedisk.Disk{Dir: t.TempDir(), ID: cacheID(t, m), Manifest: m}
+	for _, l := range m.Layers {
+		write(t, filepath.Join(d.Dir, m.TarSplitPath(l)), "")
+	}
+	return d
 }
 
 func newManifest() *manifest.Manifest {
@@ -307,6 +311,75 @@ func TestRemovals(t *testing.T) {
 	}
 	if _, err := os.Stat(other); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestCheckFiles has a disk whose files dockerd would follow out of it.
+func TestCheckFiles(t *testing.T) {
+	secret := filepath.Join(t.TempDir(), "secret")
+	write(t, secret, "")
+	for name, tt := range map[string]struct {
+		spoil func(file string) error
+		want  string
+	}{
+		"good":    {func(string) error { return nil }, ""},
+		"missing": {os.Remove, "no such file"},
+		"a link":  {func(file string) error { return errors.Join(os.Remove(file), os.Symlink(secret, file)) }, "not a regular file"},
+		"a pipe":  {func(file string) error { return errors.Join(os.Remove(file), syscall.Mkfifo(file, 0o644)) }, "not a regular file"},
+		"linked directory": {func(file string) error {
+			dir := filepath.Dir(file)
+			outside := filepath.Join(t.TempDir(), "outside")
+			return errors.Join(os.Rename(dir, outside), os.Symlink(outside, dir))
+		}, "a symbolic link leads there"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink}}
+			d := newDisk(t, 3, "docker.io/library/x:1")
+			l := d.Manifest.Layers[1]
+			if err := tt.spoil(filepath.Join(d.Dir, d.Manifest.TarSplitPath(l))); err != nil {
+				t.Fatal(err)
+			}
+			c, err := r.plan([]*cachedisk.Disk{d}, r.checker())
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = c.checkFiles([]*cachedisk.Disk{d})
+			if tt.want == "" {
+				if err != nil {
+					t.Error(err)
+				}
+				return
+			}
+			for _, want := range []string{tt.want, l.ChainID.String(), d.Dir, "build the disk again"} {
+				if err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("error is %v, want %q in it", err, want)
+				}
+			}
+		})
+	}
+}
+
+// TestLinks reads what a store must not have: it would end up in a mount's options.
+func TestLinks(t *testing.T) {
+	for name, tt := range map[string]struct{ link, lower, want string }{
+		"good":      {"LINK1", "l/LINK2:l/LINK3", ""},
+		"base":      {"LINK1\n", "", ""},
+		"slashes":   {"../../../../etc", "", "no name of a link"},
+		"newline":   {"LINK1\nLINK2", "", "no name of a link"},
+		"option":    {"LINK1,upperdir=x", "", "no name of a link"},
+		"empty":     {"", "", "no name of a link"},
+		"elsewhere": {"LINK1", "l/LINK2:/etc", "no list of links"},
+		"upward":    {"LINK1", "l/../../etc", "no list of links"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newStore(t)
+			write(t, s.overlay("id", "link"), tt.link)
+			write(t, s.overlay("id", "lower"), tt.lower)
+			_, _, err := s.links("id")
+			if (err == nil) != (tt.want == "") || err != nil && !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("error is %v, want %q in it", err, tt.want)
+			}
+		})
 	}
 }
 

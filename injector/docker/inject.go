@@ -26,7 +26,7 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 		if c, err = r.plan(disks, r.checker()); err != nil {
 			return nil, err
 		}
-		if refusal := r.refuse(ctx, c); refusal != nil {
+		if refusal := r.refuse(ctx, disks, c); refusal != nil {
 			out.Refusal = refusal.Error()
 		}
 	} else {
@@ -50,7 +50,10 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 }
 
 // refuse says why the changes cannot be made now.
-func (r *Runtime) refuse(ctx context.Context, c *changes) error {
+func (r *Runtime) refuse(ctx context.Context, disks []*cachedisk.Disk, c *changes) error {
+	if err := c.checkFiles(disks); err != nil {
+		return err
+	}
 	if err := r.checkRoom(c); err != nil {
 		return err
 	}
@@ -69,7 +72,7 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 	if err != nil {
 		return nil, err
 	}
-	if err := r.refuse(ctx, c); err != nil {
+	if err := r.refuse(ctx, disks, c); err != nil {
 		return nil, err
 	}
 	for _, rec := range c.records {
@@ -123,6 +126,9 @@ func (r *Runtime) restage(c *changes, disks []*cachedisk.Disk, check checker) (*
 	r.opt.Log.Info("docker's store changed while layers were prepared; preparing them again")
 	if err := r.abandon(c); err != nil {
 		return c, err
+	}
+	if err := now.checkFiles(disks); err != nil {
+		return now, err
 	}
 	for _, rec := range now.records {
 		if err := r.save(rec); err != nil {

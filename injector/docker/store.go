@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 
 	"github.com/opencontainers/go-digest"
@@ -159,14 +160,27 @@ func lower(parentLink, parentLower string) string {
 	return l
 }
 
+// The contents of a link file and of a lower file, as dockerd writes them and puts them
+// into the options of a mount.
+var (
+	linkFile  = regexp.MustCompile(`^[A-Za-z0-9]+$`)
+	lowerFile = regexp.MustCompile(`^(l/[A-Za-z0-9]+(:l/[A-Za-z0-9]+)*)?$`)
+)
+
 // links reads the link and lower of a store directory.
 func (s store) links(id string) (link, lower string, err error) {
 	if link, err = readTrimmed(s.overlay(id, "link")); err != nil {
 		return "", "", err
 	}
+	if !linkFile.MatchString(link) {
+		return "", "", fmt.Errorf("%s: %q is no name of a link", s.overlay(id, "link"), link)
+	}
 	lower, err = readTrimmed(s.overlay(id, "lower"))
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
+	}
+	if err == nil && !lowerFile.MatchString(lower) {
+		err = fmt.Errorf("%s: %q is no list of links", s.overlay(id, "lower"), lower)
 	}
 	return link, lower, err
 }

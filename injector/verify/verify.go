@@ -111,8 +111,7 @@ func layer(ctx context.Context, disk *os.Root, d *cachedisk.Disk, l manifest.Lay
 		return failed(0, err)
 	}
 	defer root.Close()
-	name := path.Join(d.Manifest.Store.Root, "image", manifest.DriverOverlay2, "layerdb",
-		l.ChainID.Algorithm().String(), l.ChainID.Encoded(), "tar-split.json.gz")
+	name := d.Manifest.TarSplitPath(l)
 	f, err := openRegular(disk, name)
 	if err != nil {
 		return failed(0, fmt.Errorf("opening its recorded headers: %w", err))
