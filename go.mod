@@ -39,6 +39,7 @@ require (
 	github.com/zclconf/go-cty v1.19.0 // generated HCL2 code
 	golang.org/x/sync v0.24.0 // errgroup
 	golang.org/x/sys v0.49.0 // open_tree, move_mount, setns
+	golang.org/x/time v0.16.0 // the rate at which the agent verifies
 	google.golang.org/api v0.311.0 // credentials and endpoints of Google's clients
 	google.golang.org/grpc v1.85.0 // the CRI's client connection
 	k8s.io/api v0.37.2 // the objects of the roll-out; nodes and pods
@@ -186,7 +187,6 @@ require (
 	golang.org/x/oauth2 v0.37.0 // indirect
 	golang.org/x/term v0.47.0 // indirect
 	golang.org/x/text v0.43.0 // indirect
-	golang.org/x/time v0.16.0 // indirect
 	golang.org/x/tools v0.51.0 // indirect
 	google.golang.org/genproto v0.0.0-20261012220534-4341edf3f941 // indirect
 	google.golang.org/genproto/googleapis/api v0.0.0-20261012220534-4341edf3f941 // indirect

@@ -182,7 +182,9 @@ type Verify struct {
 	Dir     string        `json:"dir"`
 	CacheID digest.Digest `json:"cacheID"`
 	Layers  int           `json:"layers"`
-	// Bytes of the layers' tar streams that were rebuilt and hashed.
+	// Resumed are those of them that an earlier, interrupted run had proved.
+	Resumed int `json:"layersResumed,omitempty"`
+	// Bytes of the layers' files, and of compressed blobs, that were read and hashed.
 	Bytes        int64          `json:"bytes"`
 	Damaged      []DamagedLayer `json:"damaged,omitempty"`
 	Milliseconds int64          `json:"milliseconds"`

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -41,6 +42,7 @@ type node struct {
 	whiteout bool
 	opaque   bool
 	linked   *node // what a hard link was made to
+	seen     bool  // on the disk
 }
 
 // add unpacks one entry as Docker does: a later one replaces an earlier one, but a
@@ -140,48 +142,71 @@ type file struct {
 	xattrs map[string]string
 }
 
+// maxStrangers is how many paths that are not in the layer end the comparison: the disk
+// may have any number of them.
+const maxStrangers = 1000
+
 // compare walks the layer's directory, following no symbolic link, and says what
 // differs from the tree, a line for each path.
 func (t tree) compare(dir string) ([]string, error) {
-	files, err := walk(dir)
-	if err != nil {
-		return nil, err
-	}
+	var problems []string
+	strangers := 0
 	// Entries that are hard links have one set of attributes between them, those of
 	// whichever came last.
-	linked := map[uint64][]string{}
-	for name, n := range t {
-		if f := files[name]; f != nil && f.st.Nlink > 1 && n.hdr != nil && n.hdr.Typeflag != tar.TypeDir {
-			linked[f.st.Ino] = append(linked[f.st.Ino], name)
-		}
-	}
-	var problems []string
-	for name, n := range t {
-		f := files[name]
-		if f == nil {
-			problems = append(problems, fmt.Sprintf("%q is missing", name))
-			continue
-		}
-		var diffs []string
-		if names := linked[f.st.Ino]; len(names) > 1 && n.hdr != nil {
-			diffs = t.compareLinked(n, f, names, files)
-		} else {
-			diffs = n.compare(f)
-		}
-		if target := t.linkTarget(n); target != "" && (files[target] == nil || files[target].st.Ino != f.st.Ino) {
-			diffs = append(diffs, fmt.Sprintf("is no hard link to %q", n.hdr.Linkname))
-		}
-		if len(diffs) > 0 {
-			problems = append(problems, fmt.Sprintf("%q %s", name, strings.Join(diffs, ", ")))
-		}
-	}
-	for name := range files {
-		if t[name] == nil && name != "." {
+	files, linked := map[string]*file{}, map[uint64][]string{}
+	err := walk(dir, func(name string, f *file) error {
+		n := t[name]
+		switch {
+		case n == nil && name == ".":
+		case n == nil:
 			problems = append(problems, fmt.Sprintf("%q is not in the layer", name))
+			if strangers++; strangers == maxStrangers {
+				return errStrangers
+			}
+		case f.st.Nlink > 1 && n.hdr != nil && n.hdr.Typeflag != tar.TypeDir:
+			n.seen = true
+			files[name], linked[f.st.Ino] = f, append(linked[f.st.Ino], name)
+		default:
+			n.seen = true
+			problems = append(problems, t.problem(name, n.compare(f), f, files)...)
+		}
+		return nil
+	})
+	if errors.Is(err, errStrangers) {
+		return problems, nil
+	}
+	if err != nil {
+		return problems, err
+	}
+	for name, f := range files {
+		diffs := t[name].compare(f)
+		if names := linked[f.st.Ino]; len(names) > 1 {
+			diffs = t.compareLinked(t[name], f, names, files)
+		}
+		problems = append(problems, t.problem(name, diffs, f, files)...)
+	}
+	for name, n := range t {
+		if !n.seen {
+			problems = append(problems, fmt.Sprintf("%q is missing", name))
 		}
 	}
 	slices.Sort(problems)
 	return problems, nil
+}
+
+var errStrangers = errors.New("too many paths that are not in the layer")
+
+// problem is what is said of a path that differs, and of a hard link that is none; files
+// are those with several links.
+func (t tree) problem(name string, diffs []string, f *file, files map[string]*file) []string {
+	n := t[name]
+	if target := t.linkTarget(n); target != "" && (files[target] == nil || files[target].st.Ino != f.st.Ino) {
+		diffs = append(diffs, fmt.Sprintf("is no hard link to %q", n.hdr.Linkname))
+	}
+	if len(diffs) == 0 {
+		return nil
+	}
+	return []string{fmt.Sprintf("%q %s", name, strings.Join(diffs, ", "))}
 }
 
 // linkTarget is what a hard link leads to, "" if n is none or a later entry took the
@@ -332,34 +357,59 @@ func xattrs(hdr *tar.Header) map[string]string {
 	return attrs
 }
 
-// walk reads everything below dir. A cache disk is read-only, so a path cannot turn
-// into a symbolic link between being listed and being looked at.
-func walk(dir string) (map[string]*file, error) {
-	files := map[string]*file{}
-	err := filepath.WalkDir(dir, func(name string, _ fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		rel, err := filepath.Rel(dir, name)
-		if err != nil {
-			return err
-		}
-		f := &file{}
-		if err := unix.Lstat(name, &f.st); err != nil {
-			return &fs.PathError{Op: "lstat", Path: name, Err: err}
-		}
-		if f.st.Mode&unix.S_IFMT == unix.S_IFLNK {
-			if f.link, err = os.Readlink(name); err != nil {
+// walk calls visit for everything below dir, by its path relative to dir, and for dir
+// itself. A cache disk is read-only, so a path cannot turn into a symbolic link between
+// being listed and being looked at. A directory may have more entries than memory.
+func walk(dir string, visit func(name string, f *file) error) error {
+	return walkFrom(dir, ".", visit)
+}
+
+func walkFrom(dir, name string, visit func(name string, f *file) error) error {
+	path := filepath.Join(dir, name)
+	f, err := readFile(path)
+	if err == nil {
+		err = visit(name, f)
+	}
+	if err != nil || f.st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		return err
+	}
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	for {
+		names, err := d.Readdirnames(1000)
+		for _, below := range names {
+			if err := walkFrom(dir, filepath.Join(name, below), visit); err != nil {
 				return err
 			}
 		}
-		if f.xattrs, err = readXattrs(name); err != nil {
-			return &fs.PathError{Op: "getxattr", Path: name, Err: err}
+		if err == io.EOF {
+			return nil
 		}
-		files[rel] = f
-		return nil
-	})
-	return files, err
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// readFile reads what the disk has at a path.
+func readFile(path string) (*file, error) {
+	f := &file{}
+	err := unix.Lstat(path, &f.st)
+	if err != nil {
+		return nil, &fs.PathError{Op: "lstat", Path: path, Err: err}
+	}
+	if f.st.Mode&unix.S_IFMT == unix.S_IFLNK {
+		if f.link, err = os.Readlink(path); err != nil {
+			return nil, err
+		}
+	}
+	if f.xattrs, err = readXattrs(path); err != nil {
+		return nil, &fs.PathError{Op: "getxattr", Path: path, Err: err}
+	}
+	return f, nil
 }
 
 func readXattrs(name string) (map[string]string, error) {

@@ -6,30 +6,30 @@
 // recorded headers; that the files on the disk have the owners, modes, times, links
 // and extended attributes of those headers is not in the hash, so each is compared,
 // with whiteouts and opaque directories in overlayfs' form. Nothing may be there
-// that is not in the stream, but directories that only lead to something.
+// that is not in the stream, but directories that only lead to something. Compressed
+// blobs, where the disk keeps them, must hash to their digests.
+//
+// The disk is data from elsewhere: nothing on it leads out of it, and it can neither
+// take more memory than its recorded headers are allowed nor more time than its size
+// takes to be read.
 package verify
 
 import (
-	"archive/tar"
-	"bufio"
-	"compress/gzip"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
-	"os"
-	"path"
 	"path/filepath"
-	"strings"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"github.com/vbatts/tar-split/tar/asm"
-	"github.com/vbatts/tar-split/tar/storage"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
@@ -42,188 +42,255 @@ const Parallel = 4
 // maxProblems bounds what is said of one layer.
 const maxProblems = 10
 
-// Progress is told when a layer is done: how many of all, and the bytes hashed.
-type Progress func(done, total int, bytes int64)
+// Options say how a disk is verified. The zero value is as fast as the disk allows.
+type Options struct {
+	// Rate is how much contents are read, in bytes a second; 0 is without limit. With a
+	// limit there is one request at a time.
+	Rate int64
+	// Resume is a file that notes which layers are proved; those that an earlier run
+	// has noted of the same generation are not read again. Empty is none.
+	Resume string
+	// Progress, if not nil, is told now and then how far it is.
+	Progress func(Progress)
+}
+
+// Progress says how many layers, of all, are done, and the same of bytes. A layer's
+// bytes are what its files have.
+type Progress struct {
+	Layers, Of   int
+	Bytes, Total int64
+}
+
+// progressTime is the longest time between two reports of progress.
+const progressTime = 10 * time.Second
+
+// run is one verification.
+type run struct {
+	disk    *cachedisk.Disk
+	root    *cachedisk.Root
+	opt     Options
+	limit   *rate.Limiter // nil without one
+	depth   int
+	size    int64        // of the disk
+	claimed atomic.Int64 // what of it is accounted for
+	bytes   atomic.Int64 // that were read
+	blobs   map[digest.Digest][]blob
+	resumed map[digest.Digest]bool
+	resume  *resume
+}
 
 // Disk verifies every layer of a cache disk. Damage is in the report; the error is
 // for a verification that could not be finished.
-func Disk(ctx context.Context, d *cachedisk.Disk, progress Progress) (*report.Verify, error) {
-	start := time.Now()
-	// The disk is data from elsewhere: nothing on it may lead out of it.
-	root, err := os.OpenRoot(d.Dir)
+func Disk(ctx context.Context, d *cachedisk.Disk, opt Options) (*report.Verify, error) {
+	r, err := newRun(d, opt)
 	if err != nil {
-		return nil, fmt.Errorf("verifying cache disk: %w", err)
+		return nil, fmt.Errorf("verifying cache disk %s: %w", d.Dir, err)
 	}
-	defer root.Close()
-	m := d.Manifest
-	rep := &report.Verify{Dir: d.Dir, CacheID: d.ID, Layers: len(m.Layers)}
+	defer r.close()
+	rep, err := r.all(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("verifying cache disk %s: %w", d.Dir, err)
+	}
+	return rep, nil
+}
+
+func newRun(d *cachedisk.Disk, opt Options) (*run, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(d.Dir, &st); err != nil {
+		return nil, err
+	}
+	r := &run{disk: d, opt: opt, depth: depth, size: int64(st.Blocks) * st.Bsize}
+	if opt.Rate > 0 {
+		r.limit, r.depth = rate.NewLimiter(rate.Limit(opt.Rate), chunk), 1
+	}
+	var err error
+	if r.blobs, err = blobsOf(d.Manifest); err != nil {
+		return nil, err
+	}
+	if r.root, err = cachedisk.OpenRoot(d.Dir); err != nil {
+		return nil, err
+	}
+	if r.resume, r.resumed, err = openResume(opt.Resume, d.ID); err != nil {
+		r.root.Close()
+		return nil, err
+	}
+	return r, nil
+}
+
+func (r *run) close() {
+	r.root.Close()
+	r.resume.close()
+}
+
+func (r *run) all(ctx context.Context) (*report.Verify, error) {
+	start := time.Now()
+	m := r.disk.Manifest
+	rep := &report.Verify{Dir: r.disk.Dir, CacheID: r.disk.ID, Layers: len(m.Layers)}
+	p := Progress{Of: len(m.Layers)}
+	order := make([]int, 0, len(m.Layers))
+	for i, l := range m.Layers {
+		if r.resumed[l.ChainID] {
+			rep.Resumed++
+			p.Layers++
+			continue
+		}
+		p.Total += l.Size
+		order = append(order, i)
+	}
+	// The longest first, so that none of them is read alone in the end.
+	slices.SortStableFunc(order, func(a, b int) int { return cmp.Compare(m.Layers[b].Size, m.Layers[a].Size) })
+
 	damaged := make([]*report.DamagedLayer, len(m.Layers))
 	var mu sync.Mutex
-	done := 0
+	told := start
+	tell := func(layers int) {
+		mu.Lock()
+		defer mu.Unlock()
+		p.Layers += layers
+		if r.opt.Progress == nil || layers == 0 && time.Since(told) < progressTime {
+			return
+		}
+		told = time.Now()
+		p.Bytes = r.bytes.Load()
+		r.opt.Progress(p)
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(Parallel)
-	for i, l := range m.Layers {
+	if r.limit != nil {
+		g.SetLimit(1)
+	}
+	for _, i := range order {
 		g.Go(func() error {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			n, problems, err := layer(ctx, root, d, l)
+			l := m.Layers[i]
+			problems, err := r.layer(ctx, l, func() { tell(0) })
 			if err := errors.Join(ctx.Err(), err); err != nil {
 				return err
 			}
-			mu.Lock()
-			defer mu.Unlock()
 			if len(problems) > 0 {
 				damaged[i] = &report.DamagedLayer{ChainID: l.ChainID, DiffID: l.DiffID, Directory: m.LayerPath(l), Problems: problems}
+			} else if err := r.resume.note(l.ChainID); err != nil {
+				return err
 			}
-			done++
-			rep.Bytes += n
-			if progress != nil {
-				progress(done, len(m.Layers), rep.Bytes)
-			}
+			tell(1)
 			return nil
 		})
 	}
 	if err := g.Wait(); err != nil {
-		return nil, fmt.Errorf("verifying cache disk %s: %w", d.Dir, err)
+		return nil, err
 	}
 	for _, l := range damaged {
 		if l != nil {
 			rep.Damaged = append(rep.Damaged, *l)
 		}
 	}
+	rep.Bytes = r.bytes.Load()
 	rep.Milliseconds = time.Since(start).Milliseconds()
 	return rep, nil
 }
 
 // layer verifies one layer and says what is wrong with it. What may not be read is
 // an error: it says nothing about the layer.
-func layer(ctx context.Context, disk *os.Root, d *cachedisk.Disk, l manifest.Layer) (int64, []string, error) {
-	dir := d.Manifest.LayerPath(l)
-	failed := func(n int64, err error) (int64, []string, error) {
-		if errors.Is(err, fs.ErrPermission) {
-			return n, nil, fmt.Errorf("layer %s: %s: %w; run as root, in a container with CAP_DAC_READ_SEARCH", l.ChainID, dir, err)
-		}
-		return n, []string{err.Error()}, nil
+func (r *run) layer(ctx context.Context, l manifest.Layer, tell func()) ([]string, error) {
+	problems, err := r.files(ctx, l, tell)
+	if err == nil {
+		var more []string
+		more, err = r.layerBlobs(ctx, l, tell)
+		problems = append(problems, more...)
 	}
-	root, err := disk.OpenRoot(dir)
-	if err != nil {
-		return failed(0, err)
-	}
-	defer root.Close()
-	name := d.Manifest.TarSplitPath(l)
-	f, err := openRegular(disk, name)
-	if err != nil {
-		return failed(0, fmt.Errorf("opening its recorded headers: %w", err))
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(bufio.NewReader(f))
-	if err != nil {
-		return failed(0, fmt.Errorf("reading its recorded headers %s: %w", name, err))
-	}
-	defer z.Close()
-
-	digester := digest.SHA256.Digester()
-	if l.DiffID.Algorithm().Available() {
-		digester = l.DiffID.Algorithm().Digester()
-	}
-	pr, pw := io.Pipe()
-	expected := make(chan tree, 1)
-	go func() {
-		t, err := readTree(pr)
-		if err != nil {
-			// The stream is hashed to its end all the same.
-			_, _ = io.Copy(io.Discard, pr)
-			t = nil
-		}
-		expected <- t
-	}()
-	count := &counter{ctx: ctx, w: io.MultiWriter(digester.Hash(), pw)}
-	err = asm.WriteOutputTarStream(getter{root}, storage.NewJSONUnpacker(z), count)
-	pw.CloseWithError(io.EOF)
-	want := <-expected
-	if err != nil {
-		return failed(count.n, fmt.Errorf("rebuilding its tar stream: %w", err))
-	}
-	if got := digester.Digest(); got != l.DiffID {
-		return failed(count.n, fmt.Errorf("its tar stream hashes to %s, not to its diff ID %s", got, l.DiffID))
-	}
-	if want == nil {
-		return failed(count.n, errors.New("its tar stream cannot be read"))
-	}
-	problems, err := want.compare(filepath.Join(d.Dir, dir))
-	if err != nil {
-		return failed(count.n, err)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("layer %s: %w; run as root, in a container with CAP_DAC_READ_SEARCH", l.ChainID, err)
+	case errors.Is(err, errTooMuch):
+		return nil, err
+	case err != nil:
+		problems = append(problems, err.Error())
 	}
 	if more := len(problems) - maxProblems; more > 0 {
 		problems = append(problems[:maxProblems], fmt.Sprintf("and %d more", more))
 	}
-	return count.n, problems, nil
+	return problems, nil
 }
 
-// counter counts what passes and ends when the context does.
-type counter struct {
-	ctx context.Context
-	w   io.Writer
-	n   int64
-}
+// errTooMuch is of layers that have more than their disk. An honest one has as many
+// bytes on the disk as in its stream.
+var errTooMuch = errors.New("its layers have more bytes than it has itself; build the disk again")
 
-func (c *counter) Write(p []byte) (int, error) {
-	if err := c.ctx.Err(); err != nil {
-		return 0, err
+// claim accounts for a file, or a blob, of n bytes.
+func (r *run) claim(n int64) error {
+	if n < 0 || n > r.size || r.claimed.Add(n) > r.size {
+		return errTooMuch
 	}
-	n, err := c.w.Write(p)
-	c.n += int64(n)
-	return n, err
+	return nil
 }
 
-// getter opens a layer's files for tar-split.
-type getter struct{ root *os.Root }
-
-func (g getter) Get(name string) (io.ReadCloser, error) {
-	return openRegular(g.root, clean(name))
+// count counts bytes that are about to be read and waits for their time.
+func (r *run) count(ctx context.Context, n int, tell func()) error {
+	r.bytes.Add(int64(n))
+	tell()
+	return r.wait(ctx, n)
 }
 
-// openRegular does not wait for the other end of a named pipe that lies where a
-// file should.
-func openRegular(root *os.Root, name string) (*os.File, error) {
-	f, err := root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+// wait waits until n more bytes may be read.
+func (r *run) wait(ctx context.Context, n int) error {
+	if r.limit != nil {
+		return r.limit.WaitN(ctx, n)
+	}
+	return ctx.Err()
+}
+
+// files verifies the layer's files.
+func (r *run) files(ctx context.Context, l manifest.Layer, tell func()) ([]string, error) {
+	path := r.disk.Manifest.LayerPath(l)
+	dir, err := r.root.Sub(path)
 	if err != nil {
 		return nil, err
 	}
-	fi, err := f.Stat()
-	if err == nil && !fi.Mode().IsRegular() {
-		err = &fs.PathError{Op: "open", Path: name, Err: errors.New("not a regular file")}
+	defer dir.Close()
+	s := &stream{claim: r.claim, read: func(ctx context.Context, n int) error { return r.count(ctx, n, tell) }}
+	got, want, err := r.rebuild(ctx, l, dir, s)
+	if errors.Is(err, errDamaged) || err == nil && got != l.DiffID {
+		s = &stream{claim: func(int64) error { return nil }, read: r.wait, named: true}
+		_, want, err = r.rebuild(ctx, l, dir, s)
 	}
+	problems := s.problems
+	switch {
+	case err != nil:
+		return problems, err
+	case want == nil:
+		return append(problems, "its tar stream cannot be read"), nil
+	}
+	more, err := want.compare(filepath.Join(r.disk.Dir, path))
+	problems = append(problems, more...)
+	if got != l.DiffID && len(problems) == 0 {
+		problems = []string{fmt.Sprintf("its tar stream hashes to %s, not to its diff ID %s: its recorded headers %s are others",
+			got, l.DiffID, r.disk.Manifest.TarSplitPath(l))}
+	}
+	return problems, err
+}
+
+// rebuild rebuilds the layer's tar stream as s says, and gives its digest and what it
+// unpacks to, nil if that cannot be told.
+func (r *run) rebuild(ctx context.Context, l manifest.Layer, dir *cachedisk.Root, s *stream) (digest.Digest, tree, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	split, err := r.root.Open(r.disk.Manifest.TarSplitPath(l))
 	if err != nil {
-		f.Close()
-		return nil, err
+		return "", nil, fmt.Errorf("reading its recorded headers: %w", err)
 	}
-	return f, nil
-}
-
-// clean is the name of a tar entry relative to the layer's root, "." for the root.
-func clean(name string) string {
-	if name = strings.TrimPrefix(path.Join("/", name), "/"); name == "" {
-		return "."
-	}
-	return name
-}
-
-// readTree reads the headers of a tar stream.
-func readTree(r io.Reader) (tree, error) {
-	t := tree{}
-	tr := tar.NewReader(bufio.NewReaderSize(r, 1<<16))
-	for {
-		hdr, err := tr.Next()
-		if err == io.EOF {
-			// Padding after the end belongs to the hash.
-			_, err := io.Copy(io.Discard, r)
-			return t, err
+	defer split.Close()
+	records := records(ctx, split, dir, r.depth)
+	defer func() {
+		cancel()
+		for e := range records {
+			e.close()
 		}
-		if err != nil {
-			return nil, err
-		}
-		t.add(hdr)
-	}
+	}()
+
+	digester := l.DiffID.Algorithm().Digester()
+	s.headers, s.hash = newPieces(), digester.Hash()
+	unpacked := make(chan tree, 1)
+	go func() { unpacked <- s.headers.tree() }()
+	err = s.rebuild(ctx, records)
+	close(s.headers.in)
+	return digester.Digest(), <-unpacked, err
 }

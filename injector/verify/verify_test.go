@@ -5,18 +5,24 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
+	"iter"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/vbatts/tar-split/tar/asm"
 	"github.com/vbatts/tar-split/tar/storage"
 	"golang.org/x/sys/unix"
@@ -93,6 +99,29 @@ func newDisk(t *testing.T, entries []entry) (*cachedisk.Disk, string) {
 	return d, dir
 }
 
+// writeHeaders replaces the layer's recorded headers.
+func writeHeaders(t *testing.T, d *cachedisk.Disk, entries iter.Seq[storage.Entry]) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(d.Dir, d.Manifest.TarSplitPath(d.Manifest.Layers[0])))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	z, err := gzip.NewWriterLevel(f, gzip.BestSpeed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := json.NewEncoder(z)
+	for entry := range entries {
+		if err := e.Encode(entry); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func unpack(t *testing.T, dir string, entries []entry) {
 	t.Helper()
 	for _, e := range entries {
@@ -149,6 +178,18 @@ func TestDisk(t *testing.T) {
 	}{
 		{"as built", func(string) error { return nil }, ""},
 		{"contents", func(dir string) error { return os.WriteFile(filepath.Join(dir, "dir/file"), []byte("CONTENTS"), 0) }, "dir/file"},
+		{"two files", func(dir string) error {
+			return errors.Join(os.WriteFile(filepath.Join(dir, "dir/file"), []byte("CONTENTS"), 0),
+				os.WriteFile(filepath.Join(dir, "implied/file"), []byte("IN a directory that the stream does not have"), 0))
+		}, `"implied/file" has other contents`},
+		{"longer", func(dir string) error { return os.Truncate(filepath.Join(dir, "dir/file"), 9) }, `"dir/file" has 9 bytes, not 8`},
+		{"too many", func(dir string) error {
+			var errs []error
+			for i := range maxStrangers + 10 {
+				errs = append(errs, os.Mkdir(filepath.Join(dir, "dir", strconv.Itoa(i)), 0o755))
+			}
+			return errors.Join(errs...)
+		}, fmt.Sprintf("and %d more", maxStrangers+1-maxProblems)},
 		{"shorter", func(dir string) error { return os.Truncate(filepath.Join(dir, "dir/file"), 3) }, "dir/file"},
 		{"missing", func(dir string) error { return os.Remove(filepath.Join(dir, "empty")) }, `"empty" is missing`},
 		{"more", func(dir string) error { return os.Mkdir(filepath.Join(dir, "more"), 0o755) }, `"more" is not in the layer`},
@@ -159,11 +200,11 @@ func TestDisk(t *testing.T) {
 		}, "was changed at 2026-01-01T01:00:00Z"},
 		{"target", replace("link", func(name string) error { return os.Symlink("elsewhere", name) }), "link"},
 		{"no hard link", replace("dir/hard", func(name string) error { return os.WriteFile(name, []byte("contents"), 0o640) }), "hard link"},
-		{"leads outside", replace("dir/file", func(name string) error { return os.Symlink(secret, name) }), "escapes"},
+		{"leads outside", replace("dir/file", func(name string) error { return os.Symlink(secret, name) }), `"dir/file" cannot be read`},
 		{"named pipe", replace("dir/file", func(name string) error { return unix.Mkfifo(name, 0o640) }), "not a regular file"},
 		{"layer leads outside", func(dir string) error {
 			return errors.Join(os.Rename(dir, dir+"-moved"), os.Symlink(t.TempDir(), dir))
-		}, "escapes"},
+		}, "not a directory"},
 		{"no layer", os.RemoveAll, "no such file"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -171,7 +212,7 @@ func TestDisk(t *testing.T) {
 			if err := tt.change(dir); err != nil {
 				t.Fatal(err)
 			}
-			r, err := Disk(t.Context(), d, nil)
+			r, err := Disk(t.Context(), d, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -214,7 +255,7 @@ func TestUnreadable(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r, err := Disk(t.Context(), d, nil)
+	r, err := Disk(t.Context(), d, Options{})
 	if !errors.Is(err, fs.ErrPermission) || !strings.Contains(err.Error(), "CAP_DAC_READ_SEARCH") {
 		t.Errorf("result %+v, error %v", r, err)
 	}
@@ -240,7 +281,7 @@ func TestDiskHeaders(t *testing.T) {
 			if err := os.WriteFile(names[0], tt.change(data), 0o644); err != nil {
 				t.Fatal(err)
 			}
-			r, err := Disk(t.Context(), d, nil)
+			r, err := Disk(t.Context(), d, Options{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -252,7 +293,7 @@ func TestDiskHeaders(t *testing.T) {
 	t.Run("another diff ID", func(t *testing.T) {
 		d, _ := newDisk(t, files())
 		d.Manifest.Layers[0].DiffID = digest.FromString("another")
-		r, err := Disk(t.Context(), d, nil)
+		r, err := Disk(t.Context(), d, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -264,10 +305,196 @@ func TestDiskHeaders(t *testing.T) {
 		d, _ := newDisk(t, files())
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		if _, err := Disk(ctx, d, nil); !errors.Is(err, context.Canceled) {
+		if _, err := Disk(ctx, d, Options{}); !errors.Is(err, context.Canceled) {
 			t.Errorf("says %v", err)
 		}
 	})
+}
+
+// TestHostileHeaders has recorded headers that no Docker wrote.
+func TestHostileHeaders(t *testing.T) {
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("secret"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	place := func(name string, size int64) storage.Entry {
+		return storage.Entry{Type: storage.FileType, Name: name, Size: size, Payload: make([]byte, 8)}
+	}
+	for _, tt := range []struct {
+		name    string
+		entries iter.Seq[storage.Entry]
+		want    string
+	}{
+		{"upward", slices.Values([]storage.Entry{place("../../../../../../../../../.."+secret, 6)}), "outside of the layer"},
+		{"absolute", slices.Values([]storage.Entry{place(secret, 6)}), "no such file"},
+		{"through a link", slices.Values([]storage.Entry{place("out/secret", 6)}), "no such file"},
+		{"escapes", slices.Values([]storage.Entry{place("\x1b[31m\n", 6)}), `"\x1b[31m\n" cannot be read`},
+		{"unknown type", slices.Values([]storage.Entry{{Type: 7}}), "unknown type"},
+		{"a large file", slices.Values([]storage.Entry{place("dir/file", 1<<62)}), "more bytes than it has itself"},
+		{"large files", slices.Values([]storage.Entry{place("dir/file", 1<<62), place("empty", 1<<62)}), "more bytes than it has itself"},
+		{"one large header", slices.Values([]storage.Entry{{Type: storage.SegmentType, Payload: make([]byte, maxRecord)}}), "or 33554432 for one file"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d, dir := newDisk(t, files())
+			if err := os.Symlink(filepath.Dir(secret), filepath.Join(dir, "out")); err != nil {
+				t.Fatal(err)
+			}
+			writeHeaders(t, d, tt.entries)
+			r, err := Disk(t.Context(), d, Options{})
+			said := fmt.Sprint(err)
+			if err == nil {
+				if len(r.Damaged) != 1 {
+					t.Fatalf("says %+v", r)
+				}
+				said = strings.Join(r.Damaged[0].Problems, "\n")
+			}
+			if !strings.Contains(said, tt.want) {
+				t.Errorf("says %s, want %s", said, tt.want)
+			}
+		})
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { return len(p), nil }
+
+// TestBounded reads more headers than are taken, each of a size that is.
+func TestBounded(t *testing.T) {
+	b := &bounded{r: zeros{}, headers: maxHeaders}
+	read := int64(0)
+	for {
+		b.record = maxRecord
+		n, err := io.CopyN(io.Discard, b, maxRecord)
+		if read += n; err != nil {
+			break
+		}
+	}
+	if read != maxHeaders {
+		t.Errorf("read %d bytes", read)
+	}
+}
+
+// TestBlobs has a disk that keeps the compressed layers.
+func TestBlobs(t *testing.T) {
+	blob := []byte("compressed")
+	for name, tt := range map[string]struct {
+		contents []byte
+		want     string
+	}{
+		"good":    {blob, ""},
+		"missing": {nil, "no such file"},
+		"changed": {[]byte("Compressed"), "hashes to sha256:"},
+		"longer":  {append(slices.Clone(blob), 0), "hashes to sha256:"},
+		"shorter": {blob[:3], "hashes to sha256:"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d, _ := newDisk(t, files())
+			config, err := json.Marshal(ocispec.Image{RootFS: ocispec.RootFS{DiffIDs: []digest.Digest{d.Manifest.Layers[0].DiffID}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			image, err := json.Marshal(ocispec.Manifest{Layers: []ocispec.Descriptor{{Digest: digest.FromBytes(blob), Size: int64(len(blob))}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			d.Manifest.Store.Blobs = true
+			d.Manifest.Images = []manifest.Image{{Config: ocispec.Descriptor{Data: config}, Manifest: ocispec.Descriptor{Data: image}}}
+			if tt.contents != nil {
+				file := filepath.Join(d.Dir, manifest.BlobsDir, "sha256", digest.FromBytes(blob).Encoded())
+				if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, tt.contents, 0o644)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			r, err := Disk(t.Context(), d, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tt.want == "" {
+				if len(r.Damaged) > 0 {
+					t.Errorf("says %+v", r.Damaged)
+				}
+				return
+			}
+			if len(r.Damaged) != 1 || !strings.Contains(r.Damaged[0].Problems[0], tt.want) {
+				t.Errorf("says %+v, want %s", r.Damaged, tt.want)
+			}
+		})
+	}
+}
+
+// TestResume interrupts a verification, and goes on.
+func TestResume(t *testing.T) {
+	// Three layers, of which the first to be read is the largest.
+	d, dir := newDisk(t, files())
+	first := d.Manifest.Layers[0]
+	for i := range 2 {
+		other, otherDir := newDisk(t, append(files(), entry{tar.Header{Name: fmt.Sprint("more", i), Mode: 0o644}, "more"}))
+		l := other.Manifest.Layers[0]
+		l.Directory, l.Size = fmt.Sprint("layer", i), int64(i)
+		for from, to := range map[string]string{
+			otherDir: d.LayerDir(l),
+			filepath.Join(other.Dir, other.Manifest.TarSplitPath(l)): filepath.Join(d.Dir, d.Manifest.TarSplitPath(l)),
+		} {
+			if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.Rename(from, to)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		d.Manifest.Layers = append(d.Manifest.Layers, l)
+	}
+	d.Manifest.Layers[0].Size = 100
+	note := filepath.Join(t.TempDir(), "run", "note")
+
+	ctx, cancel := context.WithCancel(t.Context())
+	opt := Options{Rate: 1 << 30, Resume: note, Progress: func(p Progress) {
+		if p.Layers == 1 {
+			cancel()
+		}
+	}}
+	if _, err := Disk(ctx, d, opt); !errors.Is(err, context.Canceled) {
+		t.Fatalf("says %v", err)
+	}
+	text, err := os.ReadFile(note)
+	if want := d.ID.String() + "\n" + first.ChainID.String() + "\n"; err != nil || string(text) != want {
+		t.Fatalf("noted %q, %v, want %q", text, err, want)
+	}
+	// Killed as it was noting the second.
+	if err := os.WriteFile(note, append(text, "sha256:0123"...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// What is proved is not read again, what is damaged is never noted.
+	if err := errors.Join(os.RemoveAll(dir), os.RemoveAll(d.LayerDir(d.Manifest.Layers[1]))); err != nil {
+		t.Fatal(err)
+	}
+	for _, resumed := range []int{1, 2} {
+		r, err := Disk(t.Context(), d, Options{Resume: note})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Layers != 3 || r.Resumed != resumed || len(r.Damaged) != 1 || r.Damaged[0].ChainID != d.Manifest.Layers[1].ChainID {
+			t.Errorf("says %+v, want %d resumed", r, resumed)
+		}
+	}
+	// Another generation begins anew.
+	d.ID = digest.FromString("another generation")
+	if r, err := Disk(t.Context(), d, Options{Resume: note}); err != nil || r.Resumed != 0 || len(r.Damaged) != 2 {
+		t.Errorf("says %+v, %v", r, err)
+	}
+}
+
+// TestRate reads no faster than it may.
+func TestRate(t *testing.T) {
+	body := strings.Repeat("x", 3*chunk)
+	d, _ := newDisk(t, []entry{{tar.Header{Name: "file", Mode: 0o644}, body}})
+	start := time.Now()
+	r, err := Disk(t.Context(), d, Options{Rate: 4 * chunk})
+	if err != nil || len(r.Damaged) > 0 || r.Bytes != int64(len(body)) {
+		t.Fatalf("says %+v, %v", r, err)
+	}
+	// The first chunk is free.
+	if took := time.Since(start); took < 450*time.Millisecond {
+		t.Errorf("%d bytes took %v at %d bytes a second", len(body), took, 4*chunk)
+	}
 }
 
 // TestTree unpacks streams as Docker does.
