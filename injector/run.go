@@ -13,6 +13,7 @@ import (
 
 func newRunCommand(f *flags) *cobra.Command {
 	var c agent.Config
+	var verifyRate bytesPerSecond
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run on a node for good: inject, then open the gate, watch, heal and report",
@@ -35,7 +36,7 @@ node.`,
 				f.log = newLogger(slog.LevelInfo)
 			}
 			c.Caches, c.HostRoot, c.Log = f.caches, f.hostRoot, f.log
-			c.Open = opener(f)
+			c.Open, c.VerifyRate = opener(f), int64(verifyRate)
 			if err := c.Validate(); err != nil {
 				return usageError{err}
 			}
@@ -52,6 +53,7 @@ node.`,
 	fs.BoolVar(&c.RestoreRemoved, "restore-removed", false, "register images again that someone removed")
 	fs.DurationVar(&c.GoneAfter, "gone-after", agent.DefaultGoneAfter, "how long a disk may be unreadable before its images are taken back")
 	fs.DurationVar(&c.CheckInterval, "check-interval", agent.DefaultCheckInterval, "time from one look at the disks to the next")
+	fs.Var(&verifyRate, "verify-rate", "prove the disks' layers in the background, reading as many `bytes` a second, as in 20MB; needs CAP_DAC_READ_SEARCH; 0 proves none")
 	fs.StringVar(&c.MetricsAddress, "metrics-address", agent.DefaultMetricsAddress, "`address` of /metrics, /healthz and /readyz; empty for none")
 	return cmd
 }

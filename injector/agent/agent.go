@@ -55,6 +55,7 @@ type Agent struct {
 	gate    *gate
 	health  health
 	changes *changes
+	proofs  *proofs
 	wanted  func(context.Context) []string
 
 	// runtime is open while it is watched.
@@ -117,6 +118,7 @@ func newAgent(c Config) (*Agent, error) {
 		metrics:     newMetrics(),
 		gate:        newGate(c.GateDeadline),
 		changes:     newChanges(),
+		proofs:      newProofs(),
 		pending:     reasonStart,
 		generations: map[digest.Digest]*generation{},
 		removed:     map[string]bool{},
@@ -140,6 +142,7 @@ func (a *Agent) loop(ctx context.Context) {
 		a.pass(ctx)
 		if ctx.Err() == nil {
 			a.publish()
+			a.verify(ctx)
 		}
 		a.wait(ctx)
 	}

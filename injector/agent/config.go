@@ -54,6 +54,9 @@ type Config struct {
 	GoneAfter time.Duration
 	// CheckInterval is the time from one look at the disks to the next.
 	CheckInterval time.Duration
+	// VerifyRate is how many bytes a second are read to prove the disks' layers, in the
+	// background; 0 proves none.
+	VerifyRate int64
 	// MetricsAddress is where /healthz, /readyz and /metrics are served; empty is nowhere.
 	MetricsAddress string
 

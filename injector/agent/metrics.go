@@ -32,6 +32,8 @@ type found struct {
 	seconds     float64            // of the last registration that had something to do
 	readable    map[string]bool    // by cache ID
 	built       map[string]int64   // likewise, Unix time
+	proved      map[string]int     // layers, by cache ID
+	broken      map[string]int     // likewise
 }
 
 func newMetrics() *metrics {
@@ -68,6 +70,8 @@ var (
 	descRatio    = describe("image_layers_cached_ratio", "Share of the image's layers that are read from a cache disk, 0 to 1.", "image")
 	descSeconds  = describe("last_registration_seconds", "How long the last registration that had something to do took.")
 	descReadable = describe("disk_readable", "1 if the generation's disk can be read where containers read it, 0 if not.", "cache_id")
+	descProved   = describe("layers_verified", "Layers of the generation that --verify-rate has proved.", "cache_id")
+	descBroken   = describe("layers_damaged", "Layers of the generation that are not what was built.", "cache_id")
 	descBuilt    = describe("build_timestamp_seconds", "When the generation was built, as Unix time.", "cache_id")
 )
 
@@ -95,6 +99,12 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	for cache, ok := range f.readable {
 		gauge(descReadable, number(ok), cache)
 	}
+	for cache, n := range f.proved {
+		gauge(descProved, float64(n), cache)
+	}
+	for cache, n := range f.broken {
+		gauge(descBroken, float64(n), cache)
+	}
 	for cache, at := range f.built {
 		gauge(descBuilt, float64(at), cache)
 	}
@@ -111,6 +121,7 @@ func (a *Agent) updateMetrics() {
 		readable: map[string]bool{},
 		built:    map[string]int64{},
 	}
+	f.proved, f.broken = a.proofs.layers()
 	for _, g := range a.generations {
 		f.readable[g.CacheID.String()] = g.problem == nil
 	}

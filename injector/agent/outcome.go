@@ -30,6 +30,7 @@ const (
 	eventHealed     = "Healed"
 	eventRemoved    = "ImageRemoved"
 	eventTakenBack  = "TakenBack"
+	eventDamaged    = "LayerDamaged"
 	// eventGateDeadline is told where no agent runs.
 	eventGateDeadline = "GateDeadline"
 )

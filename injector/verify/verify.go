@@ -54,10 +54,11 @@ type Options struct {
 	Progress func(Progress)
 }
 
-// Progress says how many layers, of all, are done, and the same of bytes. A layer's
-// bytes are what its files have.
+// Progress says how many layers, of all, are done, how many of them are damaged, and
+// how many bytes are read of those that the files have.
 type Progress struct {
 	Layers, Of   int
+	Damaged      int
 	Bytes, Total int64
 }
 
@@ -143,10 +144,11 @@ func (r *run) all(ctx context.Context) (*report.Verify, error) {
 	damaged := make([]*report.DamagedLayer, len(m.Layers))
 	var mu sync.Mutex
 	told := start
-	tell := func(layers int) {
+	tell := func(layers, broken int) {
 		mu.Lock()
 		defer mu.Unlock()
 		p.Layers += layers
+		p.Damaged += broken
 		if r.opt.Progress == nil || layers == 0 && time.Since(told) < progressTime {
 			return
 		}
@@ -162,17 +164,17 @@ func (r *run) all(ctx context.Context) (*report.Verify, error) {
 	for _, i := range order {
 		g.Go(func() error {
 			l := m.Layers[i]
-			problems, err := r.layer(ctx, l, func() { tell(0) })
+			problems, err := r.layer(ctx, l, func() { tell(0, 0) })
 			if err := errors.Join(ctx.Err(), err); err != nil {
 				return err
 			}
 			if len(problems) > 0 {
+				tell(1, 1)
 				damaged[i] = &report.DamagedLayer{ChainID: l.ChainID, DiffID: l.DiffID, Directory: m.LayerPath(l), Problems: problems}
-			} else if err := r.resume.note(l.ChainID); err != nil {
-				return err
+				return nil
 			}
-			tell(1)
-			return nil
+			tell(1, 0)
+			return r.resume.note(l.ChainID)
 		})
 	}
 	if err := g.Wait(); err != nil {

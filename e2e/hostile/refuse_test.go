@@ -1,0 +1,294 @@
+//go:build e2e
+
+package hostile_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+	"unicode"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+// What a refusal may take, on a machine that does other things too.
+const (
+	maxTime   = time.Minute
+	maxMemory = 512 << 20
+)
+
+// checkRefused wants one line on stderr with every word, and little time and memory.
+func (tr trace) checkRefused(t *testing.T, words ...string) {
+	t.Helper()
+	if tr.status != 1 {
+		t.Errorf("exit status %d, want 1", tr.status)
+	}
+	line, more, _ := strings.Cut(tr.stderr, "\n")
+	if more != "" {
+		t.Errorf("more than one line on stderr: %q", tr.stderr)
+	}
+	if strings.ContainsFunc(line, func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }) {
+		t.Errorf("a terminal does not show %q as it is", line)
+	}
+	for _, w := range words {
+		if !strings.Contains(line, w) {
+			t.Errorf("%q does not have %q", line, w)
+		}
+	}
+	if tr.took > maxTime || tr.memory > maxMemory {
+		t.Errorf("took %v and %d MiB", tr.took, tr.memory>>20)
+	}
+}
+
+// leadsOut replaces a file of the disk by a symbolic link to the same in outside.
+func leadsOut(file, to string) func(dir string) error {
+	return func(dir string) error {
+		name := filepath.Join(dir, file)
+		return errors.Join(os.RemoveAll(name), os.Symlink(filepath.Join(outside, to), name))
+	}
+}
+
+// edited changes the layer manifest, which is not valid then.
+func edited(edit func(m *manifest.Manifest)) func(dir string) error {
+	return func(dir string) error {
+		m, err := manifest.Read(dir)
+		if err != nil {
+			return err
+		}
+		edit(m)
+		b, err := json.Marshal(m)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(dir, manifest.Path), b, 0o644)
+	}
+}
+
+// replaced writes another layer manifest.
+func replaced(text func() []byte) func(dir string) error {
+	return func(dir string) error { return os.WriteFile(filepath.Join(dir, manifest.Path), text(), 0o644) }
+}
+
+// reconfigured gives the first image another config, with every digest that follows.
+func reconfigured(config func() []byte) func(dir string) error {
+	return edited(func(m *manifest.Manifest) {
+		img := &m.Images[0]
+		inline := func(mediaType string, b []byte) ocispec.Descriptor {
+			return ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b)), Data: b}
+		}
+		img.Config = inline(img.Config.MediaType, config())
+		var im ocispec.Manifest
+		if err := json.Unmarshal(img.Manifest.Data, &im); err != nil {
+			panic(err) // of an image that was valid
+		}
+		im.Config = img.Config
+		im.Config.Data = nil
+		b, err := json.Marshal(im)
+		if err != nil {
+			panic(err)
+		}
+		img.Manifest = inline(img.Manifest.MediaType, b)
+		img.Names, img.Index = []string{"registry.example.com/hostile:1"}, nil
+	})
+}
+
+const million = 1_000_000
+
+func many(element string) string { return strings.Repeat(element+",", million) + element }
+
+// TestRefused has disks that inject refuses before it does anything with a runtime.
+func TestRefused(t *testing.T) {
+	l := layer(t, 1)
+	escape := "\x1b]0;owned\x07\n"
+	for _, tt := range []struct {
+		name  string
+		spoil func(dir string) error
+		words []string
+	}{
+		// To escape.
+		{"manifest outside", leadsOut(manifest.Path, manifest.Path), []string{manifest.Path, "not a regular file"}},
+		{"manifest's directory outside", leadsOut(manifest.Dir, manifest.Dir), []string{manifest.Path, "symbolic link"}},
+		{"manifest a pipe", func(dir string) error {
+			name := filepath.Join(dir, manifest.Path)
+			return errors.Join(os.Remove(name), unix.Mkfifo(name, 0o644))
+		}, []string{manifest.Path, "not a regular file"}},
+		{"manifest a device", func(dir string) error {
+			name := filepath.Join(dir, manifest.Path)
+			return errors.Join(os.Remove(name), unix.Mknod(name, unix.S_IFCHR|0o644, int(unix.Mkdev(1, 5))))
+		}, []string{manifest.Path, "not a regular file"}},
+		{"store outside", leadsOut("docker", ""), []string{"layer sha256:", "symbolic link"}},
+		{"store outside, relatively", func(dir string) error {
+			return errors.Join(os.Rename(filepath.Join(dir, "docker"), filepath.Join(dir, "moved")), os.Symlink("../../.."+outside, filepath.Join(dir, "docker")))
+		}, []string{"layer sha256:", "symbolic link"}},
+		{"graph driver outside", leadsOut("docker/overlay2", ""), []string{"layer sha256:", "symbolic link"}},
+		{"layer outside", leadsOut(filepath.Dir(layerPath(l, "")), ""), []string{l.ChainID.String(), l.Directory, "symbolic link"}},
+		{"layer's files outside", leadsOut(layerPath(l, ""), "diff"), []string{l.ChainID.String(), l.Directory, "not a directory"}},
+		{"layer's files a device", func(dir string) error {
+			name := filepath.Join(dir, layerPath(l, ""))
+			return errors.Join(os.RemoveAll(name), unix.Mknod(name, unix.S_IFBLK|0o644, int(unix.Mkdev(7, 0))))
+		}, []string{l.ChainID.String(), "not a directory"}},
+		{"absolute root", edited(func(m *manifest.Manifest) { m.Store.Root = outside }), []string{"store.root", `"/srv/outside" is absolute`}},
+		{"root outside", edited(func(m *manifest.Manifest) { m.Store.Root = "../../.." + outside }), []string{"store.root", "not a clean relative path"}},
+		{"directory outside", edited(func(m *manifest.Manifest) { m.Layers[1].Directory = "../../../../.." + outside }), []string{"layers[1]", "directory"}},
+		{"directory of two lines", edited(func(m *manifest.Manifest) { m.Layers[1].Directory = escape }), []string{"layers[1]", `"\x1b]0;owned\a\n"`}},
+		{"name of two lines", edited(func(m *manifest.Manifest) { m.Images[0].Names[0] = escape }), []string{"images[0]", `\x1b]0;owned\a\n`}},
+		{"parent of two lines", edited(func(m *manifest.Manifest) { m.Layers[1].Parent = digest.Digest(escape) }), []string{"layers[1]", `\x1b]0;owned\a\n`}},
+		{"platform of two lines", edited(func(m *manifest.Manifest) { m.Platform.OS = escape }), []string{"platform", `\x1b]0;owned\a\n`}},
+
+		// To exhaust.
+		{"10 GB", func(dir string) error { return os.Truncate(filepath.Join(dir, manifest.Path), 10<<30) }, []string{manifest.Path, "larger than 67108864 bytes"}},
+		{"a million layers", replaced(func() []byte { return []byte(`{"schemaVersion":1,"layers":[` + many("{}") + "]}") }), []string{manifest.Path, "more than 250000 values"}},
+		{"a million images", replaced(func() []byte { return []byte(`{"schemaVersion":1,"images":[` + many("{}") + "]}") }), []string{manifest.Path, "more than 250000 values"}},
+		{"64 MB of one object", replaced(func() []byte { return bytes.Repeat([]byte(`{"a":`), manifest.MaxSize/5) }), []string{manifest.Path, "exceeded max depth"}},
+		{"64 MB of one name", replaced(func() []byte {
+			return []byte(`{"schemaVersion":1,"platform":{"os":"` + strings.Repeat("x", manifest.MaxSize-100) + `","architecture":"amd64"}}`)
+		}), []string{manifest.Path}},
+		{"a config of depth 100,000", reconfigured(func() []byte {
+			return []byte(strings.Repeat(`{"a":`, 100_000) + "1" + strings.Repeat("}", 100_000))
+		}), []string{"hostile:1", "config", "exceeded max depth"}},
+		{"a config of a million layers", reconfigured(func() []byte {
+			return []byte(`{"os":"linux","architecture":"amd64","rootfs":{"diff_ids":[` + many(`""`) + "]}}")
+		}), []string{"hostile:1", "config", "more than 250000 values"}},
+		{"a config of 80 MB", reconfigured(func() []byte { return bytes.Repeat([]byte(" "), 80<<20) }), []string{manifest.Path, "larger than 67108864 bytes"}},
+
+		// To lie.
+		{"digest", edited(func(m *manifest.Manifest) { m.Images[0].Config.Data[0] ^= 1 }), []string{"images[0]", "config: digest is"}},
+		{"size", edited(func(m *manifest.Manifest) { m.Images[0].Manifest.Size++ }), []string{"images[0]", "manifest: sha256:", "size is"}},
+		{"size of a layer", edited(func(m *manifest.Manifest) { m.Layers[1].Size = -1 }), []string{"layers[1]", "size is -1"}},
+		{"chain ID", edited(func(m *manifest.Manifest) { m.Layers[1].ChainID = digest.FromString("x") }), []string{"layers[1]", "does not follow"}},
+		{"diff ID", edited(func(m *manifest.Manifest) { m.Layers[1].DiffID = digest.FromString("x") }), []string{"layers[1]", "does not follow"}},
+		{"another platform", edited(func(m *manifest.Manifest) { m.Platform.Architecture = "s390x" }), []string{"images[0]", "config is for platform"}},
+		{"a manifest as an index", edited(func(m *manifest.Manifest) { m.Images[0].Manifest.MediaType = ocispec.MediaTypeImageIndex }), []string{"images[0]", "not that of an image manifest"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			attach(t, changed(t, tt.spoil))
+			before := registered(t)
+			tr := runTraced(t, "inject", "--runtime", "containerd", "--cache", cacheDir)
+			tr.checkRefused(t, append(tt.words, cacheDir, "build the disk again")...)
+			tr.checkAccesses(t, mayLock)
+			if after := registered(t); after != before {
+				t.Errorf("was %s, is %s", before, after)
+			}
+		})
+	}
+}
+
+// TestRefusedFiles has disks with files that a runtime would be led out of the disk by,
+// long after inject has looked at them, or that verify would.
+func TestRefusedFiles(t *testing.T) {
+	l := layer(t, 1)
+	split := world.built.TarSplitPath(l)
+	var blobs []string
+	for _, img := range world.built.Images {
+		list, err := img.LayerBlobs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		blobs = append(blobs, list[len(list)-1].Digest.Encoded())
+	}
+	slices.Sort(blobs)
+	blob := filepath.Join(manifest.BlobsDir, "sha256", blobs[0])
+	for _, tt := range []struct {
+		name, file, to string
+		command        []string
+		words          []string
+	}{
+		{"headers, inject into Docker", split, "secret", []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
+		{"layerdb, inject into Docker", filepath.Dir(split), "", []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "symbolic link"}},
+		{"headers, verify", split, "secret", []string{"verify", "--log-level", "warn"}, []string{l.Directory, "not a regular file"}},
+		{"a file of a layer, verify", layerPath(l, "odd/first"), "secret", []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd/first"`}},
+		{"a directory of a layer, verify", layerPath(l, "odd"), "diff", []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd`}},
+		{"blob, verify", blob, "secret", []string{"verify", "--log-level", "warn"}, []string{"is damaged", blobs[0]}},
+		// Last: the others' images are registered then.
+		{"blob, inject into containerd", blob, "secret", []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			attach(t, changed(t, leadsOut(tt.file, tt.to)))
+			tr := runTraced(t, append(tt.command, "--cache", cacheDir)...)
+			tr.checkRefused(t, append(tt.words, "build the disk again")...)
+			write := mayLock
+			if tt.name == "blob, inject into containerd" {
+				write = mayWrite
+				defer world.node.Output(t, injector, "eject", "--runtime", "containerd")
+			}
+			tr.checkAccesses(t, write)
+		})
+	}
+}
+
+// TestHarmless has what Docker reads of a store of its own, and nobody of a cache disk.
+func TestHarmless(t *testing.T) {
+	l := layer(t, 1)
+	dir := filepath.Dir(layerPath(l, ""))
+	image := changed(t, func(root string) error {
+		var errs []error
+		for file, text := range map[string]string{"link": "../../../../../.." + outside + "\n", "lower": "l/../../../../.." + outside + ":" + outside, "committed": "\x1b"} {
+			errs = append(errs, os.WriteFile(filepath.Join(root, dir, file), []byte(text), 0o644))
+		}
+		return errors.Join(append(errs,
+			leadsOut("docker/overlay2/l", "")(root),
+			leadsOut(filepath.Join(filepath.Dir(world.built.TarSplitPath(l)), "cache-id"), "secret")(root),
+			leadsOut("docker/image/overlay2/repositories.json", "secret")(root),
+			leadsOut("docker/image/overlay2/imagedb", "")(root))...)
+	})
+	attach(t, image)
+	for _, runtime := range []string{"containerd", "docker"} {
+		t.Run(runtime, func(t *testing.T) {
+			tr := runTraced(t, "inject", "--runtime", runtime, "--cache", cacheDir)
+			if tr.status != 0 || tr.stderr != "" {
+				t.Fatalf("exit status %d: %s", tr.status, tr.stderr)
+			}
+			tr.checkAccesses(t, mayWrite)
+			if runtime == "docker" {
+				for _, ref := range world.refs {
+					if out := world.node.Output(t, "docker", "run", "--rm", "--network", "none", ref, "/bin/echo", "hello"); out != "hello\n" {
+						t.Errorf("%s says %q", ref, out)
+					}
+				}
+			}
+			tr = runTraced(t, "eject", "--runtime", runtime, "--cache", cacheDir)
+			if tr.status != 0 {
+				t.Errorf("eject: %s", tr.stderr)
+			}
+		})
+	}
+	tr := runTraced(t, "verify", "--log-level", "warn", "--cache", cacheDir)
+	if tr.status != 0 {
+		t.Errorf("verify: %s", tr.stderr)
+	}
+	tr.checkAccesses(t, nil)
+}
+
+// TestTracer proves that an escape would be seen.
+func TestTracer(t *testing.T) {
+	attach(t, changed(t, leadsOut("leads", "secret")))
+	for name, want := range map[string]bool{"leads": true, manifest.Path: false} {
+		found := false
+		for _, line := range []string{
+			fmt.Sprintf(`newfstatat(AT_FDCWD</>, "%s/%s", {st_mode=S_IFREG|0600}, 0) = 0`, cacheDir, name),
+			fmt.Sprintf(`openat(5<%s>, "%s", O_RDONLY) = -1 EACCES (Permission denied)`, cacheDir, name),
+			fmt.Sprintf(`openat2(5<%s>, "%s", {flags=O_RDONLY, resolve=RESOLVE_NO_XDEV}, 24) = -1 EXDEV (Invalid cross-device link)`, cacheDir, name),
+		} {
+			for _, a := range parse(t, line) {
+				found = found || below(a.path, outside)
+			}
+		}
+		if found != want {
+			t.Errorf("%s: found %t", name, found)
+		}
+	}
+	if a := parse(t, `newfstatat(AT_FDCWD</>, "`+cacheDir+`/leads", {st_mode=S_IFLNK|0777}, AT_SYMLINK_NOFOLLOW) = 0`); below(a[0].path, outside) {
+		t.Errorf("followed %s", a[0])
+	}
+}
