@@ -54,7 +54,7 @@ func files() []entry {
 }
 
 // newDisk is a cache disk of one layer, and that layer's directory.
-func newDisk(t *testing.T, entries []entry) (*cachedisk.Disk, string) {
+func newDisk(t testing.TB, entries []entry) (*cachedisk.Disk, string) {
 	t.Helper()
 	var stream bytes.Buffer
 	w := tar.NewWriter(&stream)
@@ -100,7 +100,7 @@ func newDisk(t *testing.T, entries []entry) (*cachedisk.Disk, string) {
 }
 
 // writeHeaders replaces the layer's recorded headers.
-func writeHeaders(t *testing.T, d *cachedisk.Disk, entries iter.Seq[storage.Entry]) {
+func writeHeaders(t testing.TB, d *cachedisk.Disk, entries iter.Seq[storage.Entry]) {
 	t.Helper()
 	f, err := os.Create(filepath.Join(d.Dir, d.Manifest.TarSplitPath(d.Manifest.Layers[0])))
 	if err != nil {
@@ -122,7 +122,7 @@ func writeHeaders(t *testing.T, d *cachedisk.Disk, entries iter.Seq[storage.Entr
 	}
 }
 
-func unpack(t *testing.T, dir string, entries []entry) {
+func unpack(t testing.TB, dir string, entries []entry) {
 	t.Helper()
 	for _, e := range entries {
 		name := filepath.Join(dir, e.hdr.Name)
@@ -153,7 +153,7 @@ func unpack(t *testing.T, dir string, entries []entry) {
 	}
 }
 
-func touch(t *testing.T, name string, when time.Time) {
+func touch(t testing.TB, name string, when time.Time) {
 	t.Helper()
 	ts := []unix.Timespec{unix.NsecToTimespec(when.UnixNano()), unix.NsecToTimespec(when.UnixNano())}
 	if err := unix.UtimesNanoAt(unix.AT_FDCWD, strings.TrimSuffix(name, "/"), ts, unix.AT_SYMLINK_NOFOLLOW); err != nil {
