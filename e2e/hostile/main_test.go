@@ -27,10 +27,11 @@ import (
 
 // world is what all tests share: a node, and a good cache disk that nobody writes to.
 var world struct {
-	node  *machine.Machine
-	disk  string // its image
-	built *manifest.Manifest
-	refs  []string
+	node     *machine.Machine
+	injector string // on the host
+	disk     string // its image
+	built    *manifest.Manifest
+	refs     []string
 }
 
 const (
@@ -51,8 +52,8 @@ func TestMain(m *testing.M) {
 }
 
 func setUp(ctx context.Context, dir string) (err error) {
-	program := filepath.Join(dir, "selkies-image-injector")
-	if err := host.Build(ctx, "./injector", program); err != nil {
+	world.injector = filepath.Join(dir, "selkies-image-injector")
+	if err := host.Build(ctx, "./injector", world.injector); err != nil {
 		return err
 	}
 	reg, err := registry.Start(registry.Config{Dir: filepath.Join(dir, "blobs")})
@@ -84,7 +85,7 @@ func setUp(ctx context.Context, dir string) (err error) {
 	world.disk = filepath.Join(dir, "disk")
 	world.built, err = cachedisk.Build(ctx, world.node, cachedisk.Config{Image: world.disk, References: world.refs, Blobs: true})
 	if err == nil {
-		err = prepareNode(ctx, program)
+		err = prepareNode(ctx)
 	}
 	if err != nil {
 		world.node.Close()
@@ -93,9 +94,9 @@ func setUp(ctx context.Context, dir string) (err error) {
 }
 
 // prepareNode starts both runtimes and makes outside.
-func prepareNode(ctx context.Context, program string) error {
+func prepareNode(ctx context.Context) error {
 	n := world.node
-	if err := n.Install(program, injector); err != nil {
+	if err := n.Install(world.injector, injector); err != nil {
 		return err
 	}
 	if err := n.StartContainerd(ctx, machine.Containerd{Release: machine.Debian}); err != nil {
@@ -187,8 +188,8 @@ func layerPath(l manifest.Layer, name string) string {
 	return filepath.Join(world.built.LayerPath(l), name)
 }
 
-// images says how many there are, for nothing may be registered of a disk that is
-// refused.
+// registered is all that the runtimes know of images, for nothing may become of a disk
+// that is refused.
 func registered(t *testing.T) string {
 	t.Helper()
 	n := world.node

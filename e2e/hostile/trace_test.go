@@ -65,7 +65,8 @@ func runTraced(t *testing.T, args ...string) trace {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, line := range injectorsOwn(strings.Split(strings.TrimSpace(string(text)), "\n")) {
+		lines := strings.FieldsFunc(string(text), func(r rune) bool { return r == '\n' })
+		for _, line := range injectorsOwn(lines) {
 			tr.accesses = append(tr.accesses, parse(t, line)...)
 		}
 	}

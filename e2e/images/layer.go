@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/compression"
@@ -112,6 +113,9 @@ func oddLayers() ([][]byte, error) {
 			PAXRecords: map[string]string{"SCHILY.xattr.security.capability": capNetBindService}}, []byte("capable")},
 		file{tar.Header{Name: "odd/xattr",
 			PAXRecords: map[string]string{"SCHILY.xattr.user.e2e": "a value\nof two lines"}}, []byte("xattr")},
+		// More than an inode of ext4 has room for.
+		file{tar.Header{Name: "odd/attributes",
+			PAXRecords: map[string]string{"SCHILY.xattr.user.e2e": strings.Repeat("attribute ", 100)}}, []byte("attributes")},
 		file{tar.Header{Name: "odd/char", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3, Mode: 0o666}, nil},
 		file{tar.Header{Name: "odd/block", Typeflag: tar.TypeBlock, Devmajor: 7, Devminor: 200, Mode: 0o660}, nil},
 		file{tar.Header{Name: "odd/fifo", Typeflag: tar.TypeFifo}, nil},

@@ -1,0 +1,128 @@
+//go:build e2e
+
+package hostile_test
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"os/exec"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+)
+
+// blockSize is that of an ext4 image, in bytes.
+func blockSize(t *testing.T, image string) int64 {
+	t.Helper()
+	f, err := os.Open(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var log [4]byte // s_log_block_size
+	if _, err := f.ReadAt(log[:], 1024+24); err != nil {
+		t.Fatal(err)
+	}
+	return 1024 << binary.LittleEndian.Uint32(log[:])
+}
+
+// debugfs asks for one thing of an ext4 image, by its path or "<inode>".
+func debugfs(t *testing.T, image, request string) string {
+	t.Helper()
+	out, err := host.Output(exec.CommandContext(t.Context(), "debugfs", "-R", request, image))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+var inodePlace = regexp.MustCompile(`located at block (\d+), offset 0x([0-9a-f]+)`)
+
+// inodeAt is where the inode of a path is in the image.
+func inodeAt(t *testing.T, image, path string) int64 {
+	t.Helper()
+	out := debugfs(t, image, fmt.Sprintf("imap %q", "/"+path))
+	m := inodePlace.FindStringSubmatch(out)
+	if m == nil {
+		t.Fatalf("debugfs says %q of the inode of %s", out, path)
+	}
+	block, _ := strconv.ParseInt(m[1], 10, 64)
+	offset, _ := strconv.ParseInt(m[2], 16, 64)
+	return block*blockSize(t, image) + offset
+}
+
+// contentAt is where a byte of a file's contents, or of a directory's, is in the image,
+// 0 for one in a hole.
+func contentAt(t *testing.T, image, path string, offset int64) int64 {
+	t.Helper()
+	size := blockSize(t, image)
+	out := strings.TrimSpace(debugfs(t, image, fmt.Sprintf("bmap %q %d", "/"+path, offset/size)))
+	block, err := strconv.ParseInt(out, 10, 64)
+	if err != nil {
+		t.Fatalf("debugfs says %q of block %d of %s", out, offset/size, path)
+	}
+	if block == 0 {
+		return 0
+	}
+	return block*size + offset%size
+}
+
+var attributeBlock = regexp.MustCompile(`File ACL: (\d+)`)
+
+// attributesAt is where the block with a file's attributes is in the image.
+func attributesAt(t *testing.T, image, path string) int64 {
+	t.Helper()
+	m := attributeBlock.FindStringSubmatch(debugfs(t, image, fmt.Sprintf("stat %q", "/"+path)))
+	if m == nil || m[1] == "0" {
+		t.Fatalf("%s has no block of attributes", path)
+	}
+	block, _ := strconv.ParseInt(m[1], 10, 64)
+	return block * blockSize(t, image)
+}
+
+// flip flips a bit of a file. Twice, it is as it was.
+func flip(t *testing.T, file string, at int64, bit int) {
+	t.Helper()
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var b [1]byte
+	if _, err := f.ReadAt(b[:], at); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1 << bit
+	if _, err := f.WriteAt(b[:], at); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// mounted calls use with the directory of an image that is mounted as on a node, and
+// gives the error of the mount. The superblock does not decide what an error does: it
+// could have the kernel panic.
+func mounted(t *testing.T, image string, use func(dir string)) error {
+	t.Helper()
+	loop, err := host.AttachLoop(image, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer loop.Close()
+	dir := t.TempDir()
+	if err := unix.Mount(loop.Path, dir, "ext4", unix.MS_RDONLY, "noload,errors=continue"); err != nil {
+		return err
+	}
+	defer func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Fatal(err)
+		}
+	}()
+	use(dir)
+	return nil
+}

@@ -1,0 +1,284 @@
+//go:build e2e
+
+package hostile_test
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
+)
+
+var (
+	flips = flag.Int("flips", 100, "how many bits TestFlips flips")
+	seed  = flag.Uint64("seed", 0, "where they are; 0 is another place each time")
+)
+
+// target is a place whose bits are flipped.
+type target struct {
+	kind string
+	path string // of the file, relative to the disk's root
+	at   int64  // in the image
+	// in is the offset in the file, -1 for what is not a file's contents.
+	in int64
+}
+
+// TestFlips flips single bits of a cache disk: each is found, by the kernel at the mount
+// or by verify, or there is a reason why nobody would notice it.
+func TestFlips(t *testing.T) {
+	if *seed == 0 {
+		*seed = uint64(time.Now().UnixNano())
+	}
+	t.Logf("%d flips, -seed %d", *flips, *seed)
+	random := rand.New(rand.NewPCG(*seed, 1))
+	image := copied(t)
+	paths := list(t, image)
+	if err := verified(t, image); err != nil {
+		t.Fatalf("as built: %v", err)
+	}
+	kinds := []string{"data", "data", "data", "data", "inode", "inode", "directory", "attribute", "headers", "blob"}
+	found, undetectable := map[string]int{}, map[string]int{}
+	for i := range *flips {
+		kind := kinds[i%len(kinds)]
+		if i%20 == 19 {
+			kind = "manifest"
+		}
+		if i%20 == 18 {
+			kind = "anywhere"
+		}
+		target := choose(t, random, image, kind, paths)
+		bit := random.IntN(8)
+		flip(t, image, target.at, bit)
+		err := verified(t, image)
+		reason := ""
+		if err == nil {
+			reason = unnoticed(t, image, target)
+		}
+		flip(t, image, target.at, bit)
+		switch {
+		case err != nil && (kind == "data" || kind == "attribute") && !strings.Contains(err.Error(), filepath.Base(target.path)):
+			t.Errorf("%s of %s, bit %d of byte %d: the file is not named: %v", kind, target.path, bit, target.at, err)
+		case err != nil:
+			found[kind]++
+		case reason != "":
+			undetectable[kind+": "+reason]++
+		default:
+			t.Errorf("%s of %s, bit %d of byte %d: not found", kind, target.path, bit, target.at)
+		}
+	}
+	if err := verified(t, image); err != nil {
+		t.Errorf("as built again: %v", err)
+	}
+	t.Logf("found: %v", found)
+	for reason, n := range undetectable {
+		t.Logf("not to be found: %d of %s", n, reason)
+	}
+}
+
+// paths are what a disk has, by what becomes of it.
+type paths map[string][]string
+
+// list lists what verify is to prove.
+func list(t *testing.T, image string) paths {
+	t.Helper()
+	p := paths{"manifest": {manifest.Path}}
+	err := mounted(t, image, func(dir string) {
+		for _, l := range world.built.Layers {
+			p["headers"] = append(p["headers"], world.built.TarSplitPath(l))
+			root := filepath.Join(dir, world.built.LayerPath(l))
+			err := filepath.WalkDir(root, func(name string, e fs.DirEntry, err error) error {
+				if err != nil {
+					return err
+				}
+				rel, err := filepath.Rel(dir, name)
+				if err != nil {
+					return err
+				}
+				info, err := e.Info()
+				if err != nil {
+					return err
+				}
+				switch {
+				case strings.ContainsAny(rel, "\n\\") || !isASCII(rel): // debugfs cannot be asked
+					return nil
+				case e.IsDir():
+					p["directory"] = append(p["directory"], rel)
+				case info.Mode().IsRegular() && info.Size() > 0:
+					p["data"] = append(p["data"], rel)
+				}
+				if filepath.Base(rel) == "attributes" {
+					p["attribute"] = append(p["attribute"], rel)
+				}
+				p["inode"] = append(p["inode"], rel)
+				return nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		blobs, err := filepath.Glob(filepath.Join(dir, manifest.BlobsDir, "sha256/*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range blobs {
+			p["blob"] = append(p["blob"], strings.TrimPrefix(b, dir+"/"))
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func isASCII(s string) bool {
+	return !strings.ContainsFunc(s, func(r rune) bool { return r >= 0x7f })
+}
+
+// choose chooses a place of the kind.
+func choose(t *testing.T, random *rand.Rand, image, kind string, paths paths) target {
+	t.Helper()
+	if kind == "anywhere" {
+		fi, err := os.Stat(image)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return target{kind, "", random.Int64N(fi.Size()), -1}
+	}
+	for {
+		path := paths[kind][random.IntN(len(paths[kind]))]
+		switch kind {
+		case "inode":
+			return target{kind, path, inodeAt(t, image, path) + random.Int64N(256), -1}
+		case "attribute":
+			return target{kind, path, attributesAt(t, image, path) + random.Int64N(blockSize(t, image)), -1}
+		case "directory":
+			return target{kind, path, contentAt(t, image, path, random.Int64N(blockSize(t, image))), -1}
+		}
+		in := random.Int64N(size(t, image, path))
+		if at := contentAt(t, image, path, in); at != 0 {
+			return target{kind, path, at, in}
+		}
+	}
+}
+
+// size is a file's size.
+func size(t *testing.T, image, path string) (n int64) {
+	t.Helper()
+	out := debugfs(t, image, fmt.Sprintf("stat %q", "/"+path))
+	_, rest, _ := strings.Cut(out, "Size: ")
+	if _, err := fmt.Sscan(rest, &n); err != nil {
+		t.Fatalf("debugfs says %q of %s", out, path)
+	}
+	return n
+}
+
+// verified says why the disk cannot be mounted, or what verify finds.
+func verified(t *testing.T, image string) error {
+	t.Helper()
+	var verifyErr error
+	err := mounted(t, image, func(dir string) {
+		cmd := exec.CommandContext(t.Context(), world.injector, "verify", "--log-level", "warn", "-o", "json", "--cache", dir)
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		var reports []report.Verify
+		if len(out) > 0 && json.Unmarshal(out, &reports) != nil {
+			t.Fatalf("verify says %q", out)
+		}
+		if err != nil {
+			verifyErr = fmt.Errorf("%w: %s%s", err, &stderr, out)
+		}
+		if err == nil && (len(reports) != 1 || reports[0].Layers != len(world.built.Layers)) {
+			t.Fatalf("verify says %q", out)
+		}
+	})
+	return errors.Join(err, verifyErr)
+}
+
+// unnoticed is the reason why a flipped bit cannot be found, or "".
+func unnoticed(t *testing.T, image string, at target) string {
+	t.Helper()
+	switch at.kind {
+	case "headers":
+		// Time, flags and operating system (RFC 1952), which decompression skips.
+		if at.in >= 4 && at.in < 10 {
+			return "the header of the compressed file, which says nothing of the contents"
+		}
+	case "manifest":
+		var reason string
+		if err := mounted(t, image, func(dir string) {
+			m, err := manifest.Read(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before, err := world.built.ID()
+			if err != nil {
+				t.Fatal(err)
+			}
+			after, err := m.ID()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if before != after {
+				reason = "names, sizes and dates in the layer manifest, which no digest but the cache ID covers; that changes"
+			} else {
+				reason = "white space and unknown fields of the layer manifest"
+			}
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return reason
+	case "anywhere":
+		return nobodys(t, image, at.at)
+	}
+	return ""
+}
+
+// nobodys says whose byte it is that verify does not prove, "" if it should.
+func nobodys(t *testing.T, image string, at int64) string {
+	t.Helper()
+	block := at / blockSize(t, image)
+	out := debugfs(t, image, fmt.Sprintf("icheck %d", block))
+	fields := strings.Fields(out[strings.LastIndexByte(strings.TrimSpace(out), '\n')+1:])
+	if len(fields) != 2 {
+		out = debugfs(t, image, fmt.Sprintf("testb %d", block))
+		if strings.Contains(out, "not in use") {
+			return "a block that is not in use"
+		}
+		return "metadata of the file system that a read-only mount does not read, such as free inodes, bitmaps and copies of the superblock"
+	}
+	if fields[1] == "8" || fields[1] == "7" {
+		return "the journal, or room for a larger disk, which a read-only mount does not read"
+	}
+	out = debugfs(t, image, "ncheck "+fields[1])
+	names := strings.Fields(out[strings.LastIndexByte(strings.TrimSpace(out), '\n')+1:])
+	if len(names) != 2 {
+		return ""
+	}
+	path := strings.TrimPrefix(names[1], "/")
+	ours := slices.ContainsFunc(world.built.Layers, func(l manifest.Layer) bool {
+		return path == world.built.TarSplitPath(l) || below(path, world.built.LayerPath(l))
+	})
+	switch {
+	case ours || below(path, manifest.Dir):
+		if in := size(t, image, path) % blockSize(t, image); in > 0 && at%blockSize(t, image) >= in {
+			return "the rest of a file's last block"
+		}
+		return ""
+	case below(path, "docker"):
+		return "a file that Docker keeps for itself and no node reads"
+	}
+	return ""
+}
