@@ -112,7 +112,7 @@ func prepareNode(ctx context.Context) error {
 		return err
 	}
 	// A manifest that would be accepted.
-	return world.built.Write(n.Path(outside))
+	return cachedisk.WriteManifest(n.Path(outside), world.built)
 }
 
 // changed is a copy of the good disk, changed by spoil where it is mounted.
