@@ -178,11 +178,11 @@ func validRelative(p string) error {
 	case p == "":
 		return fmt.Errorf("is empty")
 	case path.IsAbs(p):
-		return fmt.Errorf("%q is absolute", p)
+		return fmt.Errorf("%.100q is absolute", p)
 	case path.Clean(p) != p || p == ".." || strings.HasPrefix(p, "../"):
-		return fmt.Errorf("%q is not a clean relative path", p)
+		return fmt.Errorf("%.100q is not a clean relative path", p)
 	case strings.ContainsFunc(p, func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }):
-		return fmt.Errorf("%q has control characters", p)
+		return fmt.Errorf("%.100q has control characters", p)
 	}
 	return nil
 }

@@ -28,24 +28,24 @@ var (
 )
 
 // Validate checks everything that can be checked without the disk. The error
-// names the field and the value.
+// names the field and the value, of a long one the beginning (%.100q).
 func (m *Manifest) Validate() error {
 	if m.SchemaVersion != SchemaVersion {
 		return fmt.Errorf("schemaVersion is %d, not %d", m.SchemaVersion, SchemaVersion)
 	}
 	if m.Platform.OS == "" || m.Platform.Architecture == "" {
-		return fmt.Errorf("platform %q/%q lacks os or architecture", m.Platform.OS, m.Platform.Architecture)
+		return fmt.Errorf("platform %.100q/%.100q lacks os or architecture", m.Platform.OS, m.Platform.Architecture)
 	}
 	for _, word := range []string{m.Platform.OS, m.Platform.Architecture, m.Platform.Variant} {
 		if !platformWord.MatchString(word) {
-			return fmt.Errorf("platform has %q, which is no name of one", word)
+			return fmt.Errorf("platform has %.100q, which is no name of one", word)
 		}
 	}
 	if m.Created.IsZero() {
 		return errors.New("created is missing")
 	}
 	if m.Store.Driver != DriverOverlay2 {
-		return fmt.Errorf("store.driver is %q, not %q", m.Store.Driver, DriverOverlay2)
+		return fmt.Errorf("store.driver is %.100q, not %.100q", m.Store.Driver, DriverOverlay2)
 	}
 	// The disk's root itself ("") would be an overlay2 directory at its top.
 	if err := validRelative(m.Store.Root); err != nil {
@@ -90,10 +90,10 @@ func (m *Manifest) validateLayers() (map[digest.Digest]Layer, error) {
 			return fail("directory %w", err)
 		}
 		if strings.Contains(l.Directory, "/") || l.Directory == "." {
-			return fail("directory %q is not one path element", l.Directory)
+			return fail("directory %.100q is not one path element", l.Directory)
 		}
 		if other, ok := byDir[l.Directory]; ok {
-			return fail("directory %q is that of %s too", l.Directory, other)
+			return fail("directory %.100q is that of %s too", l.Directory, other)
 		}
 		if l.Size < 0 {
 			return fail("size is %d", l.Size)
@@ -111,13 +111,13 @@ func (m *Manifest) validateImages(layers map[digest.Digest]Layer) error {
 		if len(img.Names) == 0 {
 			return fmt.Errorf("%s: names is empty", at)
 		}
-		at = fmt.Sprintf("%s (%q)", at, img.Names[0])
+		at = fmt.Sprintf("%s (%.100q)", at, img.Names[0])
 		for _, name := range img.Names {
 			if err := validName(name, img.Target().Digest); err != nil {
 				return fmt.Errorf("%s: names: %w", at, err)
 			}
 			if other, ok := owner[name]; ok {
-				return fmt.Errorf("%s: names: %q is a name of images[%d] too", at, name, other)
+				return fmt.Errorf("%s: names: %.100q is a name of images[%d] too", at, name, other)
 			}
 			owner[name] = i
 		}
@@ -151,31 +151,31 @@ func (img Image) validateContent(platform ocispec.Platform) error {
 			return fmt.Errorf("index: %w", err)
 		}
 		if !slices.Contains(indexTypes, img.Index.MediaType) {
-			return fmt.Errorf("index: media type %q is not that of an index", img.Index.MediaType)
+			return fmt.Errorf("index: media type %.100q is not that of an index", img.Index.MediaType)
 		}
 		var index ocispec.Index
 		if err := json.Unmarshal(img.Index.Data, &index); err != nil {
 			return fmt.Errorf("index: decoding: %w", err)
 		}
 		if !lists(index.Manifests, img.Manifest.Digest) {
-			return fmt.Errorf("index %s does not list manifest %q", img.Index.Digest, img.Manifest.Digest)
+			return fmt.Errorf("index %s does not list manifest %.100q", img.Index.Digest, img.Manifest.Digest)
 		}
 	}
 	if err := validContent(img.Manifest); err != nil {
 		return fmt.Errorf("manifest: %w", err)
 	}
 	if !slices.Contains(manifestTypes, img.Manifest.MediaType) {
-		return fmt.Errorf("manifest: media type %q is not that of an image manifest", img.Manifest.MediaType)
+		return fmt.Errorf("manifest: media type %.100q is not that of an image manifest", img.Manifest.MediaType)
 	}
 	m, err := img.manifest()
 	if err != nil {
 		return err
 	}
 	if m.Config.Digest != img.Config.Digest {
-		return fmt.Errorf("manifest %s names config %q, not %q", img.Manifest.Digest, m.Config.Digest, img.Config.Digest)
+		return fmt.Errorf("manifest %s names config %.100q, not %.100q", img.Manifest.Digest, m.Config.Digest, img.Config.Digest)
 	}
 	if m.Config.MediaType != img.Config.MediaType {
-		return fmt.Errorf("config: media type is %q, manifest %s says %q", img.Config.MediaType, img.Manifest.Digest, m.Config.MediaType)
+		return fmt.Errorf("config: media type is %.100q, manifest %s says %.100q", img.Config.MediaType, img.Manifest.Digest, m.Config.MediaType)
 	}
 	if err := validContent(img.Config); err != nil {
 		return fmt.Errorf("config: %w", err)
@@ -185,7 +185,7 @@ func (img Image) validateContent(platform ocispec.Platform) error {
 		return err
 	}
 	if config.OS != platform.OS || config.Architecture != platform.Architecture {
-		return fmt.Errorf("config is for platform %q, the disk for %q",
+		return fmt.Errorf("config is for platform %.100q, the disk for %.100q",
 			config.OS+"/"+config.Architecture, platform.OS+"/"+platform.Architecture)
 	}
 	if n := len(config.RootFS.DiffIDs); n > maxChain {
@@ -279,7 +279,7 @@ func chainID(parent, diffID digest.Digest) digest.Digest {
 
 func validDigest(d digest.Digest) error {
 	if err := d.Validate(); err != nil {
-		return fmt.Errorf("%q: %w", d.String(), err)
+		return fmt.Errorf("%.100q: %w", d.String(), err)
 	}
 	return nil
 }
@@ -303,17 +303,17 @@ func validContent(d ocispec.Descriptor) error {
 func validName(name string, target digest.Digest) error {
 	ref, err := reference.ParseNormalizedNamed(name)
 	if err != nil {
-		return fmt.Errorf("%q: %w", name, err)
+		return fmt.Errorf("%.100q: %w", name, err)
 	}
 	if ref.String() != name || reference.IsNameOnly(ref) {
-		return fmt.Errorf("%q is not a normalised reference with a tag or a digest", name)
+		return fmt.Errorf("%.100q is not a normalised reference with a tag or a digest", name)
 	}
 	if d, ok := ref.(reference.Digested); ok {
 		if _, both := ref.(reference.Tagged); both {
-			return fmt.Errorf("%q has a tag and a digest; list them as two names", name)
+			return fmt.Errorf("%.100q has a tag and a digest; list them as two names", name)
 		}
 		if d.Digest() != target {
-			return fmt.Errorf("%q is not the digest of the image, %s", name, target)
+			return fmt.Errorf("%.100q is not the digest of the image, %s", name, target)
 		}
 	}
 	return nil

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -98,6 +99,7 @@ func list(t *testing.T, image string) paths {
 		for _, l := range world.built.Layers {
 			p["headers"] = append(p["headers"], world.built.TarSplitPath(l))
 			root := filepath.Join(dir, world.built.LayerPath(l))
+			seen := map[uint64]bool{}
 			err := filepath.WalkDir(root, func(name string, e fs.DirEntry, err error) error {
 				if err != nil {
 					return err
@@ -113,11 +115,14 @@ func list(t *testing.T, image string) paths {
 				switch {
 				case strings.ContainsAny(rel, "\n\\") || !isASCII(rel): // debugfs cannot be asked
 					return nil
+				case seen[info.Sys().(*syscall.Stat_t).Ino]: // another name of a file, which verify does not say
+					return nil
 				case e.IsDir():
 					p["directory"] = append(p["directory"], rel)
 				case info.Mode().IsRegular() && info.Size() > 0:
 					p["data"] = append(p["data"], rel)
 				}
+				seen[info.Sys().(*syscall.Stat_t).Ino] = true
 				if filepath.Base(rel) == "attributes" {
 					p["attribute"] = append(p["attribute"], rel)
 				}

@@ -8,6 +8,7 @@ package hostile_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -128,14 +129,25 @@ func changed(t *testing.T, spoil func(dir string) error) (image string) {
 	if err := unix.Mount(loop.Path, dir, "ext4", 0, ""); err != nil {
 		t.Fatal(err)
 	}
-	err = spoil(dir)
-	if err := unix.Unmount(dir, 0); err != nil {
-		t.Fatal(err)
-	}
+	err = errors.Join(spoil(dir), flush(dir), unix.Unmount(dir, 0))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return image
+}
+
+// flush writes a file system to its device, the journal too. Its unmount alone may not: a
+// machine that another test has just booted may have it mounted for a moment more.
+func flush(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.IoctlSetInt(int(f.Fd()), unix.FIFREEZE, 0); err != nil {
+		return fmt.Errorf("freezing %s: %w", dir, err)
+	}
+	return unix.IoctlSetInt(int(f.Fd()), unix.FITHAW, 0)
 }
 
 // copied is a copy of the good disk.
