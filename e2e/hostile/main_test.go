@@ -144,10 +144,11 @@ func flush(dir string) error {
 		return err
 	}
 	defer f.Close()
-	if err := unix.IoctlSetInt(int(f.Fd()), unix.FIFREEZE, 0); err != nil {
+	const freeze, thaw = 0xC0045877, 0xC0045878 // FIFREEZE, FITHAW: package unix has neither
+	if err := unix.IoctlSetInt(int(f.Fd()), freeze, 0); err != nil {
 		return fmt.Errorf("freezing %s: %w", dir, err)
 	}
-	return unix.IoctlSetInt(int(f.Fd()), unix.FITHAW, 0)
+	return unix.IoctlSetInt(int(f.Fd()), thaw, 0)
 }
 
 // copied is a copy of the good disk.

@@ -87,7 +87,9 @@ func runTraced(t *testing.T, args ...string) trace {
 // injectorsOwn leaves out what nsenter did on the way: all of its first process, and in
 // the one that it forked what was before the injector.
 func injectorsOwn(lines []string) []string {
-	if slices.ContainsFunc(lines, func(line string) bool { return strings.HasPrefix(line, `execve("`) && strings.Contains(line, `["nsenter"`) }) {
+	if slices.ContainsFunc(lines, func(line string) bool {
+		return strings.HasPrefix(line, `execve("`) && strings.Contains(line, `["nsenter"`)
+	}) {
 		return nil
 	}
 	i := slices.IndexFunc(lines, func(line string) bool { return strings.HasPrefix(line, `execve("`+injector+`"`) })
