@@ -9,6 +9,6 @@ for pkg in $(go list ./...); do
 	for target in $targets; do
 		echo "$target" | grep -Eq "${2:-.}" || continue
 		echo "$pkg $target" >&2
-		go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" "$pkg"
+		go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -fuzzminimizetime 5s "$pkg"
 	done
 done

@@ -99,6 +99,23 @@ func newDisk(t testing.TB, entries []entry) (*cachedisk.Disk, string) {
 	return d, dir
 }
 
+// addLayer adds a layer to the disk.
+func addLayer(t testing.TB, d *cachedisk.Disk, entries []entry) {
+	t.Helper()
+	other, otherDir := newDisk(t, entries)
+	l := other.Manifest.Layers[0]
+	l.Directory = fmt.Sprint("layer", len(d.Manifest.Layers))
+	for from, to := range map[string]string{
+		otherDir: d.LayerDir(l),
+		filepath.Join(other.Dir, other.Manifest.TarSplitPath(l)): filepath.Join(d.Dir, d.Manifest.TarSplitPath(l)),
+	} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.Rename(from, to)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.Manifest.Layers = append(d.Manifest.Layers, l)
+}
+
 // writeHeaders replaces the layer's recorded headers.
 func writeHeaders(t testing.TB, d *cachedisk.Disk, entries iter.Seq[storage.Entry]) {
 	t.Helper()
@@ -429,18 +446,8 @@ func TestResume(t *testing.T) {
 	d, dir := newDisk(t, files())
 	first := d.Manifest.Layers[0]
 	for i := range 2 {
-		other, otherDir := newDisk(t, append(files(), entry{tar.Header{Name: fmt.Sprint("more", i), Mode: 0o644}, "more"}))
-		l := other.Manifest.Layers[0]
-		l.Directory, l.Size = fmt.Sprint("layer", i), int64(i)
-		for from, to := range map[string]string{
-			otherDir: d.LayerDir(l),
-			filepath.Join(other.Dir, other.Manifest.TarSplitPath(l)): filepath.Join(d.Dir, d.Manifest.TarSplitPath(l)),
-		} {
-			if err := errors.Join(os.MkdirAll(filepath.Dir(to), 0o755), os.Rename(from, to)); err != nil {
-				t.Fatal(err)
-			}
-		}
-		d.Manifest.Layers = append(d.Manifest.Layers, l)
+		addLayer(t, d, append(files(), entry{tar.Header{Name: fmt.Sprint("more", i), Mode: 0o644}, "more"}))
+		d.Manifest.Layers[1+i].Size = int64(i)
 	}
 	d.Manifest.Layers[0].Size = 100
 	note := filepath.Join(t.TempDir(), "run", "note")
