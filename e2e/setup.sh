@@ -24,8 +24,8 @@ instances=/proc/sys/fs/inotify/max_user_instances
 [ "$(cat $instances)" -ge 1024 ] || echo 1024 >$instances || say "fs.inotify.max_user_instances could not be raised to 1024"
 
 # libseccomp, a C compiler and pkg-config are for runc, the compiler for the race detector
-# as well, libnbd for disks that lose their power; the rest is run directly.
-packages="systemd-container debootstrap util-linux iproute2 openssh-client ca-certificates
+# as well, libnbd for disks that lose their power, strace for what the injector opens; the rest is run directly.
+packages="systemd-container debootstrap util-linux iproute2 openssh-client ca-certificates strace
 	gcc libc6-dev pkg-config libseccomp-dev libnbd-bin"
 missing=
 for p in $packages; do

@@ -18,7 +18,7 @@ import (
 )
 
 // programs are what e2e/setup.sh installs, by the name that is looked up in PATH.
-var programs = []string{"systemd-nspawn", "nsenter", "unshare", "ip", "debootstrap", "ssh-keygen"}
+var programs = []string{"systemd-nspawn", "nsenter", "unshare", "ip", "debootstrap", "ssh-keygen", "strace"}
 
 // Check says in one line why this host cannot run the tests, nil if it can.
 func Check() error {

@@ -45,11 +45,12 @@ type Registry struct {
 	config  Config
 	handler http.Handler
 
-	mu     sync.Mutex
-	server *http.Server
-	served chan struct{}
-	count  Count
-	choose func(*http.Request) Fault
+	mu      sync.Mutex
+	server  *http.Server
+	served  chan struct{}
+	count   Count
+	choose  func(*http.Request) Fault
+	private string // the repository that Protect was called for
 }
 
 // Count is what was asked of a registry and what it answered.
@@ -227,8 +228,20 @@ func (r *Registry) serveBlob(w http.ResponseWriter, req *http.Request, name stri
 	http.ServeContent(w, req, "", time.Time{}, f)
 }
 
+// Protect has credentials asked from now on, in requests for one repository alone.
+func (r *Registry) Protect(repository, username, password string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.private, r.config.Username, r.config.Password = repository, username, password
+}
+
 func (r *Registry) authorized(req *http.Request) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.config.Username == "" && r.config.Password == "" {
+		return true
+	}
+	if r.private != "" && !strings.HasPrefix(req.URL.Path, "/v2/"+r.private+"/") {
 		return true
 	}
 	user, password, _ := req.BasicAuth()
