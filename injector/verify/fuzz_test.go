@@ -64,10 +64,14 @@ func FuzzTree(f *testing.F) {
 	f.Fuzz(func(t *testing.T, stream []byte) {
 		p := newPieces()
 		go func() {
-			p.send(stream, 0)
+			p.send(piece{bytes: stream})
 			close(p.in)
 		}()
-		for name, n := range p.tree() {
+		unpacked, err := p.tree()
+		if err != nil && unpacked != nil {
+			t.Fatalf("unpacks %v although %v", unpacked, err)
+		}
+		for name, n := range unpacked {
 			if !filepath.IsLocal(name) || name != filepath.Clean(name) {
 				t.Fatalf("unpacks %q", name)
 			}

@@ -3,6 +3,7 @@ package verify
 import (
 	"archive/tar"
 	"errors"
+	"fmt"
 	"io"
 )
 
@@ -12,23 +13,30 @@ type pieces struct {
 	in  chan piece
 	cur piece
 	pos int64
-	end chan struct{} // closed when nobody reads any more
+	// contents is whether the headers have come to a file's contents: there, and only
+	// there, may a gap be.
+	contents bool
+	end      chan struct{} // closed when nobody reads any more
 }
 
-// piece is bytes, or a gap of that length.
+// piece is bytes, or a gap as long as the contents of a file.
 type piece struct {
 	bytes []byte
 	gap   int64
+	name  string
 }
 
 func newPieces() *pieces { return &pieces{in: make(chan piece, depth), end: make(chan struct{})} }
 
-func (p *pieces) send(bytes []byte, gap int64) {
+func (p *pieces) send(next piece) {
 	select {
-	case p.in <- piece{bytes, gap}:
+	case p.in <- next:
 	case <-p.end:
 	}
 }
+
+// errGap is of contents in the place of headers.
+var errGap = errors.New("a file's contents are where no file is")
 
 // next has a piece that is not used up.
 func (p *pieces) next() error {
@@ -37,6 +45,9 @@ func (p *pieces) next() error {
 		if p.cur, ok = <-p.in; !ok {
 			return io.EOF
 		}
+	}
+	if p.cur.gap > 0 && !p.contents {
+		return errGap
 	}
 	return nil
 }
@@ -51,10 +62,16 @@ func (p *pieces) Read(b []byte) (int, error) {
 	if n == 0 {
 		n = int(min(p.cur.gap, int64(len(b))))
 		clear(b[:n])
-		p.cur.gap -= int64(n)
+		p.cut(int64(n))
 	}
 	p.pos += int64(n)
 	return n, nil
+}
+
+func (p *pieces) cut(n int64) {
+	if p.cur.gap -= n; p.cur.gap == 0 {
+		p.contents = false
+	}
 }
 
 // Seek goes forward from where it is, no further than to the end, as package tar does
@@ -63,12 +80,17 @@ func (p *pieces) Seek(offset int64, whence int) (int64, error) {
 	if whence != io.SeekCurrent || offset < 0 {
 		return 0, errors.ErrUnsupported
 	}
-	for offset > 0 && p.next() == nil {
+	for offset > 0 {
+		if err := p.next(); err == io.EOF {
+			break
+		} else if err != nil {
+			return 0, err
+		}
 		n := min(int64(len(p.cur.bytes)), offset)
 		p.cur.bytes = p.cur.bytes[n:]
 		if n == 0 {
 			n = min(p.cur.gap, offset)
-			p.cur.gap -= n
+			p.cut(n)
 		}
 		offset -= n
 		p.pos += n
@@ -76,19 +98,38 @@ func (p *pieces) Seek(offset int64, whence int) (int64, error) {
 	return p.pos, nil
 }
 
-// tree reads the headers. It is nil if they cannot be read.
-func (p *pieces) tree() tree {
+// tree reads the headers.
+func (p *pieces) tree() (tree, error) {
 	defer close(p.end)
 	t := tree{}
 	tr := tar.NewReader(p)
 	for {
 		hdr, err := tr.Next()
 		if err == io.EOF {
-			return t
+			return t, nil
 		}
 		if err != nil {
-			return nil
+			return nil, err
+		}
+		if hdr.Size > 0 {
+			if err := p.readsFile(hdr); err != nil {
+				return nil, err
+			}
 		}
 		t.add(hdr)
 	}
+}
+
+// readsFile says if what follows are the contents of the header's file, as a whole. Were
+// they among the headers, or another file's, the stream would be the layer's and the
+// file on the disk need not be.
+func (p *pieces) readsFile(hdr *tar.Header) error {
+	p.contents = true
+	if err := p.next(); err != nil && err != io.EOF {
+		return err
+	}
+	if p.cur.gap != hdr.Size || clean(p.cur.name) != clean(hdr.Name) {
+		return fmt.Errorf("%q: its contents are not read from the file", hdr.Name)
+	}
+	return nil
 }

@@ -47,7 +47,7 @@ func (s *stream) rebuild(ctx context.Context, records <-chan record) error {
 			return fmt.Errorf("reading its recorded headers: %w", e.err)
 		case e.Type == storage.SegmentType:
 			s.hash.Write(e.Payload)
-			s.headers.send(e.Payload, 0)
+			s.headers.send(piece{bytes: e.Payload})
 		case e.Type != storage.FileType:
 			return fmt.Errorf("reading its recorded headers: record %d is of an unknown type", e.Position)
 		case e.file != nil:
@@ -55,7 +55,7 @@ func (s *stream) rebuild(ctx context.Context, records <-chan record) error {
 				e.close()
 				return err
 			}
-			s.headers.send(nil, e.Size)
+			s.headers.send(piece{gap: e.Size, name: e.GetName()})
 			if err := s.file(ctx, e); err != nil {
 				return err
 			}

@@ -249,17 +249,17 @@ func (r *run) files(ctx context.Context, l manifest.Layer, tell func()) ([]strin
 	}
 	defer dir.Close()
 	s := &stream{claim: r.claim, read: func(ctx context.Context, n int) error { return r.count(ctx, n, tell) }}
-	got, want, err := r.rebuild(ctx, l, dir, s)
+	got, want, headersErr, err := r.rebuild(ctx, l, dir, s)
 	if errors.Is(err, errDamaged) || err == nil && got != l.DiffID {
 		s = &stream{claim: func(int64) error { return nil }, read: r.wait, named: true}
-		_, want, err = r.rebuild(ctx, l, dir, s)
+		_, want, headersErr, err = r.rebuild(ctx, l, dir, s)
 	}
 	problems := s.problems
 	switch {
 	case err != nil:
 		return problems, err
-	case want == nil:
-		return append(problems, "its tar stream cannot be read"), nil
+	case headersErr != nil:
+		return append(problems, fmt.Sprintf("reading its recorded headers: %v", headersErr)), nil
 	}
 	more, err := want.compare(filepath.Join(r.disk.Dir, path))
 	problems = append(problems, more...)
@@ -270,14 +270,14 @@ func (r *run) files(ctx context.Context, l manifest.Layer, tell func()) ([]strin
 	return problems, err
 }
 
-// rebuild rebuilds the layer's tar stream as s says, and gives its digest and what it
-// unpacks to, nil if that cannot be told.
-func (r *run) rebuild(ctx context.Context, l manifest.Layer, dir *cachedisk.Root, s *stream) (digest.Digest, tree, error) {
+// rebuild rebuilds the layer's tar stream as s says, and gives its digest, and what it
+// unpacks to or why that cannot be told.
+func (r *run) rebuild(ctx context.Context, l manifest.Layer, dir *cachedisk.Root, s *stream) (_ digest.Digest, want tree, headersErr, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	split, err := r.root.Open(r.disk.Manifest.TarSplitPath(l))
 	if err != nil {
-		return "", nil, fmt.Errorf("reading its recorded headers: %w", err)
+		return "", nil, nil, fmt.Errorf("reading its recorded headers: %w", err)
 	}
 	defer split.Close()
 	records := records(ctx, split, dir, r.depth)
@@ -290,9 +290,13 @@ func (r *run) rebuild(ctx context.Context, l manifest.Layer, dir *cachedisk.Root
 
 	digester := l.DiffID.Algorithm().Digester()
 	s.headers, s.hash = newPieces(), digester.Hash()
-	unpacked := make(chan tree, 1)
-	go func() { unpacked <- s.headers.tree() }()
+	read := make(chan struct{})
+	go func() {
+		want, headersErr = s.headers.tree()
+		close(read)
+	}()
 	err = s.rebuild(ctx, records)
 	close(s.headers.in)
-	return digester.Digest(), <-unpacked, err
+	<-read
+	return digester.Digest(), want, headersErr, err
 }

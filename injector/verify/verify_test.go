@@ -372,6 +372,54 @@ func TestHostileHeaders(t *testing.T) {
 	}
 }
 
+// TestContentsElsewhere has headers whose stream is the layer's, though not by the file
+// that is on the disk: what verify proves must be that.
+func TestContentsElsewhere(t *testing.T) {
+	contents := storage.Entry{Type: storage.SegmentType, Payload: []byte("contents")}
+	for name, change := range map[string]func(entries []storage.Entry, dir string) error{
+		"among the headers": func(entries []storage.Entry, _ string) error {
+			entries[slices.IndexFunc(entries, func(e storage.Entry) bool { return e.GetName() == "dir/file" })] = contents
+			return nil
+		},
+		"in another file": func(entries []storage.Entry, dir string) error {
+			entries[slices.IndexFunc(entries, func(e storage.Entry) bool { return e.GetName() == "dir/file" })].Name = "dir/another"
+			return os.WriteFile(filepath.Join(dir, "dir/another"), []byte("contents"), 0o640)
+		},
+		"a header in a file": func(entries []storage.Entry, dir string) error {
+			i := slices.IndexFunc(entries, func(e storage.Entry) bool { return e.Type == storage.SegmentType })
+			header := entries[i].Payload
+			entries[i] = storage.Entry{Type: storage.FileType, Name: "dir/another", Size: int64(len(header))}
+			return os.WriteFile(filepath.Join(dir, "dir/another"), header, 0o640)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			d, dir := newDisk(t, files())
+			var entries []storage.Entry
+			headers := storage.NewJSONUnpacker(bytes.NewReader(gunzip(t, filepath.Join(d.Dir, d.Manifest.TarSplitPath(d.Manifest.Layers[0])))))
+			for {
+				e, err := headers.Next()
+				if err != nil {
+					break
+				}
+				entries = append(entries, *e)
+			}
+			file := filepath.Join(dir, "dir/file")
+			err := errors.Join(change(entries, dir), os.WriteFile(file, []byte("CONTENTS"), 0), os.Chtimes(file, when, when), os.Chtimes(filepath.Dir(file), when, when))
+			if err != nil {
+				t.Fatal(err)
+			}
+			writeHeaders(t, d, slices.Values(entries))
+			r, err := Disk(t.Context(), d, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(r.Damaged) != 1 || !strings.Contains(strings.Join(r.Damaged[0].Problems, "\n"), "contents are ") {
+				t.Errorf("says %+v", r.Damaged)
+			}
+		})
+	}
+}
+
 type zeros struct{}
 
 func (zeros) Read(p []byte) (int, error) { return len(p), nil }
