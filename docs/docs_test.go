@@ -24,6 +24,8 @@ var commands = []struct{ begin, file, text string }{
 	{"make generate", "GNUmakefile", " generate-check "},
 	{"make injector", "e2e/systemd/boot_test.go", `host.Build(ctx, "./injector"`},
 	{"make injector-image", "e2e/cluster/image_test.go", `"run", "./injector/image"`},
+	{"make reproducible", "e2e/supply/supply_test.go", "tools/reproducible.sh"},
+	{"make sbom", "e2e/supply/supply_test.go", `"sbom"`},
 	{"go test -tags e2e -run '^$' -bench Idle ./e2e/cluster/", "e2e/cluster/idle_test.go", "func BenchmarkIdle("},
 	{"mount -o ro,noload LABEL=selkies-cache /mnt/disks/images", "e2e/machine/machine_test.go", "mount -o ro,noload"},
 	{"selkies-image-injector inject --cache", "e2e/systemd/boot_test.go", "selkies-image-injector"},
@@ -44,7 +46,9 @@ var commands = []struct{ begin, file, text string }{
 // byHand are commands that no test runs, though they need no more than others do.
 var byHand = []string{
 	"make demo",
-	"make dev", // tests install the plugin into a folder of their own
+	"make fuzz",      // its seeds are unit tests
+	"make vulncheck", // asks vuln.go.dev
+	"make dev",       // tests install the plugin into a folder of their own
 	"echo '/dev/disk/by-id/google-image-cache /cache ext4 ro,noload", // tests mount it on /cache otherwise
 }
 
@@ -192,7 +196,7 @@ func pages(t *testing.T) []page {
 		names[i] = path.Join("docs", n)
 	}
 	var all []page
-	for _, n := range append(names, "README.md", "CONTRIBUTING.md") {
+	for _, n := range append(names, "README.md", "CONTRIBUTING.md", "SECURITY.md") {
 		data, err := os.ReadFile(filepath.Join("..", n))
 		if err != nil {
 			t.Fatal(err)

@@ -212,7 +212,7 @@ var (
 	// mayRead are the directories of the injector: its own, the disk, the runtimes', and
 	// what every Go program reads.
 	mayRead = []string{cacheDir, "/run", "/proc", "/sys", "/var/lib/containerd", "/var/lib/docker", "/var/lib/selkies-image-cache",
-		"/etc/docker", "/etc/localtime", "/usr/share/zoneinfo", "/dev/null"}
+		injector, "/etc/docker", "/etc/localtime", "/usr/share/zoneinfo", "/dev/null"}
 	// mayWrite are those of a run that registers something, mayLock that of one that is
 	// refused.
 	mayWrite = []string{"/run/selkies-image-injector", "/var/lib/containerd", "/var/lib/docker", "/var/lib/selkies-image-cache"}

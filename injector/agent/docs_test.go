@@ -17,6 +17,8 @@ func TestDocumentedMetrics(t *testing.T) {
 		ratio:    map[string]float64{"a": 1},
 		readable: map[string]bool{"b": true},
 		built:    map[string]int64{"b": 1},
+		proved:   map[string]int{"b": 1},
+		broken:   map[string]int{"b": 1},
 	}
 	families, err := m.registry.Gather()
 	if err != nil {
