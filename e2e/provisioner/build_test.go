@@ -329,7 +329,11 @@ func TestLabel(t *testing.T) {
 	first := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"first": 1000})))
 	second := pushed(t, reg, "app:2", newImage(t, layer(t, map[string]int{"second": 1000})))
 	d := newDisk(t, v, 64)
-	v.MustBuild(t, buildvm.Images(first), d.Block(`mount_point = "/mnt/elsewhere"`, `docker_root = "var/lib/docker"`))
+	before := v.State(t)
+	v.MustBuild(t, buildvm.Images(first), d.Block(`mount_point = "/mnt/else/where"`, `docker_root = "var/lib/docker"`))
+	if diff := cmp.Diff(before, v.State(t)); diff != "" {
+		t.Errorf("the VM changed: %s", diff)
+	}
 	out := v.MustBuild(t, buildvm.Images(second), `disk {
     label       = "selkies-cache"
     docker_root = "var/lib/docker"

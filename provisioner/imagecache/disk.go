@@ -213,11 +213,11 @@ func (d *cacheDisk) holds(ctx context.Context) (string, error) {
 func (d *cacheDisk) makeMountPoint(ctx context.Context) error {
 	var made []string
 	for _, dir := range []string{d.config.MountPoint, dockerConfig} {
-		if _, err := d.vm.run(ctx, "stat", "--format=%F", dir); exitStatus(err) > 0 {
-			made = append(made, dir)
-		} else if err != nil {
+		dirs, err := missing(ctx, d.vm, dir)
+		if err != nil {
 			return err
 		}
+		made = append(made, dirs...)
 	}
 	var err error
 	if d.lifeline, err = startLifeline(ctx, d.vm, d.config.MountPoint, made); err != nil {
@@ -227,6 +227,18 @@ func (d *cacheDisk) makeMountPoint(ctx context.Context) error {
 		return fmt.Errorf("making disk.mount_point: %w", err)
 	}
 	return nil
+}
+
+// missing are the directories that have to be made for dir to exist, dir first.
+func missing(ctx context.Context, r *vm, dir string) (dirs []string, err error) {
+	for ; ; dir = path.Dir(dir) {
+		if _, err := r.run(ctx, "stat", "--format=%F", dir); err == nil {
+			return dirs, nil
+		} else if exitStatus(err) <= 0 {
+			return nil, err
+		}
+		dirs = append(dirs, dir)
+	}
 }
 
 func (d *cacheDisk) attach(ctx context.Context, options string) error {
