@@ -16,10 +16,13 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
@@ -173,6 +176,61 @@ func TestSomeFail(t *testing.T) {
 		}
 	}
 	d.CheckStore(t, len(good))
+}
+
+// TestZstd has layers that Debian's Docker cannot unpack: of one image the registry says
+// so, and of another it does not.
+func TestZstd(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	stream := layer(t, map[string]int{"a": 1000})
+	zstd, err := images.New(images.Zstd, stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused, good := pushed(t, reg, "zstd:1", zstd), pushed(t, reg, "good:1", newImage(t, layer(t, map[string]int{"b": 1000})))
+	layers, err := zstd.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := zstd.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrong, err := mutate.Append(empty.Image, mutate.Addendum{Layer: layers[0], MediaType: types.DockerLayer})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if wrong, err = mutate.ConfigFile(wrong, config); err != nil {
+		t.Fatal(err)
+	}
+	mistyped := pushed(t, reg, "mistyped:1", wrong)
+	d := newDisk(t, v, 64)
+	before, sum := v.State(t), checksum(t, d)
+	version := strings.TrimSuffix(strings.Fields(v.Output(t, "dockerd", "--version"))[2], ",")
+	why := ": its layers are zstd, which Docker " + version + " cannot unpack; install Docker 23 or newer on the build VM"
+	fails := func(want string, options ...string) {
+		t.Helper()
+		reg.Reset()
+		out, err := v.Build(t, append(options, d.Block())...)
+		if err == nil || !strings.Contains(errorLine(t, out), want) || strings.Contains(out, "trying again") {
+			t.Errorf("packer build: %v\n%s", err, out)
+		}
+		if diff := cmp.Diff(before, v.State(t)); diff != "" {
+			t.Errorf("the VM changed: %s", diff)
+		}
+	}
+	// With nothing else to pull, and in a dry run, the disk stays as it is.
+	fails("1 of 1 references failed: "+refused+" (images[0])"+why, buildvm.Images(refused))
+	fails("1 of 2 references failed: "+refused+" (images[0])"+why, buildvm.Images(refused, good), "dry_run = true")
+	if checksum(t, d) != sum {
+		t.Error("the disk changed")
+	}
+	fails("1 of 2 references failed: "+refused+" (images[0])"+why, buildvm.Images(refused, good))
+	if blobs := layerBlobs(t, reg, zstd); len(blobs) > 0 {
+		t.Errorf("fetched layers %v", blobs)
+	}
+	fails("1 of 2 references failed: "+mistyped+" (images[1]): failed to register layer", buildvm.Images(good, mistyped))
 }
 
 // TestDiskFull has a layer of zeros, which only its contents show to be too large.

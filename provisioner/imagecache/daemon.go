@@ -108,14 +108,19 @@ func stopLeftovers(ctx context.Context, r *vm, say func(string, ...any)) error {
 	return nil
 }
 
-// checkDocker finds out whether there is a Docker to start, before the disk changes.
-func checkDocker(ctx context.Context, r *vm) error {
-	for _, program := range []string{"dockerd", "docker"} {
-		if _, err := r.run(ctx, program, "--version"); exitStatus(err) == commandNotFound {
+// checkDocker finds out whether there is a Docker to start, and its version, before the
+// disk changes.
+func (d *cacheDisk) checkDocker(ctx context.Context) error {
+	for _, program := range []string{"docker", "dockerd"} {
+		out, err := d.vm.run(ctx, program, "--version")
+		if exitStatus(err) == commandNotFound {
 			return fmt.Errorf("%w; install Docker on the build VM before this provisioner runs", err)
 		} else if err != nil {
 			return err
 		}
+		// Docker version 20.10.24+dfsg1, build 297e128
+		_, version, _ := strings.Cut(string(out), " version ")
+		d.dockerVersion, _, _ = strings.Cut(version, ",")
 	}
 	return nil
 }

@@ -19,6 +19,8 @@ type cacheDisk struct {
 	say    func(format string, a ...any)
 
 	device string
+	// dockerVersion is that of the daemon that is to run on the disk.
+	dockerVersion string
 	// blank is a disk that is about to be formatted.
 	blank bool
 	// growth is by how many bytes the file system is about to grow.
@@ -33,7 +35,7 @@ func (d *cacheDisk) look(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := checkDocker(ctx, d.vm); err != nil {
+	if err := d.checkDocker(ctx); err != nil {
 		return err
 	}
 	if err := stopLeftovers(ctx, d.vm, d.say); err != nil {

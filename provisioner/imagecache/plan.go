@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -27,6 +28,9 @@ func (b *build) plan(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := b.refuseZstd(); err != nil {
+		return err
+	}
 	p := newProgress(b.images, b.stored, time.Now())
 	for _, line := range p.table() {
 		b.say("%s", line)
@@ -44,6 +48,49 @@ func (b *build) plan(ctx context.Context) error {
 		return b.failed()
 	}
 	return nil
+}
+
+// zstdSince is the first major version of Docker that unpacks zstd layers.
+const zstdSince = 23
+
+// refuseZstd fails the images of which layers are to be pulled that Docker cannot unpack.
+func (b *build) refuseZstd() error {
+	version := b.dockerVersion()
+	if unpacksZstd(version) {
+		return nil
+	}
+	err := fmt.Errorf("its layers are zstd, which Docker %s cannot unpack; install Docker %d or newer on the build VM", version, zstdSince)
+	var failures []failure
+	b.images = slices.DeleteFunc(b.images, func(w *wanted) bool {
+		for i, l := range w.blobs {
+			if strings.HasSuffix(l.MediaType, "+zstd") && !b.stored[w.chain[i]] {
+				failures = append(failures, w.failures(err)...)
+				return true
+			}
+		}
+		return false
+	})
+	b.failures = append(b.failures, failures...)
+	if len(b.images) == 0 {
+		return b.failed()
+	}
+	b.sayFailures(failures)
+	return nil
+}
+
+// dockerVersion is that of the daemon that pulls, which with a disk block does not run yet.
+func (b *build) dockerVersion() string {
+	if b.disk != nil {
+		return b.disk.dockerVersion
+	}
+	return b.engine.info.ServerVersion
+}
+
+// unpacksZstd is also true of versions without a number, as builds from source have.
+func unpacksZstd(version string) bool {
+	major, _, _ := strings.Cut(version, ".")
+	n, err := strconv.Atoi(major)
+	return err != nil || n >= zstdSince
 }
 
 // takeStock finds out which layers are there, and for how many bytes there is room

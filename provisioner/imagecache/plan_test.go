@@ -41,6 +41,20 @@ func TestTable(t *testing.T) {
 	}
 }
 
+func TestUnpacksZstd(t *testing.T) {
+	for version, want := range map[string]bool{
+		"20.10.24+dfsg1": false,
+		"23.0.0":         true,
+		"29.0.0-rc.1":    true,
+		"library-import": true,
+		"":               true,
+	} {
+		if got := unpacksZstd(version); got != want {
+			t.Errorf("%s: %t", version, got)
+		}
+	}
+}
+
 func TestCheckRoom(t *testing.T) {
 	tests := []struct {
 		name          string

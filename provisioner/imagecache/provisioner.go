@@ -134,10 +134,14 @@ func (b *build) resolve(ctx context.Context) (err error) {
 		return b.failed()
 	}
 	b.say("resolved %d references to %d images for %s", len(b.references)-len(b.failures), len(b.images), b.config.Platform)
-	for _, f := range b.failures {
+	b.sayFailures(b.failures)
+	return nil
+}
+
+func (b *build) sayFailures(failures []failure) {
+	for _, f := range failures {
 		b.say("%v; going on with the others", f)
 	}
-	return nil
 }
 
 // look finds the disk, or else the VM's own daemon, and refuses what cannot be used.

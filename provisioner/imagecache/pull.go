@@ -64,9 +64,7 @@ func (p *puller) pullAll(ctx context.Context, images []*wanted, concurrency int)
 		if errors.Is(context.Cause(ctx), errDiskFull) {
 			errs[i] = errDiskFull
 		}
-		for _, ref := range w.refs {
-			failures = append(failures, failure{ref, errs[i]})
-		}
+		failures = append(failures, w.failures(errs[i])...)
 	}
 	return pulled, failures, nil
 }
@@ -74,22 +72,22 @@ func (p *puller) pullAll(ctx context.Context, images []*wanted, concurrency int)
 // pull pulls one image by digest, trying again after errors that may pass, and
 // tags it.
 func (p *puller) pull(ctx context.Context, w *wanted) error {
-	there, err := p.present(ctx, w)
+	id, err := p.stored(ctx, w)
 	if err != nil {
 		return err
 	}
-	if !there {
+	if id != w.id() {
 		started := time.Now()
 		p.progress.start(w)
 		if err := p.pullPatiently(ctx, w); err != nil {
 			p.progress.finish(w, false)
 			return err
 		}
-		if there, err = p.present(ctx, w); err != nil {
+		if id, err = p.stored(ctx, w); err != nil {
 			return err
 		}
-		if !there {
-			return fmt.Errorf("docker pulled another image than the registry's %s; does it keep images in containerd?", w.id())
+		if id != w.id() {
+			return fmt.Errorf("docker took another image from its index than the one for %s, %s for %s; list it as %s", platforms.Format(p.platform), id, w.id(), w.refs[0].digested(w.image.Manifest.Digest))
 		}
 		p.say("pulled %s: %s in %s", w, units.HumanSize(float64(p.progress.downloaded(w))), time.Since(started).Round(100*time.Millisecond))
 	}
@@ -104,16 +102,16 @@ func (p *puller) pull(ctx context.Context, w *wanted) error {
 	return nil
 }
 
-// present reports whether the store has the image, under its digest.
-func (p *puller) present(ctx context.Context, w *wanted) (bool, error) {
+// stored is the ID of the image that the store has under w's digest, "" if none.
+func (p *puller) stored(ctx context.Context, w *wanted) (string, error) {
 	inspect, err := p.engine.ImageInspect(ctx, w.pullRef())
 	if cerrdefs.IsNotFound(err) {
-		return false, nil
+		return "", nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("looking for it in the store: %w", err)
+		return "", fmt.Errorf("looking for it in the store: %w", err)
 	}
-	return inspect.ID == w.id(), nil
+	return inspect.ID, nil
 }
 
 func (p *puller) pullPatiently(ctx context.Context, w *wanted) error {
@@ -144,7 +142,7 @@ func mayPass(err error) bool {
 		return false
 	}
 	// Errors in the stream of a pull that has begun have no type.
-	for _, final := range []string{"unauthorized", "denied", "manifest unknown", "not found", "unsupported", "does not match the specified platform", plainHTTP, unknownCertificate} {
+	for _, final := range []string{"unauthorized", "denied", "manifest unknown", "not found", "unsupported", "failed to register layer", "does not match the specified platform", plainHTTP, unknownCertificate} {
 		if strings.Contains(err.Error(), final) {
 			return false
 		}

@@ -64,6 +64,14 @@ type failure struct {
 
 func (f failure) Error() string { return fmt.Sprintf("%s (%s): %v", f.ref, f.ref.from, f.err) }
 
+// failures are one for each reference to w.
+func (w *wanted) failures(err error) (failures []failure) {
+	for _, ref := range w.refs {
+		failures = append(failures, failure{ref, err})
+	}
+	return failures
+}
+
 // resolveAll resolves references in the order given, several at once. References
 // to one image in one repository become one wanted; one that several registries have
 // is pulled from each.
