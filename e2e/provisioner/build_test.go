@@ -12,6 +12,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"io"
 	"log"
 	"math/big"
@@ -25,6 +26,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -62,7 +64,7 @@ func TestBuild(t *testing.T) {
 		}
 		testBuild(t, v, true)
 		t.Run("rebuild", func(t *testing.T) { testRebuild(t, v) })
-		t.Run("progress", func(t *testing.T) { testProgress(t, v) })
+		t.Run("progress", func(t *testing.T) { testProgress(t, v, false) })
 		t.Run("own daemon", func(t *testing.T) {
 			reg := registry.New(t, registry.Config{})
 			refs := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
@@ -286,14 +288,15 @@ func testRebuild(t *testing.T, v *vm) {
 }
 
 // TestProgress has a registry so slow that the build tells how far it is.
-func TestProgress(t *testing.T) { testProgress(t, world.debian) }
+func TestProgress(t *testing.T) { testProgress(t, world.debian, true) }
 
-func testProgress(t *testing.T, v *vm) {
+func testProgress(t *testing.T, v *vm, keepBlobs bool) {
 	reg := registry.New(t, registry.Config{})
 	image := newImage(t, layer(t, map[string]int{"large": 8 << 20}))
 	pushed(t, reg, "app:1", image)
 	large := layerDescriptor(t, image, 0)
-	// 640 kB/s take longer than the ten seconds after which progress is told.
+	// 640 kB/s take longer than the ten seconds after which progress is told, for Docker
+	// as for the blobs that are kept.
 	addr := serveBlob(t, reg, large.Digest, func(w http.ResponseWriter, _ *http.Request, resp *http.Response) {
 		tick := time.NewTicker(100 * time.Millisecond)
 		defer tick.Stop()
@@ -307,15 +310,21 @@ func testProgress(t *testing.T, v *vm) {
 	})
 	ref := addr + "/app:1"
 	d := newDisk(t, v, 256)
-	out := v.MustBuild(t, buildvm.Images(ref), d.Block())
+	out := v.MustBuild(t, buildvm.Images(ref), d.Block(), fmt.Sprintf("keep_blobs = %t", keepBlobs))
 
 	const some = `[1-7](\.\d+)?MB of `
 	total := units.HumanSize(float64(large.Size))
-	for _, want := range []string{
-		`: 0 of 1 images, ` + some + regexp.QuoteMeta(total) + `, \d+(\.\d+)?kB/s, about \d+s left`,
-		`:   ` + regexp.QuoteMeta(ref) + `: ` + some + regexp.QuoteMeta(total),
-		`: pulled ` + regexp.QuoteMeta(total) + `, kept 0B`,
-	} {
+	wants := []string{`: pulled ` + regexp.QuoteMeta(total) + `, kept 0B`}
+	doing := []string{"pulling"}
+	if keepBlobs {
+		doing = append(doing, "keeping blobs")
+		wants = append(wants, `: copied `+regexp.QuoteMeta(total)+` of blobs, kept 0B`)
+	}
+	for _, what := range doing {
+		wants = append(wants, `: `+what+`: 0 of 1 images, `+some+regexp.QuoteMeta(total)+`, \d+(\.\d+)?kB/s, about \d+s left\n.*`+
+			`:   `+regexp.QuoteMeta(ref)+`: `+some+regexp.QuoteMeta(total))
+	}
+	for _, want := range wants {
 		if !regexp.MustCompile(want).MatchString(out) {
 			t.Errorf("does not say %s:\n%s", want, out)
 		}
@@ -409,6 +418,85 @@ func TestRetry(t *testing.T) {
 	if !strings.Contains(out, "trying again in ") {
 		t.Errorf("does not say that it tries again:\n%s", out)
 	}
+}
+
+// TestKeepBlobs has a registry that serves the Packer host one blob in part at first, and
+// another not at all.
+func TestKeepBlobs(t *testing.T) {
+	v := world.debian
+	reg := registry.New(t, registry.Config{})
+	var refs, blobs []string
+	sizes := map[string]int64{}
+	for i := range 8 {
+		image := newImage(t, layer(t, map[string]int{fmt.Sprint("file", i): 100 << 10}))
+		pushed(t, reg, fmt.Sprintf("app-%d:1", i), image)
+		l := layerDescriptor(t, image, 0)
+		blobs = append(blobs, l.Digest.String())
+		sizes[l.Digest.String()] = l.Size
+	}
+	cut, gone := blobs[0], blobs[7]
+	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr})
+	var mu sync.Mutex
+	var asked []string
+	open, most := 0, 0
+	sound := false
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, blob, ok := strings.Cut(r.URL.Path, "/blobs/")
+		if !ok || !slices.Contains(blobs, blob) || strings.HasPrefix(r.UserAgent(), "docker/") {
+			proxy.ServeHTTP(w, r)
+			return
+		}
+		mu.Lock()
+		asked = append(asked, blob)
+		first := !slices.Contains(asked[:len(asked)-1], blob)
+		open++
+		most = max(most, open)
+		mu.Unlock()
+		time.Sleep(200 * time.Millisecond)
+		switch {
+		case sound:
+			proxy.ServeHTTP(w, r)
+		case blob == gone:
+			http.NotFound(w, r)
+		case blob == cut && first:
+			w.Header().Set("Content-Length", fmt.Sprint(sizes[blob]))
+			w.Write(make([]byte, sizes[blob]/2))
+		default:
+			proxy.ServeHTTP(w, r)
+		}
+		mu.Lock()
+		open--
+		mu.Unlock()
+	}))
+	defer front.Close()
+	for i := range blobs {
+		refs = append(refs, fmt.Sprintf("%s/app-%d:1", front.Listener.Addr(), i))
+	}
+	d := newDisk(t, v, 64)
+	// As many at once as there may be, beside sshd's limit on sessions.
+	out, err := v.Build(t, buildvm.Images(refs...), d.Block(), "keep_blobs = true", "concurrency = 6")
+	want := "1 of 8 references failed: " + refs[7] + " (images[7]): keeping blob " + gone + " of " + refs[7] + ": not found in the registry; push the image again"
+	if err == nil || !strings.Contains(errorLine(t, out), want) {
+		t.Errorf("packer build: %v\n%s", err, out)
+	}
+	if again := "keeping blob " + cut + " of " + refs[0] + ": unexpected EOF; trying again in 1s (attempt 2 of 5)"; !strings.Contains(out, again) {
+		t.Errorf("does not say %q:\n%s", again, out)
+	}
+	slices.Sort(asked)
+	if diff := cmp.Diff(slices.Sorted(slices.Values(append([]string{cut}, blobs...))), asked); diff != "" {
+		t.Errorf("blobs asked for: %s", diff)
+	}
+	if most < 2 {
+		t.Error("never asked for two blobs at once")
+	}
+
+	asked, sound = nil, true
+	v.MustBuild(t, buildvm.Images(refs...), d.Block(), "keep_blobs = true", "concurrency = 6")
+	if diff := cmp.Diff([]string{gone}, asked); diff != "" {
+		t.Errorf("blobs asked for by the next build: %s", diff)
+	}
+	m, _ := d.Manifest(t)
+	d.Mount(t, func(dir string) { checkBlobs(t, dir, m) })
 }
 
 // TestInsecureRegistry pulls in plain HTTP from an address that is not loopback.

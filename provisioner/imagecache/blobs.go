@@ -5,12 +5,16 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"path"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/docker/go-units"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -22,93 +26,114 @@ import (
 type blobStore struct {
 	vm  *vm
 	dir string
-	say func(format string, a ...any)
 }
 
-func newBlobStore(r *vm, root string, say func(string, ...any)) *blobStore {
-	return &blobStore{vm: r, dir: path.Join(root, manifest.BlobsDir), say: say}
+func newBlobStore(r *vm, root string) *blobStore {
+	return &blobStore{vm: r, dir: path.Join(root, manifest.BlobsDir)}
 }
 
 func (s *blobStore) path(d digest.Digest) string {
 	return path.Join(s.dir, d.Algorithm().String(), d.Encoded())
 }
 
-// keep copies the layers that are missing from the registries to the disk. What
-// is in place was checked against its digest on its way there.
-func (s *blobStore) keep(ctx context.Context, images []*wanted) error {
+// keep copies the blobs that are missing from the registries to the disk, several at
+// once. What is in place was checked against its digest on its way there.
+func (s *blobStore) keep(ctx context.Context, images []*wanted, concurrency int, patience patience) (kept []*wanted, failures []failure, err error) {
 	if _, err := s.vm.run(ctx, "mkdir", "--parents", path.Join(s.dir, digest.SHA256.String())); err != nil {
-		return fmt.Errorf("making the directory for blobs: %w", err)
+		return nil, nil, fmt.Errorf("making the directory for blobs: %w", err)
 	}
 	have, err := s.list(ctx)
 	if err != nil {
-		return err
+		return nil, nil, err
+	}
+	p := newProgress("keeping blobs", time.Now())
+	var missing []*blob
+	known := map[digest.Digest]*blob{}
+	for _, w := range images {
+		ip := p.add(w)
+		for _, d := range w.blobs {
+			size, there := have[d.Digest]
+			there = there && size == d.Size
+			p.addBlob(ip, d.Digest, d.Size, !there)
+			if !there && known[d.Digest] == nil {
+				known[d.Digest] = &blob{Descriptor: d, image: w}
+				missing = append(missing, known[d.Digest])
+			}
+		}
+	}
+	var errs []error
+	p.during(ctx, patience.say, func() {
+		errs, err = each(ctx, concurrency, missing, func(ctx context.Context, b *blob) error {
+			return patience.try(ctx, "keeping "+b.String(), func() error { return s.copy(ctx, b, p) })
+		})
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	failed := map[digest.Digest]error{}
+	for i, b := range missing {
+		if errs[i] != nil {
+			failed[b.Digest] = fmt.Errorf("keeping %s: %w", b, errs[i])
+		}
 	}
 	for _, w := range images {
-		var missing []ocispec.Descriptor
-		var bytes int64
-		for _, b := range w.blobs {
-			if size, ok := have[b.Digest]; !ok || size != b.Size {
-				missing = append(missing, b)
-				bytes += b.Size
-				have[b.Digest] = b.Size
-			}
+		i := slices.IndexFunc(w.blobs, func(d ocispec.Descriptor) bool { return failed[d.Digest] != nil })
+		if i >= 0 {
+			failures = append(failures, w.failures(failed[w.blobs[i].Digest])...)
+			continue
 		}
-		if len(missing) > 0 {
-			s.say("keeping %d layer blobs of %s, %s", len(missing), w, units.HumanSize(float64(bytes)))
-		}
-		for _, b := range missing {
-			if err := s.copy(ctx, w, b); err != nil {
-				return fmt.Errorf("keeping blob %s of %s: %w", b.Digest, w, err)
-			}
-		}
+		kept = append(kept, w)
 	}
 	if _, err := s.vm.run(ctx, "sync", "--file-system", s.dir); err != nil {
-		return fmt.Errorf("flushing blobs: %w", err)
+		return nil, nil, fmt.Errorf("flushing blobs: %w", err)
 	}
-	return s.check(ctx, images)
+	done, _, there := p.counts()
+	patience.say("copied %s of blobs, kept %s", units.HumanSize(float64(done)), units.HumanSize(float64(there)))
+	return kept, failures, nil
 }
 
-// check finds blobs that were cut off: the SSH communicator reports exit status 0
-// for a command whose connection broke.
-func (s *blobStore) check(ctx context.Context, images []*wanted) error {
-	have, err := s.list(ctx)
-	if err != nil {
-		return err
-	}
-	for _, w := range images {
-		for _, b := range w.blobs {
-			if have[b.Digest] != b.Size {
-				return fmt.Errorf("keeping blob %s of %s: %d of %d bytes arrived; build again", b.Digest, w, have[b.Digest], b.Size)
-			}
-		}
-	}
-	return nil
+// blob is a layer as the registry of an image serves it.
+type blob struct {
+	ocispec.Descriptor
+	image *wanted
 }
 
-func (s *blobStore) copy(ctx context.Context, w *wanted, b ocispec.Descriptor) error {
+func (b *blob) String() string { return fmt.Sprintf("blob %s of %s", b.Digest, b.image) }
+
+func (s *blobStore) copy(ctx context.Context, b *blob, p *progress) error {
 	hash, err := v1.NewHash(b.Digest.String())
 	if err != nil {
 		return err
 	}
-	layer, err := w.remote.LayerByDigest(hash)
+	layer, err := b.image.remote.LayerByDigest(hash)
 	if err != nil {
-		return explainRegistry(err)
+		return err
 	}
 	// The reader fails at its end if the bytes are not those of the digest.
 	content, err := layer.Compressed()
-	if err != nil {
+	if e, ok := errors.AsType[*transport.Error](err); ok && e.StatusCode == http.StatusNotFound {
+		return errors.New("not found in the registry; push the image again")
+	} else if err != nil {
 		return explainRegistry(err)
 	}
 	defer content.Close()
-	counted := &countingReader{r: content}
-	err = s.vm.replaceFile(ctx, s.path(b.Digest), counted)
-	switch {
-	case err != nil && strings.Contains(err.Error(), "No space left on device"):
-		return errDiskFull
-	case err == nil && counted.n != b.Size:
-		return errors.New("the registry's blob is shorter than its manifest says")
+	counted := &countingReader{r: content, count: func(n int64) { p.moved(b.Digest, n) }}
+	name := s.path(b.Digest)
+	if err := s.vm.replaceFile(ctx, name, counted); err != nil {
+		if strings.Contains(err.Error(), "No space left on device") {
+			return errDiskFull
+		}
+		return err
 	}
-	return err
+	// The SSH communicator reports exit status 0 for a command whose connection broke.
+	out, err := s.vm.run(ctx, "stat", "--format=%s", name)
+	if err != nil {
+		return err
+	}
+	if got := strings.TrimSpace(string(out)); got != strconv.FormatInt(b.Size, 10) {
+		return fmt.Errorf("%q of %d bytes arrived", got, b.Size)
+	}
+	return nil
 }
 
 // list is what the store has, with sizes.
@@ -155,13 +180,16 @@ func (s *blobStore) prune(ctx context.Context, images []*wanted) error {
 	return nil
 }
 
+// countingReader tells how many bytes have been read.
 type countingReader struct {
-	r io.Reader
-	n int64
+	r     io.Reader
+	n     int64
+	count func(n int64)
 }
 
 func (c *countingReader) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
 	c.n += int64(n)
+	c.count(c.n)
 	return n, err
 }

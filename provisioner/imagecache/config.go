@@ -48,8 +48,9 @@ type Config struct {
 	// The disk to fill. Without this block the images go into the store of the
 	// build VM's own Docker daemon, and the layer manifest to the disk that holds it.
 	Disk *Disk `mapstructure:"disk"`
-	// How many images are pulled at once, 1 to 6. Each needs one session of the SSH
-	// connection, and sshd allows ten by default. Defaults to 4.
+	// How many images are pulled at once, and with `keep_blobs` layers copied, 1 to 6.
+	// Each needs one session of the SSH connection, and sshd allows ten by default.
+	// Defaults to 4.
 	Concurrency int `mapstructure:"concurrency"`
 	// Remove images that are no longer listed, after the new ones have been pulled
 	// and recorded, so that layers that both share are not pulled again. With
@@ -76,8 +77,9 @@ type Config struct {
 	// standard input on to the command and must not ask for a password. Defaults to
 	// `{{ .Command }}` for root and to `sudo -n {{ .Command }}` for everyone else.
 	ExecuteCommand string `mapstructure:"execute_command"`
-	// How often the pull of an image is tried before it counts as failed; the pause
-	// between two attempts grows from 1 to 30 seconds. Defaults to 5.
+	// How often the pull of an image, or with `keep_blobs` the copy of a layer, is tried
+	// before it counts as failed; the pause between two attempts grows from 1 to 30
+	// seconds. Defaults to 5.
 	MaxPullAttempts int `mapstructure:"max_pull_attempts"`
 	// Also keep the compressed layers as the registry serves them, in
 	// `selkies-image-cache/blobs` on the disk. A node whose Docker uses the

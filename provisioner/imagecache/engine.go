@@ -94,12 +94,17 @@ func (e *engine) usable() error {
 	return nil
 }
 
-// close ends all connections, and waits a little for the commands on the VM to
-// end with them.
+// close ends all connections.
 func (e *engine) close() {
-	e.transport.CloseIdleConnections()
 	e.Client.Close()
-	e.dialer.wait(context.Background(), 5*time.Second)
+	e.hangUp(context.Background())
+}
+
+// hangUp ends the connections that are idle, and waits a little for the commands on the
+// VM to end with them.
+func (e *engine) hangUp(ctx context.Context) {
+	e.transport.CloseIdleConnections()
+	e.dialer.wait(ctx, 5*time.Second)
 }
 
 // dialer makes connections out of commands on the build VM.

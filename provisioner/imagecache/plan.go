@@ -31,7 +31,7 @@ func (b *build) plan(ctx context.Context) error {
 	if err := b.refuseZstd(); err != nil {
 		return err
 	}
-	p := newProgress(b.images, b.stored, time.Now())
+	p := pullProgress(b.images, b.stored, time.Now())
 	for _, line := range p.table() {
 		b.say("%s", line)
 	}

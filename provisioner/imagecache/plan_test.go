@@ -34,7 +34,7 @@ func TestTable(t *testing.T) {
 		"other:1                    55MB         50MB          5MB",
 		"total, shared layers once  178MB        150MB         28MB",
 	}
-	for i, line := range newProgress(images, stored, time.Time{}).table() {
+	for i, line := range pullProgress(images, stored, time.Time{}).table() {
 		if diff := cmp.Diff(strings.Fields(want[i]), strings.Fields(line)); diff != "" {
 			t.Error(diff)
 		}

@@ -10,13 +10,16 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// progressInterval is how often the state of the pulls is told.
+// progressInterval is how often it is told how far a long step is.
 const progressInterval = 10 * time.Second
 
-// progress counts what moves while images are pulled. Bytes are those of the
-// compressed layers, as the registry has them, each counted once however many
-// images share it.
+// progress counts what moves, each blob once however many images share it.
 type progress struct {
+	// doing is what is done with the images.
+	doing string
+	// unpacks is true where a blob that has come is unpacked yet.
+	unpacks bool
+
 	mu     sync.Mutex
 	blobs  map[digest.Digest]*blobProgress
 	images []*imageProgress
@@ -27,7 +30,7 @@ type progress struct {
 
 type blobProgress struct {
 	size int64
-	// wanted blobs were missing when the pulls began.
+	// wanted blobs have to move.
 	wanted bool
 	done   int64
 	// extracted is how many of the compressed bytes have been unpacked.
@@ -43,23 +46,38 @@ type imageProgress struct {
 	shown string
 }
 
-// newProgress counts a layer as wanted if the store lacks its chain.
-func newProgress(images []*wanted, stored map[digest.Digest]bool, now time.Time) *progress {
-	p := &progress{blobs: map[digest.Digest]*blobProgress{}, lastTime: now}
+func newProgress(doing string, now time.Time) *progress {
+	return &progress{doing: doing, blobs: map[digest.Digest]*blobProgress{}, lastTime: now}
+}
+
+// pullProgress counts the bytes of the compressed layers, as the registry has them. A
+// layer is wanted if the store lacks its chain.
+func pullProgress(images []*wanted, stored map[digest.Digest]bool, now time.Time) *progress {
+	p := newProgress("pulling", now)
+	p.unpacks = true
 	for _, w := range images {
-		ip := &imageProgress{image: w, byID: map[string]digest.Digest{}}
+		ip := p.add(w)
 		for i, b := range w.blobs {
-			if p.blobs[b.Digest] == nil {
-				p.blobs[b.Digest] = &blobProgress{size: b.Size}
-			}
-			if !stored[w.chain[i]] {
-				p.blobs[b.Digest].wanted = true
-			}
-			ip.byID[shortID(b.Digest)] = b.Digest
+			p.addBlob(ip, b.Digest, b.Size, !stored[w.chain[i]])
 		}
-		p.images = append(p.images, ip)
 	}
 	return p
+}
+
+func (p *progress) add(w *wanted) *imageProgress {
+	ip := &imageProgress{image: w, byID: map[string]digest.Digest{}}
+	p.images = append(p.images, ip)
+	return ip
+}
+
+func (p *progress) addBlob(ip *imageProgress, d digest.Digest, size int64, wanted bool) {
+	if p.blobs[d] == nil {
+		p.blobs[d] = &blobProgress{size: size}
+	}
+	if wanted {
+		p.blobs[d].wanted = true
+	}
+	ip.byID[shortID(d)] = d
 }
 
 // shortID is how the daemon names a layer in its progress events.
@@ -85,6 +103,14 @@ func (p *progress) finish(w *wanted, ok bool) {
 	defer p.mu.Unlock()
 	ip := p.find(w)
 	ip.running, ip.finished = false, ok
+}
+
+// moved notes how many bytes of a blob have moved. Another attempt begins again.
+func (p *progress) moved(d digest.Digest, n int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	b := p.blobs[d]
+	b.done = max(b.done, min(n, b.size))
 }
 
 func (p *progress) event(w *wanted, e event) {
@@ -156,7 +182,7 @@ func (p *progress) imageLocked(ip *imageProgress) (done, extracted, total int64)
 	return done, extracted, total
 }
 
-// lines says where the pulls stand: the total first, then the images in progress
+// lines says where it stands: the total first, then the images in progress
 // that have moved since the last time.
 func (p *progress) lines(now time.Time) []string {
 	p.mu.Lock()
@@ -165,13 +191,17 @@ func (p *progress) lines(now time.Time) []string {
 	finished := 0
 	var images []string
 	for _, ip := range p.images {
-		if ip.finished {
+		d, x, t := p.imageLocked(ip)
+		done, running := ip.finished, ip.running
+		if !p.unpacks {
+			done, running = d == t, 0 < d && d < t
+		}
+		if done {
 			finished++
 		}
-		if !ip.running {
+		if !running {
 			continue
 		}
-		d, x, t := p.imageLocked(ip)
 		line := fmt.Sprintf("  %s: %s of %s", ip.image, units.HumanSize(float64(d)), units.HumanSize(float64(t)))
 		if d == t {
 			line = fmt.Sprintf("  %s: %s downloaded, %s of it extracted", ip.image, units.HumanSize(float64(t)), units.HumanSize(float64(x)))
@@ -181,7 +211,7 @@ func (p *progress) lines(now time.Time) []string {
 			images = append(images, line)
 		}
 	}
-	line := fmt.Sprintf("%d of %d images, %s of %s", finished, len(p.images), units.HumanSize(float64(done)), units.HumanSize(float64(total)))
+	line := fmt.Sprintf("%s: %d of %d images, %s of %s", p.doing, finished, len(p.images), units.HumanSize(float64(done)), units.HumanSize(float64(total)))
 	if seconds := now.Sub(p.lastTime).Seconds(); seconds > 0 && done > p.lastBytes {
 		rate := float64(done-p.lastBytes) / seconds
 		line += fmt.Sprintf(", %s/s", units.HumanSize(rate))
@@ -193,7 +223,17 @@ func (p *progress) lines(now time.Time) []string {
 	return append([]string{line}, images...)
 }
 
-// tell says where the pulls stand, until ctx ends.
+// during runs f and says meanwhile where it stands.
+func (p *progress) during(ctx context.Context, say func(format string, a ...any), f func()) {
+	telling, stop := context.WithCancel(ctx)
+	var teller sync.WaitGroup
+	teller.Go(func() { p.tell(telling, say) })
+	f()
+	stop()
+	teller.Wait()
+}
+
+// tell says where it stands, until ctx ends.
 func (p *progress) tell(ctx context.Context, say func(format string, a ...any)) {
 	tick := time.NewTicker(progressInterval)
 	defer tick.Stop()

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"path"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/docker/go-units"
@@ -205,15 +204,15 @@ func (b *build) readEarlier(ctx context.Context) (err error) {
 
 func (b *build) pull(ctx context.Context) error {
 	p := &puller{
-		engine: b.engine, registries: b.registries, platform: b.config.platform, attempts: b.config.MaxPullAttempts,
-		say: b.say, progress: newProgress(b.images, b.stored, time.Now()),
+		engine: b.engine, registries: b.registries, platform: b.config.platform, patience: b.patience(),
+		progress: pullProgress(b.images, b.stored, time.Now()),
 	}
-	telling, stop := context.WithCancel(ctx)
-	var teller sync.WaitGroup
-	teller.Go(func() { p.progress.tell(telling, b.say) })
-	pulled, failures, err := p.pullAll(ctx, b.images, b.config.Concurrency)
-	stop()
-	teller.Wait()
+	var pulled []*wanted
+	var failures []failure
+	var err error
+	p.progress.during(ctx, b.say, func() {
+		pulled, failures, err = p.pullAll(ctx, b.images, b.config.Concurrency)
+	})
 	if err != nil {
 		return err
 	}
@@ -224,6 +223,8 @@ func (b *build) pull(ctx context.Context) error {
 	// as it is, since nothing it names has gone.
 	return b.failed()
 }
+
+func (b *build) patience() patience { return patience{attempts: b.config.MaxPullAttempts, say: b.say} }
 
 // failed is one error that names every reference that could not be had.
 func (b *build) failed() error {
@@ -256,7 +257,14 @@ func (b *build) keepBlobs(ctx context.Context) error {
 	if !b.config.KeepBlobs {
 		return nil
 	}
-	return newBlobStore(b.vm, b.root, b.say).keep(ctx, b.images)
+	// Each blob takes a session of the SSH connection, as the engine's idle connections do.
+	b.engine.hangUp(ctx)
+	kept, failures, err := newBlobStore(b.vm, b.root).keep(ctx, b.images, b.config.Concurrency, b.patience())
+	if err != nil {
+		return err
+	}
+	b.images, b.failures = kept, append(b.failures, failures...)
+	return b.failed()
 }
 
 func (b *build) record(ctx context.Context) error {
@@ -299,7 +307,7 @@ func (b *build) prune(ctx context.Context) error {
 	if err := p.prune(ctx, b.images); err != nil {
 		return err
 	}
-	blobs := newBlobStore(b.vm, b.root, b.say)
+	blobs := newBlobStore(b.vm, b.root)
 	if !b.config.KeepBlobs {
 		return blobs.prune(ctx, nil)
 	}

@@ -14,57 +14,29 @@ import (
 	"github.com/docker/docker/api/types/image"
 	"github.com/docker/go-units"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sync/errgroup"
 )
-
-// noSpace is ENOSPC in Docker's words.
-const noSpace = "no space left on device"
-
-var errDiskFull = errors.New("the disk is full; use a larger one, or list fewer images")
 
 // puller brings images into the daemon's store.
 type puller struct {
 	engine     *engine
 	registries *registries
 	platform   ocispec.Platform
-	attempts   int
-	say        func(format string, a ...any)
+	patience   patience
 	progress   *progress
 }
 
-// pullAll pulls in the order given, several images at once. An image that fails
-// does not stop the others, except when the disk is full.
+// pullAll pulls in the order given, several images at once.
 func (p *puller) pullAll(ctx context.Context, images []*wanted, concurrency int) (pulled []*wanted, failures []failure, err error) {
-	ctx, stop := context.WithCancelCause(ctx)
-	defer stop(nil)
-	var g errgroup.Group
-	g.SetLimit(concurrency)
-	errs := make([]error, len(images))
-	for i, w := range images {
-		g.Go(func() error {
-			if ctx.Err() != nil {
-				errs[i] = context.Cause(ctx)
-				return nil
-			}
-			if errs[i] = p.pull(ctx, w); errors.Is(errs[i], errDiskFull) {
-				stop(errDiskFull)
-			}
-			return nil
-		})
-	}
-	g.Wait()
-	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, errDiskFull) {
-		return nil, nil, cause
+	errs, err := each(ctx, concurrency, images, p.pull)
+	if err != nil {
+		return nil, nil, err
 	}
 	for i, w := range images {
-		if errs[i] == nil {
-			pulled = append(pulled, w)
+		if errs[i] != nil {
+			failures = append(failures, w.failures(errs[i])...)
 			continue
 		}
-		if errors.Is(context.Cause(ctx), errDiskFull) {
-			errs[i] = errDiskFull
-		}
-		failures = append(failures, w.failures(errs[i])...)
+		pulled = append(pulled, w)
 	}
 	return pulled, failures, nil
 }
@@ -79,7 +51,7 @@ func (p *puller) pull(ctx context.Context, w *wanted) error {
 	if id != w.id() {
 		started := time.Now()
 		p.progress.start(w)
-		if err := p.pullPatiently(ctx, w); err != nil {
+		if err := p.patience.try(ctx, "pulling "+w.String(), func() error { return p.pullOnce(ctx, w) }); err != nil {
 			p.progress.finish(w, false)
 			return err
 		}
@@ -89,7 +61,7 @@ func (p *puller) pull(ctx context.Context, w *wanted) error {
 		if id != w.id() {
 			return fmt.Errorf("docker took another image from its index than the one for %s, %s for %s; list it as %s", platforms.Format(p.platform), id, w.id(), w.refs[0].digested(w.image.Manifest.Digest))
 		}
-		p.say("pulled %s: %s in %s", w, units.HumanSize(float64(p.progress.downloaded(w))), time.Since(started).Round(100*time.Millisecond))
+		p.patience.say("pulled %s: %s in %s", w, units.HumanSize(float64(p.progress.downloaded(w))), time.Since(started).Round(100*time.Millisecond))
 	}
 	for _, ref := range w.refs {
 		if t := ref.tag(); t != "" {
@@ -112,42 +84,6 @@ func (p *puller) stored(ctx context.Context, w *wanted) (string, error) {
 		return "", fmt.Errorf("looking for it in the store: %w", err)
 	}
 	return inspect.ID, nil
-}
-
-func (p *puller) pullPatiently(ctx context.Context, w *wanted) error {
-	delay := time.Second
-	for attempt := 1; ; attempt++ {
-		err := p.pullOnce(ctx, w)
-		if err == nil || ctx.Err() != nil || !mayPass(err) {
-			return err
-		}
-		if attempt == p.attempts {
-			return fmt.Errorf("%w (%d attempts; see max_pull_attempts)", err, attempt)
-		}
-		p.say("pulling %s: %v; trying again in %s (attempt %d of %d)", w, err, delay, attempt+1, p.attempts)
-		timer := time.NewTimer(delay)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return ctx.Err()
-		}
-		delay = min(2*delay, 30*time.Second)
-	}
-}
-
-// mayPass reports whether an error of the daemon may be gone at the next attempt.
-func mayPass(err error) bool {
-	if errors.Is(err, errDiskFull) {
-		return false
-	}
-	// Errors in the stream of a pull that has begun have no type.
-	for _, final := range []string{"unauthorized", "denied", "manifest unknown", "not found", "unsupported", "failed to register layer", "does not match the specified platform", plainHTTP, unknownCertificate} {
-		if strings.Contains(err.Error(), final) {
-			return false
-		}
-	}
-	return true
 }
 
 // event is one message of the stream that a pull answers with.
