@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	cerrdefs "github.com/containerd/errdefs"
 	"github.com/docker/go-units"
@@ -62,6 +64,25 @@ type verifier struct {
 // verify checks that every layer hashes to its diff ID. It goes image by image, since
 // Docker writes what it is about to send to its disk first.
 func (v *verifier) verify(ctx context.Context, images []*wanted) error {
+	p := newProgress("verifying", time.Now())
+	for _, w := range images {
+		inspect, err := v.engine.ImageInspect(ctx, w.id())
+		if err != nil {
+			return fmt.Errorf("inspecting image %s: %w", w, err)
+		}
+		p.addBlob(p.add(w), w.image.Config.Digest, inspect.Size, true)
+	}
+	var err error
+	p.during(ctx, v.say, func() { err = v.verifyAll(ctx, images, p) })
+	if err != nil {
+		return err
+	}
+	_, total, _ := p.counts()
+	v.say("verified %d images, %s", len(images), units.HumanSize(float64(total)))
+	return nil
+}
+
+func (v *verifier) verifyAll(ctx context.Context, images []*wanted, p *progress) error {
 	proven := map[digest.Digest]bool{}
 	for _, w := range images {
 		diffIDs, err := w.image.DiffIDs()
@@ -69,27 +90,22 @@ func (v *verifier) verify(ctx context.Context, images []*wanted) error {
 			return err
 		}
 		unproven := func(d digest.Digest) bool { return !proven[d] }
-		if !slices.ContainsFunc(diffIDs, unproven) {
-			continue
-		}
-		inspect, err := v.engine.ImageInspect(ctx, w.id())
-		if err != nil {
-			return fmt.Errorf("inspecting image %s: %w", w, err)
-		}
-		v.say("reading the layers of %s back, %s", w, units.HumanSize(float64(inspect.Size)))
-		if err := v.read(ctx, w, proven); err != nil {
-			return fmt.Errorf("reading the layers of %s back: %w", w, err)
+		if slices.ContainsFunc(diffIDs, unproven) {
+			if err := v.read(ctx, w, proven, p); err != nil {
+				return fmt.Errorf("reading the layers of %s back: %w", w, err)
+			}
 		}
 		if i := slices.IndexFunc(diffIDs, unproven); i >= 0 {
 			return fmt.Errorf("layer %s of %s does not hash to its diff ID; %s", diffIDs[i], w, v.remedy)
 		}
+		p.moved(w.image.Config.Digest, math.MaxInt64)
 	}
 	return nil
 }
 
 // read adds the digest of every file in Docker's archive of an image to seen. Docker
 // names layers in there differently from version to version.
-func (v *verifier) read(ctx context.Context, w *wanted, seen map[digest.Digest]bool) error {
+func (v *verifier) read(ctx context.Context, w *wanted, seen map[digest.Digest]bool, p *progress) error {
 	stream, err := v.engine.ImageSave(ctx, []string{w.id()})
 	if cerrdefs.IsInternal(err) {
 		// Docker checks files against the checksums that it has of them.
@@ -102,7 +118,7 @@ func (v *verifier) read(ctx context.Context, w *wanted, seen map[digest.Digest]b
 		return err
 	}
 	defer stream.Close()
-	archive := tar.NewReader(stream)
+	archive := tar.NewReader(&countingReader{r: stream, count: func(n int64) { p.moved(w.image.Config.Digest, n) }})
 	for {
 		h, err := archive.Next()
 		if errors.Is(err, io.EOF) {
