@@ -243,8 +243,8 @@ func TestDiskFull(t *testing.T) {
 	v.MustBuild(t, buildvm.Images(small), d.Block())
 	_, manifest := d.Manifest(t)
 	before := v.State(t)
-	out, err := v.Build(t, buildvm.Images(large), d.Block())
-	if err == nil || !strings.Contains(errorLine(t, out), "/large:1 (images[0]): the disk is full; use a larger one") {
+	out, err := v.Build(t, buildvm.Images(small, large), d.Block())
+	if err == nil || !strings.Contains(errorLine(t, out), "/large:1 (images[1]): the disk is full; use a larger one") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
 	if diff := cmp.Diff(before, v.State(t)); diff != "" {

@@ -155,24 +155,34 @@ func (s *blobStore) list(ctx context.Context) (map[digest.Digest]int64, error) {
 	return have, nil
 }
 
-// prune removes the blobs that no image needs, and all of them with no images.
-func (s *blobStore) prune(ctx context.Context, images []*wanted) error {
-	if len(images) == 0 {
-		if _, err := s.vm.run(ctx, "rm", "--recursive", "--force", s.dir); err != nil {
-			return fmt.Errorf("removing blobs: %w", err)
+func wantedBlobs(images []*wanted) map[digest.Digest]bool {
+	blobs := map[digest.Digest]bool{}
+	for _, w := range images {
+		for _, b := range w.blobs {
+			blobs[b.Digest] = true
 		}
-		return nil
 	}
+	return blobs
+}
+
+// remove removes all blobs.
+func (s *blobStore) remove(ctx context.Context) error {
+	if _, err := s.vm.run(ctx, "rm", "--recursive", "--force", s.dir); err != nil {
+		return fmt.Errorf("removing blobs: %w", err)
+	}
+	return nil
+}
+
+// prune removes all blobs but some.
+func (s *blobStore) prune(ctx context.Context, keep map[digest.Digest]bool) error {
 	have, err := s.list(ctx)
 	if err != nil {
 		return err
 	}
-	for _, w := range images {
-		for _, b := range w.blobs {
-			delete(have, b.Digest)
-		}
-	}
 	for d := range have {
+		if keep[d] {
+			continue
+		}
 		if _, err := s.vm.run(ctx, "rm", s.path(d)); err != nil {
 			return fmt.Errorf("removing blob %s: %w", d, err)
 		}

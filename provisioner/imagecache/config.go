@@ -53,7 +53,8 @@ type Config struct {
 	// Defaults to 4.
 	Concurrency int `mapstructure:"concurrency"`
 	// Remove images that are no longer listed, after the new ones have been pulled
-	// and recorded, so that layers that both share are not pulled again. With
+	// and recorded, so that layers that both share are not pulled again; earlier only
+	// if the disk has no room for both. With
 	// `disk`, everything else in its store goes; in the store of the VM's own
 	// daemon only what an earlier run of this provisioner recorded, and never an
 	// image that a container uses. Defaults to `true`.

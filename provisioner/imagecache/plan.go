@@ -17,11 +17,6 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// unpackedFactor is how many bytes on the disk a compressed one is taken to become, since
-// registries tell compressed sizes only. A Debian 12 system with Docker, 175 MB with gzip,
-// takes 511 MB on ext4; what compresses less, such as games, takes less.
-const unpackedFactor = 3
-
 // plan says what is to be pulled, before anything is, and whether it fits.
 func (b *build) plan(ctx context.Context) error {
 	room, err := b.takeStock(ctx)
@@ -36,8 +31,8 @@ func (b *build) plan(ctx context.Context) error {
 		b.say("%s", line)
 	}
 	_, pull, _ := p.counts()
-	warning, err := checkRoom(pull, room, b.config.KeepBlobs)
-	if err != nil {
+	var warning string
+	if b.crowded, warning, err = checkRoom(pull, room, b.unlisted(), b.config.KeepBlobs); err != nil {
 		return err
 	}
 	if warning != "" {
@@ -129,37 +124,6 @@ func storedLayers(ctx context.Context, r *vm, dataRoot string) (map[digest.Diges
 		chains[digest.NewDigestFromEncoded(digest.SHA256, encoded)] = true
 	}
 	return chains, nil
-}
-
-// freeBytes is what root may still write to the file system that holds a directory.
-func freeBytes(ctx context.Context, r *vm, dir string) (int64, error) {
-	out, err := r.run(ctx, "stat", "--file-system", "--format=%f %S", dir)
-	if err != nil {
-		return 0, fmt.Errorf("asking for the free space of %s: %w", dir, err)
-	}
-	var blocks, size int64
-	if _, err := fmt.Sscan(string(out), &blocks, &size); err != nil {
-		return 0, fmt.Errorf("asking for the free space of %s: %w", dir, err)
-	}
-	return blocks * size, nil
-}
-
-// checkRoom fails when pull compressed bytes certainly do not fit into room, and warns
-// when they probably do not. Unpacked, a layer is never much smaller than compressed.
-// Blobs that are kept take the compressed size once more.
-func checkRoom(pull, room int64, keepBlobs bool) (warning string, err error) {
-	least, likely := pull, unpackedFactor*pull
-	if keepBlobs {
-		least, likely = least+pull, likely+pull
-	}
-	size := func(n int64) string { return units.HumanSize(float64(n)) }
-	if least > room {
-		return "", fmt.Errorf("the disk has room for %s, and what is to be pulled takes more than %s (%s compressed); use a larger disk, or list fewer images", size(room), size(least), size(pull))
-	}
-	if likely > room {
-		return fmt.Sprintf("warning: the disk may be too small: it has room for %s, and what is to be pulled takes about %s", size(room), size(likely)), nil
-	}
-	return "", nil
 }
 
 // table lists the images with the compressed sizes of their layers. A layer that several

@@ -54,32 +54,3 @@ func TestUnpacksZstd(t *testing.T) {
 		}
 	}
 }
-
-func TestCheckRoom(t *testing.T) {
-	tests := []struct {
-		name          string
-		pull, room    int64
-		keepBlobs     bool
-		warning, fail string
-	}{
-		{name: "nothing to pull", pull: 0, room: 0},
-		{name: "fits unpacked", pull: 100e6, room: 300e6},
-		{name: "may not fit", pull: 100e6, room: 299e6, warning: "it has room for 299MB, and what is to be pulled takes about 300MB"},
-		{name: "just as compressed", pull: 100e6, room: 100e6, warning: "room for 100MB"},
-		{name: "cannot fit", pull: 100e6, room: 99e6, fail: "the disk has room for 99MB, and what is to be pulled takes more than 100MB (100MB compressed); use a larger disk, or list fewer images"},
-		{name: "fits with blobs", pull: 100e6, room: 400e6, keepBlobs: true},
-		{name: "may not fit with blobs", pull: 100e6, room: 399e6, keepBlobs: true, warning: "about 400MB"},
-		{name: "cannot fit with blobs", pull: 100e6, room: 199e6, keepBlobs: true, fail: "takes more than 200MB (100MB compressed)"},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			warning, err := checkRoom(tt.pull, tt.room, tt.keepBlobs)
-			if !strings.Contains(warning, tt.warning) || tt.warning == "" && warning != "" {
-				t.Errorf("warning is %q, want %q", warning, tt.warning)
-			}
-			if tt.fail == "" && err != nil || tt.fail != "" && (err == nil || !strings.Contains(err.Error(), tt.fail)) {
-				t.Errorf("error is %v, want %q", err, tt.fail)
-			}
-		})
-	}
-}

@@ -50,13 +50,13 @@ func (p *Provisioner) Provision(ctx context.Context, ui packersdk.Ui, comm packe
 		{"listing catalogs", b.listCatalogs},
 		{"resolving images", b.resolve},
 		{"looking at the disk", b.look},
+		{"reading the earlier layer manifest", b.readEarlier},
 		{"planning", b.plan},
 	}
 	if !p.config.DryRun {
 		steps = append(steps, []step{
 			{"preparing the disk", b.prepareDisk},
 			{"starting Docker on the disk", b.startDocker},
-			{"reading the earlier layer manifest", b.readEarlier},
 			{"pulling", b.pull},
 			{"verifying layers", b.verifyLayers},
 			{"keeping layer blobs", b.keepBlobs},
@@ -98,7 +98,11 @@ type build struct {
 
 	earlier     *manifest.Manifest
 	earlierData []byte
-	manifest    []byte
+	// mayRemove says which names of images may be taken out of the store.
+	mayRemove func(name string) bool
+	// crowded is true when what is to be pulled fits only without what is no longer listed.
+	crowded  bool
+	manifest []byte
 }
 
 func (b *build) say(format string, a ...any) {
@@ -148,6 +152,7 @@ func (b *build) look(ctx context.Context) error {
 	if b.config.Disk == nil {
 		return b.connectDocker(ctx, b.config.DockerHost)
 	}
+	b.root = b.config.Disk.MountPoint
 	b.disk = &cacheDisk{vm: b.vm, config: *b.config.Disk, say: b.say}
 	return b.disk.look(ctx)
 }
@@ -183,7 +188,7 @@ func (b *build) connectDocker(ctx context.Context, host string) (err error) {
 	}
 	b.store = manifest.Store{Driver: manifest.DriverOverlay2, EngineVersion: b.engine.info.ServerVersion, Blobs: b.config.KeepBlobs}
 	if b.disk != nil {
-		b.root, b.store.Root = b.config.Disk.MountPoint, b.config.Disk.DockerRoot
+		b.store.Root = b.config.Disk.DockerRoot
 	} else {
 		mounts, err := mountTable(ctx, b.vm)
 		if err != nil {
@@ -198,11 +203,22 @@ func (b *build) connectDocker(ctx context.Context, host string) (err error) {
 }
 
 func (b *build) readEarlier(ctx context.Context) (err error) {
-	b.earlier, b.earlierData, err = readManifest(ctx, b.vm, b.root, b.say)
+	if b.disk == nil || !b.disk.blank {
+		b.earlier, b.earlierData, err = readManifest(ctx, b.vm, b.root, b.say)
+	}
+	b.mayRemove = func(string) bool { return true }
+	if b.disk == nil {
+		b.mayRemove = recordedNames(b.earlier)
+	}
 	return err
 }
 
 func (b *build) pull(ctx context.Context) error {
+	if b.crowded {
+		if _, err := b.makeRoom(ctx, true); err != nil {
+			return err
+		}
+	}
 	p := &puller{
 		engine: b.engine, registries: b.registries, platform: b.config.platform, patience: b.patience(),
 		progress: pullProgress(b.images, b.stored, time.Now()),
@@ -211,7 +227,9 @@ func (b *build) pull(ctx context.Context) error {
 	var failures []failure
 	var err error
 	p.progress.during(ctx, b.say, func() {
-		pulled, failures, err = p.pullAll(ctx, b.images, b.config.Concurrency)
+		pulled, failures, err = b.makingRoom(ctx, func() ([]*wanted, []failure, error) {
+			return p.pullAll(ctx, b.images, b.config.Concurrency)
+		})
 	})
 	if err != nil {
 		return err
@@ -219,8 +237,8 @@ func (b *build) pull(ctx context.Context) error {
 	done, _, kept := p.progress.counts()
 	b.say("pulled %s, kept %s", units.HumanSize(float64(done)), units.HumanSize(float64(kept)))
 	b.images, b.failures = pulled, append(b.failures, failures...)
-	// What was pulled stays on the disk for the next try; the layer manifest stays
-	// as it is, since nothing it names has gone.
+	// What was pulled stays on the disk for the next try, and nothing that the layer
+	// manifest names has gone.
 	return b.failed()
 }
 
@@ -257,9 +275,11 @@ func (b *build) keepBlobs(ctx context.Context) error {
 	if !b.config.KeepBlobs {
 		return nil
 	}
-	// Each blob takes a session of the SSH connection, as the engine's idle connections do.
-	b.engine.hangUp(ctx)
-	kept, failures, err := newBlobStore(b.vm, b.root).keep(ctx, b.images, b.config.Concurrency, b.patience())
+	kept, failures, err := b.makingRoom(ctx, func() ([]*wanted, []failure, error) {
+		// Each blob takes a session of the SSH connection, as the engine's idle connections do.
+		b.engine.hangUp(ctx)
+		return newBlobStore(b.vm, b.root).keep(ctx, b.images, b.config.Concurrency, b.patience())
+	})
 	if err != nil {
 		return err
 	}
@@ -300,18 +320,18 @@ func (b *build) prune(ctx context.Context) error {
 	if b.config.Prune.False() {
 		return nil
 	}
-	p := &pruner{engine: b.engine, say: b.say, mayRemove: recordedNames(b.earlier)}
-	if b.disk != nil {
-		p.mayRemove, p.unnamed = func(string) bool { return true }, true
-	}
-	if err := p.prune(ctx, b.images); err != nil {
+	if err := b.pruner().prune(ctx, b.images); err != nil {
 		return err
 	}
 	blobs := newBlobStore(b.vm, b.root)
 	if !b.config.KeepBlobs {
-		return blobs.prune(ctx, nil)
+		return blobs.remove(ctx)
 	}
-	return blobs.prune(ctx, b.images)
+	return blobs.prune(ctx, wantedBlobs(b.images))
+}
+
+func (b *build) pruner() *pruner {
+	return &pruner{engine: b.engine, say: b.say, mayRemove: b.mayRemove, unnamed: b.disk != nil}
 }
 
 func (b *build) verifyDisk(ctx context.Context) error {

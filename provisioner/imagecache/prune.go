@@ -47,27 +47,38 @@ func (p *pruner) prune(ctx context.Context, images []*wanted) error {
 			keep[n] = true
 		}
 	}
-	stored, err := p.engine.ImageList(ctx, image.ListOptions{})
+	stored, err := p.list(ctx)
 	if err != nil {
-		return fmt.Errorf("listing the images in the store: %w", err)
+		return err
 	}
 	for _, s := range stored {
-		names := storedNames(s)
-		for _, n := range names {
-			if keep[n] || !p.mayRemove(n) {
+		for _, n := range p.removable(s) {
+			if keep[n] || n == s.ID && keepID[s.ID] {
 				continue
 			}
 			if err := p.remove(ctx, n); err != nil {
 				return err
 			}
 		}
-		if len(names) == 0 && p.unnamed && !keepID[s.ID] {
-			if err := p.remove(ctx, s.ID); err != nil {
-				return err
-			}
-		}
 	}
 	return nil
+}
+
+func (p *pruner) list(ctx context.Context) ([]image.Summary, error) {
+	stored, err := p.engine.ImageList(ctx, image.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("listing the images in the store: %w", err)
+	}
+	return stored, nil
+}
+
+// removable are the names of an image that may go, or its ID if it has none.
+func (p *pruner) removable(s image.Summary) []string {
+	names := storedNames(s)
+	if len(names) == 0 && p.unnamed {
+		return []string{s.ID}
+	}
+	return slices.DeleteFunc(names, func(n string) bool { return !p.mayRemove(n) })
 }
 
 func (p *pruner) remove(ctx context.Context, name string) error {
