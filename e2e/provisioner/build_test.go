@@ -143,6 +143,27 @@ func testBuild(t *testing.T, v *vm, zstd bool) {
 		}
 		checkBlobs(t, dir, m)
 	})
+	t.Run("injector", func(t *testing.T) { testInject(t, v, d, refs) })
+}
+
+// testInject has the injector read what the build wrote, on the machine it was built on.
+func testInject(t *testing.T, v *vm, d *buildvm.Disk, refs []string) {
+	if err := v.Install(world.injector, "/usr/local/bin/selkies-image-injector"); err != nil {
+		t.Fatal(err)
+	}
+	const dir = "/mnt/disks/cache"
+	detach := v.MountDisk(t, d.Image, dir, "ro,noload")
+	defer detach()
+	defer func() { v.Output(t, "umount", dir) }()
+	v.Output(t, "selkies-image-injector", "verify", "--cache", dir)
+	v.Output(t, "selkies-image-injector", "inject", "--runtime", "containerd", "--cache", dir)
+	for _, ref := range refs {
+		t.Run(ref[strings.Index(ref, "/")+1:], func(t *testing.T) { v.CompareImage(t, "k8s.io", ref) })
+	}
+	v.Output(t, "selkies-image-injector", "eject", "--runtime", "containerd")
+	for _, ref := range refs {
+		v.Output(t, "ctr", "-n", "pulled", "images", "remove", ref)
+	}
 }
 
 // checkSchema asks a third party whether the manifest is what its schema promises.

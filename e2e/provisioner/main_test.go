@@ -10,6 +10,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -23,8 +24,8 @@ import (
 
 // world is what all tests share.
 var world struct {
-	packer  *buildvm.Packer
-	busybox string
+	packer            *buildvm.Packer
+	busybox, injector string
 	// debian is a build VM with Docker 20.10.
 	debian *vm
 }
@@ -45,6 +46,10 @@ func TestMain(m *testing.M) {
 func setUp(ctx context.Context, dir string) error {
 	var err error
 	if world.packer, err = buildvm.InstallPacker(ctx, dir); err != nil {
+		return err
+	}
+	world.injector = filepath.Join(dir, "selkies-image-injector")
+	if err := host.Build(ctx, "./injector", world.injector); err != nil {
 		return err
 	}
 	if world.busybox, err = machine.Busybox(ctx); err != nil {
