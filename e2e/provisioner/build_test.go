@@ -710,7 +710,7 @@ func TestDaemonConfiguration(t *testing.T) {
 	t.Cleanup(func() { v.Run(context.Background(), "ip", "address", "delete", ip+"/32", "dev", "lo") })
 	reg := registry.New(t, registry.Config{})
 	pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
-	addr, ca := serveTLS(t, ip, httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr}))
+	addr, ca := serveTLS(t, ip+":0", nil, httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr}))
 	caFile := filepath.Join(t.TempDir(), "ca.crt")
 	if err := os.WriteFile(caFile, ca, 0o600); err != nil {
 		t.Fatal(err)
@@ -755,10 +755,14 @@ func TestDaemonConfiguration(t *testing.T) {
 	}
 }
 
-// serveTLS serves h on an address of this machine with a certificate that only ca
-// vouches for.
-func serveTLS(t *testing.T, ip string, h http.Handler) (addr string, ca []byte) {
+// serveTLS serves h on an address of this machine with a certificate for it and for names,
+// which only ca vouches for.
+func serveTLS(t *testing.T, listen string, names []string, h http.Handler) (addr string, ca []byte) {
 	t.Helper()
+	l, err := net.Listen("tcp", listen)
+	if err != nil {
+		t.Fatal(err)
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -766,15 +770,12 @@ func serveTLS(t *testing.T, ip string, h http.Handler) (addr string, ca []byte) 
 	cert := &x509.Certificate{
 		SerialNumber: big.NewInt(1),
 		NotAfter:     time.Now().Add(time.Hour),
-		IPAddresses:  []net.IP{net.ParseIP(ip)},
+		IPAddresses:  []net.IP{l.Addr().(*net.TCPAddr).IP},
+		DNSNames:     names,
 		IsCA:         true, BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
 	}
 	der, err := x509.CreateCertificate(cryptorand.Reader, cert, cert, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := net.Listen("tcp", ip+":0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,9 @@ package provisioner_test
 import (
 	"bytes"
 	"encoding/base64"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,15 +19,15 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
-// TestCredentials pulls with a password and looks for it, in plain and in the forms
-// in which it travels, wherever it must not be.
+// TestCredentials pulls with a password, wherever the Packer host has it from, and looks
+// for it, in plain and in the forms in which it travels, wherever it must not be.
 func TestCredentials(t *testing.T) {
 	v := world.debian
 	const user, password = "robot", "correct-horse-battery-staple-7391"
 	reg := registry.New(t, registry.Config{Username: user, Password: password})
 	ref := reg.Addr + "/app:1"
 	auth := remote.WithAuth(&authn.Basic{Username: user, Password: password})
-	if err := remote.Write(parse(t, ref), newImage(t, layer(t, map[string]int{"large": 30 << 20})), auth); err != nil {
+	if err := remote.Write(parse(t, ref), newImage(t, layer(t, map[string]int{"large": 8 << 20})), auth); err != nil {
 		t.Fatal(err)
 	}
 	needles := [][]byte{
@@ -34,14 +36,77 @@ func TestCredentials(t *testing.T) {
 		// In the header's JSON the password begins at any of three offsets.
 		inBase64(password, 0), inBase64(password, 1), inBase64(password, 2),
 	}
-	d := newDisk(t, v, 256)
-	option := `registry_auth {
-    server   = "` + reg.Addr + `"
-    username = "` + user + `"
-    password = "` + password + `"
-  }`
-	cmd := v.PackerBuild(t, buildvm.Images(ref), d.Block(), option, "verify = true")
-	cmd.Env = append(cmd.Env, "PACKER_LOG=1")
+	option := registryAuth(reg.Addr, user, password)
+	for _, tt := range []struct {
+		name    string
+		options []string
+		env     []string
+	}{
+		{"registry_auth", []string{option, "verify = true"}, nil},
+		{"docker login", []string{"keep_blobs = true"}, dockerConfig(t, reg.Addr, user, password)},
+		{"credential helper", []string{"keep_blobs = true"}, credentialHelper(t, `{"credHelpers": {"`+reg.Addr+`": "e2e"}}`, reg.Addr, user, password)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := newDisk(t, v, 128)
+			cmd := v.PackerBuild(t, append(tt.options, buildvm.Images(ref), d.Block())...)
+			cmd.Env = append(append(cmd.Env, "PACKER_LOG=1"), tt.env...)
+			buildSecretly(t, v, d, cmd, needles)
+		})
+	}
+
+	d := newDisk(t, v, 64)
+	t.Run("wrong password", func(t *testing.T) {
+		out, err := v.Build(t, buildvm.Images(ref), d.Block(), strings.Replace(option, password, password+"-wrong", 1))
+		if err == nil || !strings.Contains(out, "set registry_auth") {
+			t.Errorf("packer build: %v\n%s", err, out)
+		}
+		find(t, needles[:1], "the error", []byte(out))
+	})
+}
+
+// registryAuth is a registry_auth block.
+func registryAuth(server, user, password string) string {
+	return fmt.Sprintf("registry_auth {\n server = %q\n username = %q\n password = %q\n}\n", server, user, password)
+}
+
+// dockerConfig is the environment of a user who has logged in to a registry.
+func dockerConfig(t *testing.T, server, user, password string) []string {
+	t.Helper()
+	auth := base64.StdEncoding.EncodeToString([]byte(user + ":" + password))
+	return writeDockerConfig(t, t.TempDir(), fmt.Sprintf(`{"auths": {%q: {"auth": %q}}}`, server, auth))
+}
+
+// credentialHelper is the environment of a user whose Docker configuration names the
+// credential helper e2e, which knows one server.
+func credentialHelper(t *testing.T, config, server, user, password string) []string {
+	t.Helper()
+	dir := t.TempDir()
+	script := fmt.Sprintf(`#!/bin/sh
+read -r server
+if [ "$1 $server" != "get %s" ]; then
+	echo credentials not found in native keychain
+	exit 1
+fi
+echo '{"ServerURL": "%[1]s", "Username": "%s", "Secret": "%s"}'
+`, server, user, password)
+	if err := os.WriteFile(filepath.Join(dir, "docker-credential-e2e"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return append(writeDockerConfig(t, dir, config), "PATH="+dir+":"+os.Getenv("PATH"))
+}
+
+func writeDockerConfig(t *testing.T, dir, config string) []string {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return []string{"DOCKER_CONFIG=" + dir}
+}
+
+// buildSecretly runs a build and fails the test if any of needles is found on the VM, on
+// the disk or in what Packer says.
+func buildSecretly(t *testing.T, v *vm, d *buildvm.Disk, cmd *exec.Cmd, needles [][]byte) {
+	t.Helper()
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
@@ -93,14 +158,6 @@ func TestCredentials(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-
-	t.Run("wrong password", func(t *testing.T) {
-		out, err := v.Build(t, buildvm.Images(ref), d.Block(), strings.Replace(option, password, password+"-wrong", 1))
-		if err == nil || !strings.Contains(out, "set registry_auth") {
-			t.Errorf("packer build: %v\n%s", err, out)
-		}
-		find(t, needles[:1], "the error", []byte(out))
-	})
 }
 
 func find(t *testing.T, needles [][]byte, where string, data []byte) {
