@@ -210,7 +210,7 @@ func TestCancel(t *testing.T) {
 func TestCancelExtraction(t *testing.T) {
 	v := world.debian
 	reg := registry.New(t, registry.Config{})
-	const files = 40000
+	const files = 15000
 	sizes := map[string]int{}
 	for i := range files {
 		sizes[fmt.Sprintf("%05d", i)] = 10
