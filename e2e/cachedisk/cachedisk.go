@@ -35,6 +35,8 @@ import (
 type Config struct {
 	// Image is the file that becomes the disk.
 	Image string
+	// Size of the disk in bytes, 1 GiB by default. It is sparse.
+	Size int64
 	// References are pulled, by tag or digest. They need a registry on loopback.
 	References []string
 	// Blobs keeps the compressed layers on the disk too.
@@ -48,13 +50,15 @@ type Config struct {
 const (
 	mountPoint = "/mnt/cache"
 	storeRoot  = "docker"
-	// diskSize is sparse.
-	diskSize = 1 << 30
+	diskSize   = 1 << 30
 )
 
 // Build makes a cache disk with the Docker of m, which it starts and stops.
 func Build(ctx context.Context, m *machine.Machine, c Config) (_ *manifest.Manifest, err error) {
-	if err := host.NewDisk(c.Image, diskSize); err != nil {
+	if c.Size == 0 {
+		c.Size = diskSize
+	}
+	if err := host.NewDisk(c.Image, c.Size); err != nil {
 		return nil, err
 	}
 	if _, err := host.Output(exec.CommandContext(ctx, "mkfs.ext4", "-q", "-F", c.Image)); err != nil {

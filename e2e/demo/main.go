@@ -23,6 +23,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/desktop"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
@@ -47,17 +48,6 @@ func run(ctx context.Context, args []string) error {
 	return fmt.Errorf("unknown arguments %q: give none, or clean", args)
 }
 
-// workload is an image and how to start it.
-type workload struct {
-	ref string
-	// command runs until it ends, having said want. Without one the container is
-	// started with the image's own command and left running.
-	command []string
-	want    string
-	// packed is what a pull transfers; unpacked what lies on a disk then, if known.
-	packed, unpacked int64
-}
-
 // demo is a demonstration under way.
 type demo struct {
 	refs    []string // that the user named
@@ -66,7 +56,7 @@ type demo struct {
 	sshPort int
 
 	registry *registry.Registry
-	images   []workload
+	images   []desktop.Image
 	build    *machine.Machine
 	disk     *host.Loop
 }
@@ -141,7 +131,7 @@ func (d *demo) prepare() (lock *os.File, err error) {
 	if err := os.RemoveAll(d.dir); err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
-	if d.blobs, err = host.Cache("demo/blobs"); err != nil {
+	if d.blobs, err = desktop.Blobs(); err != nil {
 		return nil, errors.Join(err, lock.Close())
 	}
 	return lock, os.Mkdir(d.dir, 0o755)
@@ -170,17 +160,17 @@ func (d *demo) fillRegistry(ctx context.Context) error {
 	if len(d.refs) > 0 {
 		d.images, err = copyImages(ctx, d.registry.Addr, d.refs)
 	} else {
-		d.images, err = desktopImages(ctx, d.registry.Addr, d.blobs)
+		d.images, err = desktop.Push(ctx, d.registry.Addr, d.blobs)
 	}
 	if err != nil {
 		return err
 	}
 	for _, i := range d.images {
 		unpacked := ""
-		if i.unpacked > 0 {
-			unpacked = ", " + size(i.unpacked) + " unpacked"
+		if i.Unpacked > 0 {
+			unpacked = ", " + size(i.Unpacked) + " unpacked"
 		}
-		fmt.Printf("    %s: %s%s\n", i.ref, size(i.packed), unpacked)
+		fmt.Printf("    %s: %s%s\n", i.Ref, size(i.Packed), unpacked)
 	}
 	return nil
 }

@@ -4,14 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/selkies-project/packer-plugin-selkies/e2e/desktop"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
@@ -34,7 +31,7 @@ type runtime struct {
 	inject string
 	start  func(ctx context.Context, node *machine.Machine) error
 	pull   []string
-	run    func(n int, w workload) []string
+	run    func(n int, w desktop.Image) []string
 
 	result struct{ pull, inject measurement }
 }
@@ -47,9 +44,9 @@ func newContainerd() *runtime {
 			return node.StartContainerd(ctx, machine.Containerd{Release: machine.Upstream})
 		},
 		pull: []string{"ctr", "-n", "k8s.io", "images", "pull", "--plain-http"},
-		run: func(n int, w workload) []string {
-			args := []string{"ctr", "-n", "k8s.io", "run", w.mode(), "--net-host", w.ref, fmt.Sprintf("demo-%d", n)}
-			return append(args, w.command...)
+		run: func(n int, w desktop.Image) []string {
+			args := []string{"ctr", "-n", "k8s.io", "run", mode(w), "--net-host", w.Ref, fmt.Sprintf("demo-%d", n)}
+			return append(args, w.Command...)
 		},
 	}
 }
@@ -62,16 +59,16 @@ func newDocker() *runtime {
 			return node.StartDocker(ctx, machine.Docker{Release: machine.Debian})
 		},
 		pull: []string{"docker", "pull", "-q"},
-		run: func(n int, w workload) []string {
-			args := []string{"docker", "run", w.mode(), "--network=host", fmt.Sprintf("--name=demo-%d", n), w.ref}
-			return append(args, w.command...)
+		run: func(n int, w desktop.Image) []string {
+			args := []string{"docker", "run", mode(w), "--network=host", fmt.Sprintf("--name=demo-%d", n), w.Ref}
+			return append(args, w.Command...)
 		},
 	}
 }
 
 // mode is the option of ctr and docker for a container that ends, or that stays.
-func (w workload) mode() string {
-	if w.command == nil {
+func mode(w desktop.Image) string {
+	if w.Command == nil {
 		return "--detach"
 	}
 	return "--rm"
@@ -82,7 +79,7 @@ func (d *demo) pullOn(r *runtime) func(context.Context) error {
 	return func(ctx context.Context) (err error) {
 		r.result.pull, err = d.measure(ctx, r, func(node *machine.Machine) error {
 			for _, i := range d.images {
-				if _, err := node.Run(ctx, append(r.pull, i.ref)...); err != nil {
+				if _, err := node.Run(ctx, append(r.pull, i.Ref)...); err != nil {
 					return err
 				}
 			}
@@ -135,7 +132,9 @@ func (d *demo) measure(ctx context.Context, r *runtime, get func(*machine.Machin
 	if err := r.start(ctx, node); err != nil {
 		return m, err
 	}
-	if err := d.coldCaches(); err != nil {
+	// As a new node's are; but a real registry has its blobs in the memory of other
+	// machines.
+	if err := errors.Join(host.DropCaches(), d.registry.Warm()); err != nil {
 		return m, err
 	}
 	d.registry.Reset()
@@ -147,39 +146,14 @@ func (d *demo) measure(ctx context.Context, r *runtime, get func(*machine.Machin
 	for n, w := range d.images {
 		out, err := node.Run(ctx, r.run(n, w)...)
 		if err != nil {
-			return m, fmt.Errorf("%s: starting %s: %w", r.name, w.ref, err)
+			return m, fmt.Errorf("%s: starting %s: %w", r.name, w.Ref, err)
 		}
-		if !strings.Contains(out, w.want) {
-			return m, fmt.Errorf("%s: %s said %q, not %q", r.name, w.ref, out, w.want)
+		if !strings.Contains(out, w.Want) {
+			return m, fmt.Errorf("%s: %s said %q, not %q", r.name, w.Ref, out, w.Want)
 		}
-		fmt.Printf("    %s runs\n", w.ref)
+		fmt.Printf("    %s runs\n", w.Ref)
 	}
 	m.start = time.Since(began) - m.get
 	m.served = d.registry.Reset()
 	return m, nil
-}
-
-// coldCaches empties the page cache, as a new node's is, except for the registry's
-// blobs, which a real registry has in the memory of other machines.
-func (d *demo) coldCaches() error {
-	unix.Sync()
-	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
-		return fmt.Errorf("emptying the page cache: %w", err)
-	}
-	blobs, err := filepath.Glob(filepath.Join(d.blobs, "*", "*"))
-	if err != nil {
-		return err
-	}
-	for _, b := range blobs {
-		f, err := os.Open(b)
-		if err != nil {
-			return err
-		}
-		_, err = io.Copy(io.Discard, f)
-		f.Close()
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }

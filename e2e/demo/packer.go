@@ -7,15 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
-	"time"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/packer"
 )
 
 // diskName is the cache disk's name as Compute Engine would show it in a machine.
@@ -26,48 +24,32 @@ func (d *demo) packerBuild(ctx context.Context) error {
 	if err := d.attachBlank(); err != nil {
 		return err
 	}
-	tools, err := host.Tool(ctx, "packer")
-	if err != nil {
-		return err
-	}
 	source, err := host.Source(ctx)
 	if err != nil {
 		return err
 	}
 	var refs []string
 	for _, i := range d.images {
-		refs = append(refs, i.ref)
+		refs = append(refs, i.Ref)
 	}
 	images, err := json.Marshal(refs)
 	if err != nil {
 		return err
 	}
-	packer := func(args ...string) error {
-		cmd := exec.CommandContext(ctx, filepath.Join(tools, "packer"), args...)
-		cmd.Dir = source
-		// Packer sees nothing of the user's own configuration and plugins.
-		cmd.Env = append(os.Environ(), "CHECKPOINT_DISABLE=1", "PACKER_NO_COLOR=1",
-			"PACKER_CONFIG_DIR="+d.dir, "PACKER_PLUGIN_PATH="+filepath.Join(d.dir, "plugins"),
-			"PACKER_CACHE_DIR="+filepath.Join(d.dir, "packer-cache"))
-		// Packer expects an interrupt as a terminal sends it, to all its processes, and
-		// only one: the second makes it give up its clean-up.
-		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-		cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
-		cmd.WaitDelay = time.Minute
-		return show(cmd)
-	}
-	if err := packer("plugins", "install", "--path", d.plugin(), "github.com/selkies-project/selkies"); err != nil {
-		return fmt.Errorf("installing the plugin: %w", err)
+	packer, err := packer.New(ctx, d.plugin(), d.dir)
+	if err != nil {
+		return err
 	}
 	d.registry.Reset()
-	err = packer("build",
+	build := packer.Command(ctx, "build",
 		"-var", "images="+string(images),
 		"-var", "device=/dev/disk/by-id/google-"+diskName,
 		"-var", "ssh_host=127.0.0.1",
 		"-var", "ssh_port="+strconv.Itoa(d.sshPort),
 		"-var", "ssh_private_key_file="+d.build.SSHKey,
 		"example/local")
-	if err != nil {
+	build.Dir = source
+	if err := show(build); err != nil {
 		return fmt.Errorf("filling the cache disk: %w", err)
 	}
 	fmt.Printf("    the registry served %s\n", size(d.registry.Reset().BlobBytes))
@@ -80,7 +62,7 @@ func (d *demo) image() string { return filepath.Join(d.dir, "cache-disk.img") }
 func (d *demo) attachBlank() error {
 	packed := int64(0)
 	for _, i := range d.images {
-		packed += i.packed
+		packed += i.Packed
 	}
 	// Sparse: what the images leave empty takes no room.
 	if err := host.NewDisk(d.image(), 4<<30+6*packed); err != nil {

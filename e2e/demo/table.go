@@ -14,7 +14,7 @@ import (
 func (d *demo) print(w io.Writer, runtimes ...*runtime) {
 	packed := int64(0)
 	for _, i := range d.images {
-		packed += i.packed
+		packed += i.Packed
 	}
 	fmt.Fprintf(w, "%d images, %s compressed, from a registry on loopback; each on a new node with cold caches.\n", len(d.images), size(packed))
 	fmt.Fprintf(w, "A start after a pull is quick because the pull has just written the files to memory.\n\n")

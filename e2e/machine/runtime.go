@@ -31,6 +31,8 @@ type Containerd struct {
 	Mirrors map[string]string
 	// Snapshotter of the CRI, "overlayfs" by default.
 	Snapshotter string
+	// Unpacks is how many layers a pull unpacks at a time, 1 by default; Upstream only.
+	Unpacks int
 }
 
 // Socket is containerd's address in a machine.
@@ -42,9 +44,9 @@ var containerdConfig = map[Release]string{
 	Debian: `version = 2
 [plugins."io.containerd.grpc.v1.cri"]
   restrict_oom_score_adj = true
-  sandbox_image = %q
+  sandbox_image = %[1]q
   [plugins."io.containerd.grpc.v1.cri".containerd]
-    snapshotter = %q
+    snapshotter = %[2]q
   [plugins."io.containerd.grpc.v1.cri".registry]
     config_path = "/etc/containerd/certs.d"
 `,
@@ -57,6 +59,8 @@ var containerdConfig = map[Release]string{
     sandbox = %[1]q
   [plugins."io.containerd.cri.v1.images".registry]
     config_path = "/etc/containerd/certs.d"
+[plugins."io.containerd.transfer.v1.local"]
+  max_concurrent_unpacks = %[3]d
 # Pulls unpack for the default snapshotter otherwise, and fail if it is another one.
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux/amd64"
@@ -70,11 +74,17 @@ func (m *Machine) StartContainerd(ctx context.Context, c Containerd) error {
 	if c.Snapshotter == "" {
 		c.Snapshotter = "overlayfs"
 	}
+	if c.Unpacks == 0 {
+		c.Unpacks = 1
+	}
+	if c.Unpacks > 1 && c.Release != Upstream {
+		return fmt.Errorf("containerd release %q unpacks one layer at a time", c.Release)
+	}
 	config, ok := containerdConfig[c.Release]
 	if !ok {
 		return fmt.Errorf("no containerd release %q", c.Release)
 	}
-	if err := m.WriteFile("/etc/containerd/config.toml", fmt.Appendf(nil, config, c.Sandbox, c.Snapshotter), 0o644); err != nil {
+	if err := m.WriteFile("/etc/containerd/config.toml", fmt.Appendf(nil, config, c.Sandbox, c.Snapshotter, c.Unpacks), 0o644); err != nil {
 		return err
 	}
 	for registry, url := range c.Mirrors {

@@ -135,6 +135,26 @@ func (r *Registry) Stop() error {
 	return err
 }
 
+// Warm reads all blobs into the page cache.
+func (r *Registry) Warm() error {
+	files, err := filepath.Glob(filepath.Join(r.config.Dir, "*", "*"))
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		f, err := os.Open(file)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, f)
+		f.Close()
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Reset forgets what was counted and returns it.
 func (r *Registry) Reset() Count {
 	r.mu.Lock()

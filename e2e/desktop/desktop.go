@@ -1,4 +1,7 @@
-package main
+// Package desktop makes images like those that the project is for: a streamed desktop
+// with a browser, 1.5 GB of files in three layers, and a small one beside it that shares
+// its base. They are made of Debian's packages, once, and kept in the cache folder.
+package desktop
 
 import (
 	"context"
@@ -23,8 +26,19 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
-// recipe is one of the demo's own images: a Debian base and on it one layer for each
-// list of packages. Images that begin with the same lists share those layers.
+// Image is an image in a registry and how to start it.
+type Image struct {
+	Ref string
+	// Command runs until it ends, having said Want. Without one the container is
+	// started with the image's own command and left running.
+	Command []string
+	Want    string
+	// Packed is what a pull transfers; Unpacked what lies on a disk then, if known.
+	Packed, Unpacked int64
+}
+
+// recipe is one of the images: a Debian base and on it one layer for each list of
+// packages. Images that begin with the same lists share those layers.
 type recipe struct {
 	repository string
 	layers     [][]string
@@ -88,11 +102,14 @@ func cleanBase(dir string) error {
 	return err
 }
 
-// desktopImages makes the demo's own images, or takes them from the cache folder
-// where an earlier run put them, and pushes them to the registry. Blobs lie in the
-// registry's own directory, so that pushing copies none.
-func desktopImages(ctx context.Context, registry, blobs string) ([]workload, error) {
-	var images []workload
+// Blobs is the folder in which the layers lie packed, for a registry to serve them
+// from: pushing copies none.
+func Blobs() (string, error) { return host.Cache("demo/blobs") }
+
+// Push makes the images, or takes them from the cache folder where an earlier run put
+// them, and pushes them to the registry, whose directory is blobs.
+func Push(ctx context.Context, registry, blobs string) ([]Image, error) {
+	var images []Image
 	for _, r := range recipes {
 		var layers []blob
 		for n := range len(r.layers) + 1 {
@@ -102,7 +119,7 @@ func desktopImages(ctx context.Context, registry, blobs string) ([]workload, err
 			}
 			layers = append(layers, b)
 		}
-		w, err := pushDesktop(ctx, registry, blobs, r, layers)
+		w, err := push(ctx, registry, blobs, r, layers)
 		if err != nil {
 			return nil, fmt.Errorf("pushing %s: %w", r.repository, err)
 		}
@@ -218,9 +235,9 @@ exec chroot . sh -ec "$install" install "$@"`
 	return upper, os.WriteFile(filepath.Join(dir, "complete"), nil, 0o644)
 }
 
-func pushDesktop(ctx context.Context, registry, blobs string, r recipe, layers []blob) (workload, error) {
+func push(ctx context.Context, registry, blobs string, r recipe, layers []blob) (Image, error) {
 	image := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
-	w := workload{command: r.command, want: r.want}
+	w := Image{Command: r.command, Want: r.want}
 	for n, b := range layers {
 		var err error
 		image, err = mutate.Append(image, mutate.Addendum{
@@ -230,8 +247,8 @@ func pushDesktop(ctx context.Context, registry, blobs string, r recipe, layers [
 		if err != nil {
 			return w, err
 		}
-		w.packed += b.Packed
-		w.unpacked += b.Unpacked
+		w.Packed += b.Packed
+		w.Unpacked += b.Unpacked
 	}
 	config, err := image.ConfigFile()
 	if err != nil {
@@ -247,44 +264,6 @@ func pushDesktop(ctx context.Context, registry, blobs string, r recipe, layers [
 	if err != nil {
 		return w, err
 	}
-	w.ref = ref.Name()
+	w.Ref = ref.Name()
 	return w, remote.Write(ref, image, remote.WithContext(ctx))
-}
-
-// copyImages copies the images that the user named to the registry.
-func copyImages(ctx context.Context, registry string, refs []string) ([]workload, error) {
-	amd64 := v1.Platform{OS: "linux", Architecture: "amd64"}
-	var images []workload
-	for _, s := range refs {
-		from, err := name.ParseReference(s)
-		if err != nil {
-			return nil, err
-		}
-		fmt.Printf("    copying %s\n", s)
-		image, err := remote.Image(from, remote.WithContext(ctx), remote.WithPlatform(amd64))
-		if err != nil {
-			return nil, fmt.Errorf("reading %s: %w", s, err)
-		}
-		tag := "latest"
-		if t, ok := from.(name.Tag); ok {
-			tag = t.TagStr()
-		}
-		to, err := name.NewTag(registry + "/" + from.Context().RepositoryStr() + ":" + tag)
-		if err != nil {
-			return nil, err
-		}
-		if err := remote.Write(to, image, remote.WithContext(ctx)); err != nil {
-			return nil, fmt.Errorf("copying %s: %w", s, err)
-		}
-		w := workload{ref: to.Name()}
-		manifest, err := image.Manifest()
-		if err != nil {
-			return nil, err
-		}
-		for _, l := range manifest.Layers {
-			w.packed += l.Size
-		}
-		images = append(images, w)
-	}
-	return images, nil
 }
