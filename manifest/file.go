@@ -27,6 +27,39 @@ const maxValues = 250_000
 // Read reads and validates the layer manifest of the cache disk at dir. Errors
 // name the file, the field and the value; a missing file is fs.ErrNotExist.
 func Read(dir string) (*Manifest, error) {
+	data, err := readFile(dir)
+	if err != nil {
+		return nil, err
+	}
+	return decodeFile(dir, data)
+}
+
+// ReadID reads the cache ID of the layer manifest at dir. If it is the likely one, a
+// digest of the file shows it, and nothing is decoded.
+func ReadID(dir string, likely digest.Digest) (digest.Digest, error) {
+	data, err := readFile(dir)
+	if err != nil {
+		return "", err
+	}
+	if digest.FromBytes(data) == likely {
+		return likely, nil
+	}
+	m, err := decodeFile(dir, data)
+	if err != nil {
+		return "", err
+	}
+	return m.ID()
+}
+
+func decodeFile(dir string, data []byte) (*Manifest, error) {
+	m, err := Decode(data)
+	if err != nil {
+		return nil, fmt.Errorf("reading layer manifest %s: %w", filepath.Join(dir, Path), err)
+	}
+	return m, nil
+}
+
+func readFile(dir string) ([]byte, error) {
 	// A root that symbolic links cannot leave: the disk is data from elsewhere.
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -51,11 +84,7 @@ func Read(dir string) (*Manifest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading layer manifest %s: %w", name, err)
 	}
-	m, err := Decode(data)
-	if err != nil {
-		return nil, fmt.Errorf("reading layer manifest %s: %w", name, err)
-	}
-	return m, nil
+	return data, nil
 }
 
 // Decode decodes and validates a layer manifest. Fields that this version does

@@ -117,11 +117,7 @@ func CheckOnHost(hostRoot, target string, id digest.Digest) error {
 	if err := Probe(HostPath(hostRoot, target)); err != nil {
 		return err
 	}
-	m, err := manifest.Read(HostPath(hostRoot, target))
-	if err != nil {
-		return err
-	}
-	got, err := m.ID()
+	got, err := manifest.ReadID(HostPath(hostRoot, target), id)
 	if err != nil {
 		return err
 	}
