@@ -175,28 +175,37 @@ func (n *run) all(ctx context.Context, jobs []*job, opt report.InjectOptions) ([
 		return err
 	})
 	done, errs := make([]report.Image, len(jobs)), make([]error, len(jobs))
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(width)
+	one := func(ctx context.Context, i int) error {
+		err := ctx.Err()
+		if err == nil {
+			done[i], err = n.image(ctx, jobs[i])
+		}
+		if err != nil {
+			err = fmt.Errorf("image %s: %w", report.Title(jobs[i].image.Names), err)
+		}
+		if ctx.Err() != nil || errdefs.IsUnavailable(err) {
+			return err
+		}
+		opt.Report(done[i])
+		errs[i] = err
+		return nil
+	}
 	var first []string
 	if opt.First != nil && slices.ContainsFunc(jobs, func(j *job) bool { return !j.done() }) {
 		first = opt.First(ctx)
 	}
-	for _, i := range order(jobs, first) {
-		g.Go(func() error {
-			err := ctx.Err()
-			if err == nil {
-				done[i], err = n.image(ctx, jobs[i])
-			}
-			if err != nil {
-				err = fmt.Errorf("image %s: %w", report.Title(jobs[i].image.Names), err)
-			}
-			if ctx.Err() != nil || errdefs.IsUnavailable(err) {
-				return err
-			}
-			opt.Report(done[i])
-			errs[i] = err
-			return nil
-		})
+	wanted := order(jobs, first)
+	// The first one that is to be made has containerd for itself: a pod may wait for it.
+	for alone := true; alone && len(wanted) > 0; wanted = wanted[1:] {
+		if err := one(ctx, wanted[0]); err != nil {
+			return nil, err
+		}
+		alone = jobs[wanted[0]].done()
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(width)
+	for _, i := range wanted {
+		g.Go(func() error { return one(ctx, i) })
 	}
 	if err := g.Wait(); err != nil {
 		return nil, err
