@@ -37,6 +37,7 @@ require (
 	github.com/spf13/pflag v1.0.10 // cobra's flags
 	github.com/vbatts/tar-split v0.12.3 // layers' tar streams, rebuilt as Docker recorded them
 	github.com/zclconf/go-cty v1.19.0 // generated HCL2 code
+	go.etcd.io/bbolt v1.5.0 // benchmark: the transactions that containerd makes, alone
 	golang.org/x/sync v0.24.0 // errgroup
 	golang.org/x/sys v0.49.0 // open_tree, move_mount, setns
 	golang.org/x/time v0.16.0 // the rate at which the agent verifies

@@ -217,7 +217,7 @@ func clean() error {
 	if len(live) > 0 {
 		return fmt.Errorf("%s runs: end the demo or the tests that use it", live[0])
 	}
-	for _, name := range []string{"machines", "demo", "roots", "tools"} {
+	for _, name := range []string{"machines", "demo", "bench", "roots", "tools"} {
 		if err := os.RemoveAll(filepath.Join(top, name)); err != nil {
 			return err
 		}

@@ -126,6 +126,21 @@ func Chains(busybox string, n, depth int) ([]Image, error) {
 	return b.images, b.err
 }
 
+// NewerChain is the first of Chains in a version of its own: the top layer is another.
+func NewerChain(busybox string, depth int) (Image, error) {
+	base, err := baseLayer(busybox)
+	if err != nil {
+		return Image{}, err
+	}
+	b := builder{base: base}
+	layers := b.chain("chain-0", depth-1)
+	b.add(Image{Repository: "chain-0", Tags: []string{"newer"}}, OCI, append(layers, b.text("newer", "hello\n"))...)
+	if b.err != nil {
+		return Image{}, b.err
+	}
+	return b.images[0], nil
+}
+
 // Pause is an image for the sandboxes of pods: it waits until it is told to end.
 func Pause(busybox string) (Image, error) {
 	base, err := baseLayer(busybox)

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/desktop"
+)
+
+// big measures the image of a desktop: how long until a container of it has started, and
+// until its browser has drawn a page, each on a node that is new and cold.
+type big struct {
+	s      *session
+	peers  peers
+	image  desktop.Image // in the registry
+	cached desktop.Image // on the cache disk, whose names may have another port
+	disk   *attached
+
+	ways   []way // in the order of the table, inject first
+	copied series
+}
+
+// peers is a runtime, with the ways in which it gets an image besides inject.
+type peers struct {
+	node func(*session) (*node, error)
+	run  func(ref string, command ...string) []string
+	ways func(*big) []way
+}
+
+// way is one in which a node gets the image.
+type way struct {
+	name    string
+	unpacks int
+	ref     string
+	get     func(context.Context) error
+
+	// got, started and drawn count from the beginning.
+	got, started, drawn series
+}
+
+var containerdPeers = peers{
+	node: func(s *session) (*node, error) { return s.containerd() },
+	run: func(ref string, command ...string) []string {
+		return append([]string{"ctr", "-n", "k8s.io", "run", "--rm", "--net-host", ref, "bench"}, command...)
+	},
+	ways: func(b *big) []way {
+		pull := b.command("ctr", "-n", "k8s.io", "images", "pull", "--plain-http", b.image.Ref)
+		return []way{
+			{name: "pull", unpacks: 1, ref: b.image.Ref, get: pull},
+			{name: fmt.Sprintf("pull, unpacking %d at once", parallelUnpacks), unpacks: parallelUnpacks, ref: b.image.Ref, get: pull},
+			{name: "ctr images import of an archive", unpacks: 1, ref: b.image.Ref, get: b.command("ctr", "-n", "k8s.io", "images", "import", archive)},
+		}
+	},
+}
+
+var dockerPeers = peers{
+	node: func(s *session) (*node, error) { return s.docker() },
+	run: func(ref string, command ...string) []string {
+		return append([]string{"docker", "run", "--rm", "--network=host", ref}, command...)
+	},
+	ways: func(b *big) []way {
+		return []way{
+			{name: "pull", unpacks: 1, ref: b.image.Ref, get: b.command("docker", "pull", "-q", b.image.Ref)},
+			{name: "docker load of an archive", unpacks: 1, ref: b.image.Ref, get: b.command("docker", "load", "-q", "-i", archive)},
+		}
+	},
+}
+
+// archive is where a node has the image as docker save writes it, compressed.
+const archive = "/mnt/desktop.tar"
+
+func newDesktop(s *session, p peers) benchmark { return &big{s: s, peers: p} }
+
+func (b *big) prepare(context.Context) error {
+	n, err := b.peers.node(b.s)
+	if err != nil {
+		return err
+	}
+	d, err := b.s.desktopDisk()
+	if err != nil {
+		return err
+	}
+	if b.disk, err = b.s.attach(n, d); err != nil {
+		return err
+	}
+	all, err := b.s.desktops()
+	if err != nil {
+		return err
+	}
+	b.image = all.images[0]
+	b.cached = b.image
+	if b.cached.Ref, err = d.name(b.image.Ref); err != nil {
+		return err
+	}
+	inject := func(ctx context.Context) error {
+		_, err := b.disk.inject(ctx)
+		return err
+	}
+	b.ways = append([]way{{name: "inject", unpacks: 1, ref: b.cached.Ref, get: inject}}, b.peers.ways(b)...)
+	return b.writeArchive(n)
+}
+
+// name is that of a disk's image in the repository and with the tag of ref, whatever
+// registry it came from.
+func (d *disk) name(ref string) (string, error) {
+	_, rest, _ := strings.Cut(ref, "/")
+	for _, img := range d.manifest.Images {
+		for _, n := range img.Names {
+			if strings.HasSuffix(n, "/"+rest) {
+				return n, nil
+			}
+		}
+	}
+	return "", fmt.Errorf("the cache disk has no %s", rest)
+}
+
+// writeArchive puts the image on the node's disk, where its own files are.
+func (b *big) writeArchive(n *node) error {
+	tag, err := name.NewTag(b.image.Ref)
+	if err != nil {
+		return err
+	}
+	image, err := remote.Image(tag, remote.WithContext(b.s.ctx))
+	if err != nil {
+		return err
+	}
+	return tarball.WriteToFile(n.Path(archive), tag, image)
+}
+
+func (b *big) command(args ...string) func(context.Context) error {
+	return func(ctx context.Context) error {
+		_, err := b.disk.node.Run(ctx, args...)
+		return err
+	}
+}
+
+func (b *big) round(ctx context.Context) error {
+	for i := range b.ways {
+		if err := b.measure(ctx, &b.ways[i]); err != nil {
+			return fmt.Errorf("%s: %w", b.ways[i].name, err)
+		}
+	}
+	if err := b.disk.node.fresh(ctx); err != nil {
+		return err
+	}
+	took, err := b.disk.copyLayers(ctx)
+	b.copied.took(took)
+	return err
+}
+
+func (b *big) measure(ctx context.Context, w *way) error {
+	n := b.disk.node
+	if err := n.freshWith(ctx, w.unpacks); err != nil {
+		return err
+	}
+	all, err := b.s.desktops()
+	if err != nil {
+		return err
+	}
+	// A real registry has its blobs in the memory of other machines.
+	if err := all.registry.Warm(); err != nil {
+		return err
+	}
+	began := time.Now()
+	if err := w.get(ctx); err != nil {
+		return err
+	}
+	w.got.took(time.Since(began))
+	if _, err := n.Run(ctx, b.peers.run(w.ref, "/bin/true")...); err != nil {
+		return err
+	}
+	w.started.took(time.Since(began))
+	out, err := n.Run(ctx, b.peers.run(w.ref, b.image.Command...)...)
+	if err == nil && !strings.Contains(out, b.image.Want) {
+		err = fmt.Errorf("%s said %q, not %q", w.ref, out, b.image.Want)
+	}
+	w.drawn.took(time.Since(began))
+	return err
+}
+
+func (b *big) figures() []figure {
+	inject, pull := b.ways[0], b.ways[1]
+	f := []figure{{name: "inject and a container started", unit: seconds, runs: inject.started,
+		ratios: []ratio{{"pull and started", 0.02, inject.started.over(pull.started)}}}}
+	for _, w := range b.ways {
+		f = append(f,
+			figure{name: w.name, unit: seconds, runs: w.got, ratios: []ratio{{"pull", 0, w.got.over(pull.got)}}},
+			figure{name: "  and started", unit: seconds, runs: w.started, ratios: []ratio{{"pull and started", 0, w.started.over(pull.started)}}},
+			figure{name: "  and a page drawn by the browser", unit: seconds, runs: w.drawn, ratios: []ratio{{"pull and drawn", 0, w.drawn.over(pull.drawn)}}},
+		)
+	}
+	return append(f, figure{name: "cp -a of all layers on the disk", unit: seconds, runs: b.copied,
+		ratios: []ratio{{"inject", 0, b.copied.over(inject.got)}}})
+}
