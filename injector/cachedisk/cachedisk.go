@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
@@ -134,6 +135,10 @@ func remedy(err error) error {
 	return fmt.Errorf("%w; build the disk again", err)
 }
 
+// lookups is how many layers are looked at at once. Each takes a read of a cold disk,
+// and a network disk answers many as quickly as one.
+const lookups = 32
+
 // check looks at every layer's directory once.
 func (d *Disk) check() error {
 	root, err := OpenRoot(d.Dir)
@@ -141,12 +146,17 @@ func (d *Disk) check() error {
 		return err
 	}
 	defer root.Close()
+	var g errgroup.Group
+	g.SetLimit(lookups)
 	for _, l := range d.Manifest.Layers {
-		if err := root.CheckDir(d.Manifest.LayerPath(l)); err != nil {
-			return fmt.Errorf("layer %s of cache disk %s: %w", l.ChainID, d.Dir, err)
-		}
+		g.Go(func() error {
+			if err := root.CheckDir(d.Manifest.LayerPath(l)); err != nil {
+				return fmt.Errorf("layer %s of cache disk %s: %w", l.ChainID, d.Dir, err)
+			}
+			return nil
+		})
 	}
-	return nil
+	return g.Wait()
 }
 
 // LayerDir is the directory of l's files as this process sees it.
