@@ -25,6 +25,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"runtime/debug"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -166,6 +167,8 @@ func (a *Agent) pass(ctx context.Context) {
 			err = errors.Join(err, a.register(ctx))
 		}
 	}
+	// It waits for a minute now, and a pass takes several times what it keeps.
+	debug.FreeOSMemory()
 	a.last = a.conclude(diskErr, err)
 	a.releaseRuntime()
 }
