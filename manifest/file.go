@@ -93,24 +93,29 @@ func Decode(data []byte) (*Manifest, error) {
 	if err := fewValues(data); err != nil {
 		return nil, fmt.Errorf("%w; build the disk again", err)
 	}
-	// The version decides how the rest is read, so it is looked at alone first.
-	var v struct {
-		SchemaVersion int `json:"schemaVersion"`
-	}
-	if err := json.Unmarshal(data, &v); err != nil {
-		return nil, fmt.Errorf("not a layer manifest, or truncated: %w; build the disk again", err)
-	}
-	if v.SchemaVersion != SchemaVersion {
-		return nil, fmt.Errorf("schemaVersion is %d, this version reads %d; use an injector as new as the provisioner that built the disk", v.SchemaVersion, SchemaVersion)
-	}
 	var m Manifest
-	if err := json.Unmarshal(data, &m); err != nil {
-		return nil, fmt.Errorf("decoding: %w; build the disk again", err)
+	if err := json.Unmarshal(data, &m); err != nil || m.SchemaVersion != SchemaVersion {
+		return nil, undecodable(data, err)
 	}
 	if err := m.Validate(); err != nil {
 		return nil, fmt.Errorf("%w; build the disk again", err)
 	}
 	return &m, nil
+}
+
+// undecodable says why data cannot be decoded, if at all with the error given. Another
+// version's may not look like this one's, so the version is looked at alone.
+func undecodable(data []byte, decoding error) error {
+	var v struct {
+		SchemaVersion int `json:"schemaVersion"`
+	}
+	if err := json.Unmarshal(data, &v); err != nil {
+		return fmt.Errorf("not a layer manifest, or truncated: %w; build the disk again", err)
+	}
+	if v.SchemaVersion != SchemaVersion {
+		return fmt.Errorf("schemaVersion is %d, this version reads %d; use an injector as new as the provisioner that built the disk", v.SchemaVersion, SchemaVersion)
+	}
+	return fmt.Errorf("decoding: %w; build the disk again", decoding)
 }
 
 // Encode returns the canonical encoding: images sorted by their first name,
