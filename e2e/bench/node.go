@@ -124,8 +124,13 @@ func (n *node) start(ctx context.Context, unpacks int) error {
 	return n.awaitCRI(ctx)
 }
 
+// startTimeout is many times what containerd needs, on a slow machine too.
+const startTimeout = time.Minute
+
 // awaitCRI waits for what containerd starts last.
 func (n *node) awaitCRI(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -133,10 +138,12 @@ func (n *node) awaitCRI(ctx context.Context) error {
 		if ok {
 			return nil
 		}
-		if ctx.Err() != nil {
-			return fmt.Errorf("waiting for the CRI: %w", errors.Join(err, ctx.Err()))
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			log, _ := n.Run(context.WithoutCancel(ctx), "journalctl", "-q", "--no-pager", "-o", "cat", "-n", "20", "-p", "warning", "-u", "containerd.service")
+			return fmt.Errorf("waiting for the CRI: %w; containerd's log: %s", errors.Join(err, ctx.Err()), log)
 		}
-		<-tick.C
 	}
 }
 
