@@ -6,20 +6,16 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
-	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -136,37 +132,18 @@ func ended(t *testing.T, n *cluster.Node, namespace string, pull corev1.PullPoli
 }
 
 // renamed is a copy of a cache disk on which an image has another name.
-func renamed(t *testing.T, disk, image, as string) (copied string) {
+func renamed(t *testing.T, disk, image, as string) string {
 	t.Helper()
-	copied = filepath.Join(t.TempDir(), "disk")
-	if _, err := host.Output(exec.CommandContext(t.Context(), "cp", "--sparse=always", disk, copied)); err != nil {
-		t.Fatal(err)
-	}
-	loop, err := host.AttachLoop(copied, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer loop.Close()
-	dir := t.TempDir()
-	if err := unix.Mount(loop.Path, dir, "ext4", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	defer func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Fatal(err)
+	return cachedisk.Changed(t, disk, func(dir string) error {
+		m, err := manifest.Read(dir)
+		if err != nil {
+			return err
 		}
-	}()
-	m, err := manifest.Read(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := range m.Images {
-		if slices.Contains(m.Images[i].Names, ref(image)) {
-			m.Images[i].Names = []string{ref(as)}
+		for i := range m.Images {
+			if slices.Contains(m.Images[i].Names, ref(image)) {
+				m.Images[i].Names = []string{ref(as)}
+			}
 		}
-	}
-	if err := cachedisk.WriteManifest(dir, m); err != nil {
-		t.Fatal(err)
-	}
-	return copied
+		return cachedisk.WriteManifest(dir, m)
+	})
 }

@@ -13,8 +13,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
-	"golang.org/x/sys/unix"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
@@ -170,18 +170,10 @@ func (n *node) files(t *testing.T) treediff.Tree {
 // changed is a copy of a disk image, changed by edit where it is mounted.
 func changed(t *testing.T, image string, edit func(t *testing.T, dir string)) string {
 	t.Helper()
-	disk := filepath.Join(t.TempDir(), "disk")
-	if _, err := host.Output(exec.CommandContext(t.Context(), "cp", "--sparse=always", image, disk)); err != nil {
-		t.Fatal(err)
-	}
-	loop, err := host.AttachLoop(disk, false)
-	check(t, err)
-	defer loop.Close()
-	dir := t.TempDir()
-	check(t, unix.Mount(loop.Path, dir, "ext4", 0, ""))
-	defer func() { check(t, unix.Unmount(dir, 0)) }()
-	edit(t, dir)
-	return disk
+	return cachedisk.Changed(t, image, func(dir string) error {
+		edit(t, dir)
+		return nil
+	})
 }
 
 // edited changes a disk's layer manifest, which need not be valid then.

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
@@ -20,7 +21,7 @@ import (
 // background, end, and go on where it was.
 func TestAgentVerifies(t *testing.T) {
 	l := layer(t, 0)
-	image := copied(t)
+	image := cachedisk.Copied(t, world.disk)
 	flip(t, image, contentAt(t, image, layerPath(l, "kept/mode"), 0), 0)
 	attach(t, image)
 	defer world.node.Output(t, injector, "eject", "--runtime", "containerd")

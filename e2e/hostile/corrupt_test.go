@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -26,7 +27,7 @@ func TestCorrupt(t *testing.T) {
 		{"inode of a layer's files", func(t *testing.T, image string) int64 { return inodeAt(t, image, layerPath(l, "")) }, []string{l.ChainID.String(), l.Directory}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			image := copied(t)
+			image := cachedisk.Copied(t, world.disk)
 			flip(t, image, tt.at(t, image), 3)
 			attach(t, image)
 			tr := runTraced(t, "inject", "--runtime", "containerd", "--cache", cacheDir)
@@ -35,7 +36,7 @@ func TestCorrupt(t *testing.T) {
 		})
 	}
 	t.Run("superblock", func(t *testing.T) {
-		image := copied(t)
+		image := cachedisk.Copied(t, world.disk)
 		flip(t, image, 1024+0x68, 0) // of the UUID, which the checksum covers
 		if err := mounted(t, image, func(string) {}); err == nil {
 			t.Error("the kernel mounts it")

@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
@@ -44,7 +45,7 @@ func TestFlips(t *testing.T) {
 	}
 	t.Logf("%d flips, -seed %d", *flips, *seed)
 	random := rand.New(rand.NewPCG(*seed, 1))
-	image := copied(t)
+	image := cachedisk.Copied(t, world.disk)
 	paths := list(t, image)
 	if err := verified(t, image); err != nil {
 		t.Fatalf("as built: %v", err)

@@ -8,15 +8,11 @@ package hostile_test
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
@@ -114,51 +110,6 @@ func prepareNode(ctx context.Context) error {
 	}
 	// A manifest that would be accepted.
 	return cachedisk.WriteManifest(n.Path(outside), world.built)
-}
-
-// changed is a copy of the good disk, changed by spoil where it is mounted.
-func changed(t *testing.T, spoil func(dir string) error) (image string) {
-	t.Helper()
-	image = copied(t)
-	loop, err := host.AttachLoop(image, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer loop.Close()
-	dir := t.TempDir()
-	if err := unix.Mount(loop.Path, dir, "ext4", 0, ""); err != nil {
-		t.Fatal(err)
-	}
-	err = errors.Join(spoil(dir), flush(dir), unix.Unmount(dir, 0))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return image
-}
-
-// flush writes a file system to its device, the journal too. Its unmount alone may not: a
-// machine that another test has just booted may have it mounted for a moment more.
-func flush(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	const freeze, thaw = 0xC0045877, 0xC0045878 // FIFREEZE, FITHAW: package unix has neither
-	if err := unix.IoctlSetInt(int(f.Fd()), freeze, 0); err != nil {
-		return fmt.Errorf("freezing %s: %w", dir, err)
-	}
-	return unix.IoctlSetInt(int(f.Fd()), thaw, 0)
-}
-
-// copied is a copy of the good disk.
-func copied(t *testing.T) (image string) {
-	t.Helper()
-	image = filepath.Join(t.TempDir(), "disk")
-	if _, err := host.Output(exec.CommandContext(t.Context(), "cp", "--sparse=always", world.disk, image)); err != nil {
-		t.Fatal(err)
-	}
-	return image
 }
 
 // attach mounts a disk on the node as GKE does, until the test's end. The superblock

@@ -19,6 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -172,7 +173,7 @@ func TestRefused(t *testing.T) {
 		{"a manifest as an index", edited(func(m *manifest.Manifest) { m.Images[0].Manifest.MediaType = ocispec.MediaTypeImageIndex }), []string{"images[0]", "not that of an image manifest"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			attach(t, changed(t, tt.spoil))
+			attach(t, cachedisk.Changed(t, world.disk, tt.spoil))
 			before := registered(t)
 			tr := runTraced(t, "inject", "--runtime", "containerd", "--cache", cacheDir)
 			tr.checkRefused(t, append(tt.words, cacheDir, "build the disk again")...)
@@ -214,7 +215,7 @@ func TestRefusedFiles(t *testing.T) {
 		{"blob, inject into containerd", blob, "secret", []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			attach(t, changed(t, leadsOut(tt.file, tt.to)))
+			attach(t, cachedisk.Changed(t, world.disk, leadsOut(tt.file, tt.to)))
 			tr := runTraced(t, append(tt.command, "--cache", cacheDir)...)
 			tr.checkRefused(t, append(tt.words, "build the disk again")...)
 			write := mayLock
@@ -231,7 +232,7 @@ func TestRefusedFiles(t *testing.T) {
 func TestHarmless(t *testing.T) {
 	l := layer(t, 1)
 	dir := filepath.Dir(layerPath(l, ""))
-	image := changed(t, func(root string) error {
+	image := cachedisk.Changed(t, world.disk, func(root string) error {
 		var errs []error
 		for file, text := range map[string]string{"link": "../../../../../.." + outside + "\n", "lower": "l/../../../../.." + outside + ":" + outside, "committed": "\x1b"} {
 			errs = append(errs, os.WriteFile(filepath.Join(root, dir, file), []byte(text), 0o644))
@@ -272,7 +273,7 @@ func TestHarmless(t *testing.T) {
 
 // TestTracer proves that an escape would be seen.
 func TestTracer(t *testing.T) {
-	attach(t, changed(t, leadsOut("leads", "secret")))
+	attach(t, cachedisk.Changed(t, world.disk, leadsOut("leads", "secret")))
 	for name, want := range map[string]bool{"leads": true, manifest.Path: false} {
 		found := false
 		for _, line := range []string{
