@@ -264,11 +264,15 @@ func TestHarmless(t *testing.T) {
 			}
 		})
 	}
-	tr := runTraced(t, "verify", "--log-level", "warn", "--cache", cacheDir)
+	note := mayLock[0] + "/note"
+	tr := runTraced(t, "verify", "--log-level", "warn", "--cache", cacheDir, "--resume", note)
 	if tr.status != 0 {
 		t.Errorf("verify: %s", tr.stderr)
 	}
-	tr.checkAccesses(t, nil)
+	tr.checkAccesses(t, mayLock)
+	if _, err := os.Stat(world.node.Path(note)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the note of a complete verification is left: %v", err)
+	}
 }
 
 // TestTracer proves that an escape would be seen.
