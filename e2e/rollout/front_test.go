@@ -73,6 +73,7 @@ func (f *front) cluster(zones ...string) *containerpb.Cluster {
 // TestLostSurvey has a cluster fail when it is asked what it uses, some time after it has
 // answered at first. Its node pools have left a zone in which it has volumes.
 func TestLostSurvey(t *testing.T) {
+	t.Parallel() // without nodes no test is in the other's way
 	c := newCloud(t, "lost", administrator(t))
 	c.tidy()
 	f := newFront(t)

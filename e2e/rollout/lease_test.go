@@ -63,6 +63,7 @@ func (c *cloud) overlap(first, second int) (errs [2]error) {
 // TestOverlap has two runs at the same time. Neither takes the other's disks, and the
 // newer image wins, whichever is the slower.
 func TestOverlap(t *testing.T) {
+	t.Parallel() // without nodes no test is in the other's way
 	c := newCloud(t, "overlap", administrator(t))
 	c.tidy()
 	if errs := c.overlap(1, 2); errs[0] != nil || errs[1] != nil {
@@ -87,6 +88,7 @@ func TestOverlap(t *testing.T) {
 
 // TestHeldLease has the lease held by a run that is dead, and by one that is not.
 func TestHeldLease(t *testing.T) {
+	t.Parallel() // without nodes no test is in the other's way
 	c := newCloud(t, "held", administrator(t))
 	c.tidy()
 	c.must(c.build(1))
@@ -135,6 +137,7 @@ func TestHeldLease(t *testing.T) {
 
 // TestLostLease has someone take the lease away from a run, which goes no further.
 func TestLostLease(t *testing.T) {
+	t.Parallel() // without nodes no test is in the other's way
 	c := newCloud(t, "lostlease", administrator(t))
 	c.tidy()
 	c.must(c.build(1))

@@ -3,13 +3,23 @@
 package rollout_test
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/gcp"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
@@ -39,7 +49,7 @@ build {
   sources = ["source.null.none"]
 
   post-processor "selkies-image-cache" {
-    cache_name       = "packer"
+    cache_name       = %[4]q
     project_id       = data.selkies-image-cache.last.project_id
     image_name       = var.rollback_to
     injector_image   = %[3]q
@@ -55,15 +65,7 @@ func TestPacker(t *testing.T) {
 	c.tidy()
 	c.build(1)
 	c.build(2)
-	file := filepath.Join(t.TempDir(), "rollback.pkr.hcl")
-	if err := os.WriteFile(file, fmt.Appendf(nil, rollback, c.URL+"/compute/v1/", c.URL, world.injector), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	packer := func(args ...string) (string, error) {
-		cmd := exec.CommandContext(t.Context(), world.packer, append(args, "-var", "access_token="+c.token, "-var", "rollback_to="+imageName(1), file)...)
-		cmd.Env = packerEnv()
-		return host.Output(cmd)
-	}
+	packer := func(command string) (string, error) { return host.Output(c.rollBack(command, 1)) }
 	if out, err := packer("validate"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -84,6 +86,76 @@ func TestPacker(t *testing.T) {
 	out, err = packer("build")
 	if want := "listing disks: Required 'compute.disks.list' permission for 'projects/p'; the permission compute.disks.list is missing, grant roles/compute.storageAdmin (403)"; err == nil || !strings.Contains(out, want) {
 		t.Errorf("Packer does not say %q: %v\n%s", want, err, out)
+	}
+}
+
+// rollBack is a command of Packer for the template of the way back.
+func (c *cloud) rollBack(command string, stamp int) *exec.Cmd {
+	c.t.Helper()
+	file := filepath.Join(c.t.TempDir(), "rollback.pkr.hcl")
+	if err := os.WriteFile(file, fmt.Appendf(nil, rollback, c.URL+"/compute/v1/", c.URL, world.injector, c.name), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+	cmd := exec.CommandContext(c.t.Context(), world.packer, command, "-var", "access_token="+c.token, "-var", "rollback_to="+imageName(stamp), file)
+	cmd.Env = packerEnv()
+	return cmd
+}
+
+// TestPackerEnded ends a real Packer while it makes disks. Told to end, it lets the next
+// run begin at once; killed, a little later. The next run completes its work.
+func TestPackerEnded(t *testing.T) {
+	t.Parallel() // without nodes no test is in the other's way
+	c := newCloud(t, "ended", administrator(t))
+	c.tidy()
+	c.must(c.build(1))
+	for i, signal := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		stamp := i + 2
+		c.build(stamp)
+		hold := make(chan struct{})
+		c.Inject(gcp.Fault{Call: "disks.insert", Hold: hold})
+		before := len(c.Calls())
+		cmd := c.rollBack("build", stamp)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		cluster.Wait(t, "Packer to make disks", func(context.Context) error {
+			if !slices.ContainsFunc(c.Calls()[before:], func(call string) bool { return strings.HasPrefix(call, "disks.insert ") }) {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		to := cmd.Process.Pid
+		if signal == syscall.SIGKILL {
+			to = -to // and all its plugins
+		}
+		if err := syscall.Kill(to, signal); err != nil {
+			t.Fatal(err)
+		}
+		if signal == syscall.SIGKILL {
+			close(hold)
+		} else {
+			// The operation goes on when Packer has ended.
+			time.AfterFunc(time.Second, sync.OnceFunc(func() { close(hold) }))
+		}
+		if err := cmd.Wait(); err == nil {
+			t.Errorf("%v: Packer succeeded", signal)
+		}
+		lease, err := world.Client.CoordinationV1().Leases(namespace).Get(t.Context(), c.name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if held := lease.Spec.HolderIdentity != nil && *lease.Spec.HolderIdentity != ""; held != (signal == syscall.SIGKILL) {
+			t.Errorf("%v: the lease is held: %v", signal, held)
+		}
+		if err := c.working(); err != nil {
+			t.Error(err)
+		}
+		c.must(artifact(imageName(stamp)))
+		if err := c.working(); err != nil {
+			t.Error(err)
+		}
+		c.waitObjects(slices.Concat(c.two(zoneA, stamp-1), c.two(zoneB, stamp-1), c.three(zoneA, stamp), c.three(zoneB, stamp))...)
 	}
 }
 
