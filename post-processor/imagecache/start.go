@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -22,6 +23,9 @@ const (
 	firstLook = 50 * time.Millisecond
 	longLook  = 2 * time.Second
 )
+
+// labelTemplate is by what the controller knows which template a pod is of.
+const labelTemplate = "pod-template-generation"
 
 // start applies a DaemonSet and waits until the first of its pods is ready. If none
 // gets so far, what there was before is brought back.
@@ -103,7 +107,7 @@ func (k *cluster) lacks(ctx context.Context, name string) (string, error) {
 	}
 	there, lacks := 0, ""
 	for _, p := range pods.Items {
-		if p.DeletionTimestamp != nil || p.Spec.Containers[0].Image != k.run.config.InjectorImage { // one that is replaced
+		if p.DeletionTimestamp != nil || !k.isNew(&p, ds) {
 			continue
 		}
 		if podIs(&p, corev1.PodReady, corev1.ConditionTrue) {
@@ -118,6 +122,13 @@ func (k *cluster) lacks(ctx context.Context, name string) (string, error) {
 		lacks = "it has no pod yet"
 	}
 	return lacks, nil
+}
+
+// isNew tells whether a pod runs the injector's image or is of the DaemonSet's latest
+// template: an admission webhook may have given the image another name.
+func (k *cluster) isNew(p *corev1.Pod, ds *appsv1.DaemonSet) bool {
+	return p.Spec.Containers[0].Image == k.run.config.InjectorImage ||
+		p.Labels[labelTemplate] == ds.Annotations[appsv1.DeprecatedTemplateGeneration]
 }
 
 func podIs(p *corev1.Pod, condition corev1.PodConditionType, status corev1.ConditionStatus) bool {
