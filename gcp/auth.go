@@ -25,8 +25,14 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
-// scope is the one that IAM narrows down; the narrower ones do not cover GKE.
-const scope = "https://www.googleapis.com/auth/cloud-platform"
+// scopes are what access tokens are asked for.
+var scopes = []string{
+	// What it covers IAM narrows down; narrower ones do not cover GKE.
+	"https://www.googleapis.com/auth/cloud-platform",
+	// Without it GKE's clusters know a service account by its number only, and what their
+	// roles bind to its e-mail address does not count.
+	"https://www.googleapis.com/auth/userinfo.email",
+}
 
 // The keys of custom_endpoints, and the path that each of the Go clients adds to an
 // endpoint by itself.
@@ -179,14 +185,14 @@ func (a *Auth) detect(context.Context) (*auth.Credentials, error) {
 		return fromJSON("credentials_json", []byte(a.CredentialsJSON))
 	case a.ImpersonateServiceAccount != "":
 		creds, err := impersonate.NewCredentials(&impersonate.CredentialsOptions{
-			TargetPrincipal: a.ImpersonateServiceAccount, Scopes: []string{scope},
+			TargetPrincipal: a.ImpersonateServiceAccount, Scopes: scopes,
 		})
 		if err != nil {
 			return nil, fmt.Errorf("acting as %s: %w", a.ImpersonateServiceAccount, err)
 		}
 		return creds, nil
 	}
-	creds, err := credentials.DetectDefault(&credentials.DetectOptions{Scopes: []string{scope}})
+	creds, err := credentials.DetectDefault(&credentials.DetectOptions{Scopes: scopes})
 	if err != nil {
 		return nil, fmt.Errorf("finding Google credentials: %w; run gcloud auth application-default login, or set credentials_file or access_token", err)
 	}
@@ -197,7 +203,7 @@ func (a *Auth) detect(context.Context) (*auth.Credentials, error) {
 // with what it may do.
 func fromJSON(name string, data []byte) (*auth.Credentials, error) {
 	//nolint:staticcheck // deprecated for callers that do not trust the file's origin
-	creds, err := credentials.DetectDefault(&credentials.DetectOptions{CredentialsJSON: data, Scopes: []string{scope}})
+	creds, err := credentials.DetectDefault(&credentials.DetectOptions{CredentialsJSON: data, Scopes: scopes})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", name, err)
 	}
