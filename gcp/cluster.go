@@ -37,9 +37,14 @@ var Endpoints = []string{EndpointPublic, EndpointPrivate, EndpointDNS}
 // Cluster is a cluster and the way to it.
 type Cluster struct {
 	Name     string
-	Location string // a zone or a region; "" of a kubeconfig's
-	Zones    []string
+	Location string   // a zone or a region; "" of a kubeconfig's
+	Zones    []string // of its node pools
+	// BootImages are the images that node pools make secondary boot disks from, in the
+	// words of their settings.
+	BootImages []string
 
+	// auto are the zones in which GKE may make node pools by itself.
+	auto   []string
 	config *rest.Config
 	err    error // why there is none
 }
@@ -65,10 +70,14 @@ func (c *Cluster) Region() string { return Region(c.Location) }
 
 // Region is the region of a zone; a region's is itself.
 func Region(location string) string {
-	if i := strings.LastIndex(location, "-"); i >= 0 && len(location)-i == 2 {
-		return location[:i]
-	}
-	return location
+	parts := strings.SplitN(location, "-", 3) // us-central1-ai1a is a zone, too
+	return strings.Join(parts[:min(2, len(parts))], "-")
+}
+
+// MayHave tells whether the cluster has nodes in a zone, or can get them without a
+// change of its settings.
+func (c *Cluster) MayHave(zone string) bool {
+	return slices.Contains(c.Zones, zone) || slices.Contains(c.auto, zone)
 }
 
 // Clusters lists a project's GKE clusters, with the zones that their node pools are
@@ -102,7 +111,10 @@ func (a *Auth) Clusters(ctx context.Context, project, endpoint string) ([]*Clust
 			continue
 		}
 		config, err := a.restConfig(c, endpoint)
-		clusters = append(clusters, &Cluster{Name: c.GetName(), Location: c.GetLocation(), Zones: zones(c), config: config, err: err})
+		clusters = append(clusters, &Cluster{
+			Name: c.GetName(), Location: c.GetLocation(), Zones: zones(c), BootImages: bootImages(c), auto: autoZones(c),
+			config: config, err: err,
+		})
 	}
 	slices.SortFunc(clusters, func(a, b *Cluster) int { return strings.Compare(a.String(), b.String()) })
 	return clusters, nil
@@ -123,6 +135,24 @@ func zones(c *containerpb.Cluster) []string {
 		}
 	}
 	return slices.Sorted(maps.Keys(set))
+}
+
+// autoZones are those in which GKE may make node pools: Autopilot or node
+// auto-provisioning does.
+func autoZones(c *containerpb.Cluster) []string {
+	if !c.GetAutopilot().GetEnabled() && !c.GetAutoscaling().GetEnableNodeAutoprovisioning() {
+		return nil
+	}
+	return slices.Concat(c.GetLocations(), c.GetAutoscaling().GetAutoprovisioningLocations())
+}
+
+func bootImages(c *containerpb.Cluster) (images []string) {
+	for _, pool := range c.GetNodePools() {
+		for _, d := range pool.GetConfig().GetSecondaryBootDisks() {
+			images = append(images, d.GetDiskImage())
+		}
+	}
+	return images
 }
 
 func (a *Auth) restConfig(c *containerpb.Cluster, endpoint string) (*rest.Config, error) {

@@ -58,7 +58,7 @@ func TestExplain(t *testing.T) {
 func TestRegion(t *testing.T) {
 	for location, want := range map[string]string{
 		"us-central1-a": "us-central1", "us-central1": "us-central1",
-		"northamerica-northeast1-b": "northamerica-northeast1", "": "",
+		"northamerica-northeast1-b": "northamerica-northeast1", "us-central1-ai1a": "us-central1", "": "",
 	} {
 		if got := Region(location); got != want {
 			t.Errorf("region of %q is %q, want %q", location, got, want)

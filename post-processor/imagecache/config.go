@@ -114,7 +114,7 @@ const (
 var (
 	nameRE   = regexp.MustCompile(`^[a-z]([a-z0-9-]*[a-z0-9])?$`)
 	prefixRE = regexp.MustCompile(`^[a-z][a-z0-9-]*[a-z0-9]-$`)
-	zoneRE   = regexp.MustCompile(`^[a-z]+-[a-z]+[0-9]+-[a-z]$`)
+	zoneRE   = regexp.MustCompile(`^[a-z]+-[a-z]+[0-9]+-([a-z]|ai[0-9]+[a-z])$`)
 	labelRE  = regexp.MustCompile(`^[a-z][a-z0-9_-]{0,62}$`)
 )
 

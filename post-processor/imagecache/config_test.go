@@ -19,7 +19,7 @@ func TestConfigure(t *testing.T) {
 		want   string // of the error, empty for none
 	}{
 		{"defaults", with(), ""},
-		{"everything", with("zones", []string{"us-central1-a"}, "cluster_pattern", "^gpu", "exclude_regions", []string{"europe-west4"},
+		{"everything", with("zones", []string{"us-central1-a", "us-central1-ai1a"}, "cluster_pattern", "^gpu", "exclude_regions", []string{"europe-west4"},
 			"cluster_endpoint", "dns", "disk_size_gb", 100, "disk_labels", map[string]string{"team": "a"}, "keep", 3, "cache_name", "games",
 			"node_selector", map[string]string{"app.broker/tier": "gpu"}, "builder_disk_prefix", "games-build-", "dry_run", true, "output_dir", "out",
 			"platform", "linux/arm64", "start_timeout", "10m"), ""},
