@@ -36,8 +36,8 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// Parallel is how many layers are read at once. Hashing keeps a core busy.
-const Parallel = 4
+// parallel is how many layers are read at once. Hashing keeps a core busy.
+const parallel = 4
 
 // maxProblems bounds what is said of one layer.
 const maxProblems = 10
@@ -45,7 +45,7 @@ const maxProblems = 10
 // Options say how a disk is verified. The zero value is as fast as the disk allows.
 type Options struct {
 	// Rate is how much contents are read, in bytes a second; 0 is without limit. With a
-	// limit there is one request at a time.
+	// limit one layer is read at a time, and little of it ahead.
 	Rate int64
 	// Resume is a file that notes which layers are proved; those that an earlier run
 	// has noted of the same generation are not read again. Empty is none.
@@ -157,7 +157,7 @@ func (r *run) all(ctx context.Context) (*report.Verify, error) {
 		r.opt.Progress(p)
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(Parallel)
+	g.SetLimit(parallel)
 	if r.limit != nil {
 		g.SetLimit(1)
 	}
