@@ -56,7 +56,15 @@ func (c *crowd) fail(format string, a ...any) {
 // and nothing is left over.
 func TestConcurrent(t *testing.T) {
 	t.Parallel()
-	n := newCtrdNode(t, machine.Upstream)
+	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
+		t.Run(string(release), func(t *testing.T) {
+			t.Parallel()
+			concurrent(t, newCtrdNode(t, release), time.Duration(*faults)*time.Second/2)
+		})
+	}
+}
+
+func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 	n.MountDisk(t, newStore(t), nodestate.ContainerdDir, "rw")
 	n.start(t)
 	c := &crowd{n: n, done: map[string]int{}}
@@ -75,17 +83,16 @@ func TestConcurrent(t *testing.T) {
 	}
 	n.learn(t)
 
-	duration := time.Duration(*faults) * time.Second
 	ctx, cancel := context.WithTimeout(n.context(t), duration)
 	defer cancel()
 	var wg sync.WaitGroup
-	for i, member := range []func(ctx context.Context, t *testing.T, r *rand.Rand, i int){
+	for i, member := range []func(ctx context.Context, r *rand.Rand, i int){
 		c.injects, c.injects, c.ejects, c.collects, c.kubelet, c.kubelet, c.kubelet,
 	} {
 		r := rand.New(rand.NewPCG(*seed, uint64(i)))
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				member(context.WithoutCancel(ctx), t, r, i)
+				member(context.WithoutCancel(ctx), r, i)
 			}
 		})
 	}
@@ -120,8 +127,12 @@ func (c *crowd) summary() string {
 }
 
 // run runs the injector; refusals that refused names are none of its faults.
-func (c *crowd) run(t *testing.T, command string, refused string) {
-	i := startInjector(t, c.n.Machine, "containerd", command)
+func (c *crowd) run(command, refused string) {
+	i, err := newInjection(c.n.Machine, "containerd", command)
+	if err != nil {
+		c.fail("%v", err)
+		return
+	}
 	status, err := i.end()
 	switch {
 	case err != nil:
@@ -138,14 +149,14 @@ func (c *crowd) run(t *testing.T, command string, refused string) {
 	}
 }
 
-func (c *crowd) injects(_ context.Context, t *testing.T, _ *rand.Rand, _ int) { c.run(t, inject, "") }
+func (c *crowd) injects(_ context.Context, _ *rand.Rand, _ int) { c.run(inject, "") }
 
-func (c *crowd) ejects(_ context.Context, t *testing.T, r *rand.Rand, _ int) {
+func (c *crowd) ejects(_ context.Context, r *rand.Rand, _ int) {
 	time.Sleep(time.Duration(r.Int64N(int64(2 * time.Second))))
-	c.run(t, eject, "remove the container first")
+	c.run(eject, "remove the container first")
 }
 
-func (c *crowd) collects(ctx context.Context, _ *testing.T, r *rand.Rand, _ int) {
+func (c *crowd) collects(ctx context.Context, r *rand.Rand, _ int) {
 	time.Sleep(time.Duration(r.Int64N(int64(200 * time.Millisecond))))
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
@@ -158,7 +169,7 @@ func (c *crowd) collects(ctx context.Context, _ *testing.T, r *rand.Rand, _ int)
 
 // kubelet pulls an image if it is not there, or always, runs it, compares what the
 // container sees, and now and then removes the image.
-func (c *crowd) kubelet(ctx context.Context, _ *testing.T, r *rand.Rand, i int) {
+func (c *crowd) kubelet(ctx context.Context, r *rand.Rand, i int) {
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
 	ref := pick(r, world.refs)

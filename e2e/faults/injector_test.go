@@ -36,17 +36,25 @@ type injection struct {
 // startInjector starts the injector with a runtime and a command.
 func startInjector(t *testing.T, m *machine.Machine, runtime string, args ...string) *injection {
 	t.Helper()
+	i, err := newInjection(m, runtime, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+func newInjection(m *machine.Machine, runtime string, args ...string) (*injection, error) {
 	i := &injection{ended: make(chan struct{})}
 	i.cmd = m.Command(context.Background(), program, append([]string{"--runtime", runtime}, args...)...)
 	i.cmd.Stderr = &i.stderr
 	if err := i.cmd.Start(); err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	go func() {
 		_ = i.cmd.Wait() // its status is asked later
 		close(i.ended)
 	}()
-	return i
+	return i, nil
 }
 
 // kill kills it. An injector that has ended stays as it is.
