@@ -140,9 +140,15 @@ func (n *ctrdNode) recover(t *testing.T, command, after string) {
 	if command == inject {
 		want = n.full
 	}
+	n.compare(t, want, after+", then "+command)
+}
+
+// compare compares the state with that of a clean run.
+func (n *ctrdNode) compare(t *testing.T, want []string, after string) {
+	t.Helper()
 	total.state()
 	if diff := cmp.Diff(want, n.settled(t)); diff != "" {
-		t.Errorf("%s, then %s (-clean +now):\n%s", after, command, diff)
+		t.Errorf("%s (-clean +now):\n%s", after, diff)
 	}
 }
 
@@ -239,30 +245,38 @@ func TestContainerd(t *testing.T) {
 	}
 }
 
-// suffer runs a command that a fault strikes, and says what happened.
+// suffer runs inject or eject, or one after the other until the fault strikes, and says
+// what happened.
 func (n *ctrdNode) suffer(t *testing.T, r *rand.Rand, f ctrdFault, command string) string {
 	t.Helper()
 	if f.prepare != nil {
 		f.prepare(t, n)
 	}
 	for {
-		after := time.Duration(r.Int64N(int64(n.took[command])))
-		i := startInjector(t, n.Machine, "containerd", command)
-		if !i.runsFor(after) {
-			// It was slower when it was timed.
-			n.took[command] = n.took[command] * 9 / 10
-			i.wait(t)
-			command = map[string]string{inject: eject, eject: inject}[command]
-			continue
+		if what, struck := n.struck(t, r, f, command); struck {
+			return what
 		}
-		what := fmt.Sprintf("%s %v into %s", f.kind, after.Round(time.Millisecond), command)
-		if err := f.strike(t, n, r, i); err != nil {
-			t.Fatalf("%s: %v", what, err)
-		}
-		t.Logf("%s: exit status %d", what, i.wait(t))
-		total.fault(f.kind)
-		return what
+		command = map[string]string{inject: eject, eject: inject}[command]
 	}
+}
+
+// struck runs a command that the fault strikes, unless it ends before.
+func (n *ctrdNode) struck(t *testing.T, r *rand.Rand, f ctrdFault, command string) (what string, struck bool) {
+	t.Helper()
+	after := time.Duration(r.Int64N(int64(n.took[command])))
+	what = fmt.Sprintf("%s %v into %s", f.kind, after.Round(time.Millisecond), command)
+	i := startInjector(t, n.Machine, "containerd", strings.Fields(command)...)
+	if !i.runsFor(after) {
+		n.took[command] = n.took[command] * 9 / 10 // it was slower when it was timed
+		i.wait(t)
+		return what + ", too late", false
+	}
+	if err := f.strike(t, n, r, i); err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	t.Logf("%s: exit status %d", what, i.wait(t))
+	total.fault(f.kind)
+	return what, true
 }
 
 // TestHang stops containerd for good: inject ends by itself, and says why. Each round
