@@ -8,8 +8,8 @@ import (
 
 func TestMayPass(t *testing.T) {
 	for err, want := range map[error]bool{
-		errors.New("received unexpected HTTP status: 503 Service Unavailable"):                true,
-		errors.New("unexpected EOF"):                                                          true,
+		errors.New("received unexpected HTTP status: 503 Service Unavailable"): true,
+		errors.New("unexpected EOF"): true,
 		errors.New("failed to register layer: archive/tar: invalid tar header"):               false,
 		errors.New("unauthorized: authentication required"):                                   false,
 		errors.New("the registry refused access (403 Forbidden); set registry_auth"):          false,
