@@ -239,8 +239,9 @@ func TestKilledDaemon(t *testing.T) {
 	slow := newStalling(t, reg, layerDescriptor(t, image, 1).Digest)
 	d := newDisk(t, v, 256)
 	before := v.State(t)
+	// By the blob's digest Docker knows that it has the layer. It writes that last.
 	registered := func() bool {
-		return slow.hasStalled() && len(v.inStore(t, "image/overlay2/layerdb/sha256/*/cache-id")) > 0
+		return slow.hasStalled() && len(v.inStore(t, "image/overlay2/distribution/diffid-by-digest/sha256/[0-9a-f]*")) > 0
 	}
 	b := v.start(t, registered, buildvm.Images(slow.addr+"/app:1"), d.Block(), "max_pull_attempts = 1")
 	v.Output(t, "systemctl", "kill", "--signal=SIGKILL", "selkies-image-cache-dockerd.service")
