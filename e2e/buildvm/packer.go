@@ -13,31 +13,23 @@ import (
 	"testing"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/packer"
 )
 
-// Packer is a Packer that has the plugin.
-type Packer struct{ program, plugins string }
+// Packer is a Packer that has the plugin, and no credentials.
+type Packer struct {
+	*packer.Packer
+	dir string
+}
 
 // InstallPacker builds the plugin and installs it for Packer, in dir.
 func InstallPacker(ctx context.Context, dir string) (*Packer, error) {
-	tools, err := host.Tool(ctx, "packer")
-	if err != nil {
-		return nil, err
-	}
-	p := &Packer{program: filepath.Join(tools, "packer"), plugins: filepath.Join(dir, "plugins")}
 	plugin := filepath.Join(dir, "packer-plugin-selkies")
 	if err := host.Build(ctx, ".", plugin); err != nil {
 		return nil, err
 	}
-	install := exec.CommandContext(ctx, p.program, "plugins", "install", "--path", plugin, "github.com/selkies-project/selkies")
-	install.Env = p.env()
-	_, err = host.Output(install)
-	return p, err
-}
-
-func (p *Packer) env() []string {
-	return append(os.Environ(), "PACKER_PLUGIN_PATH="+p.plugins, "PACKER_CONFIG_DIR="+p.plugins,
-		"CHECKPOINT_DISABLE=1", "PACKER_NO_COLOR=1", "DOCKER_CONFIG="+p.plugins)
+	p, err := packer.New(ctx, plugin, dir)
+	return &Packer{p, dir}, err
 }
 
 // Build makes a packer build of a template with the options in the provisioner block,
@@ -51,10 +43,10 @@ func (p *Packer) Build(t *testing.T, communicator string, options ...string) *ex
 	if err := os.WriteFile(template, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), p.program, "build", template)
-	cmd.Env = p.env()
+	cmd := p.Command(t.Context(), "build", template)
+	cmd.Env = append(cmd.Env, "DOCKER_CONFIG="+p.dir)
 	cmd.Dir = filepath.Dir(template)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// A test that is over has no use for Packer's clean-up.
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	return cmd
 }
