@@ -15,7 +15,7 @@ func Line(text string, most int) string {
 	var b strings.Builder
 	for text != "" {
 		if b.Len() >= most {
-			return b.String() + " ..."
+			return strings.TrimRight(b.String(), " ") + " ..."
 		}
 		r, size := utf8.DecodeRuneInString(text)
 		if unicode.IsPrint(r) && r != utf8.RuneError {
