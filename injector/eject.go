@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
+	"github.com/selkies-project/packer-plugin-selkies/injector/agent"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
@@ -21,7 +22,7 @@ func newEjectCommand(f *flags) *cobra.Command {
 cache ID, whole or its beginning, as status prints it. Refuses, naming the
 container, while a container uses one of the images; then nothing is removed.
 Layers that other images on the node were built on stay, and so does the disk
-under them.`,
+under them. An agent that runs on the node leaves it so until it starts again.`,
 		Args: usage(checkCacheIDs),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			rt, err := openRuntime(cmd.Context(), f)
@@ -37,7 +38,14 @@ under them.`,
 			if err != nil {
 				return err
 			}
+			undo, err := noteEjected(f.hostRoot, ids, registered)
+			if err != nil {
+				return err
+			}
 			r, err := rt.Eject(cmd.Context(), report.EjectOptions{Caches: ids})
+			if err != nil {
+				err = errors.Join(err, undo())
+			}
 			if errors.Is(err, report.ErrUnknownCache) {
 				return usageError{err}
 			}
@@ -55,6 +63,16 @@ under them.`,
 			}))
 		},
 	}
+}
+
+// noteEjected tells an agent that runs on this node what is ejected.
+func noteEjected(hostRoot string, ids []digest.Digest, registered []report.Generation) (undo func() error, err error) {
+	if len(ids) == 0 {
+		for _, g := range registered {
+			ids = append(ids, g.CacheID)
+		}
+	}
+	return agent.NoteEjected(hostRoot, ids)
 }
 
 // cacheID is a cache ID, or the beginning of one, with or without the algorithm.

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/selkies-project/packer-plugin-selkies/injector/agent"
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
@@ -34,6 +35,13 @@ A second run changes nothing. A run that was killed is completed by the next.`,
 // inject registers the disks, or with dryRun says what that would do.
 func inject(cmd *cobra.Command, f *flags, dryRun bool) error {
 	return withDisks(cmd.Context(), f, func(rt runtime, disks []*cachedisk.Disk) error {
+		if !dryRun {
+			for _, d := range disks {
+				if err := agent.ForgetEjected(f.hostRoot, d.ID); err != nil {
+					return err
+				}
+			}
+		}
 		r, err := rt.Inject(cmd.Context(), disks, report.InjectOptions{DryRun: dryRun})
 		if r == nil {
 			return err

@@ -9,8 +9,8 @@
 //
 // An image that someone removes while the agent runs stays removed, unless
 // RestoreRemoved is set, until the agent starts again: what is on the disk is
-// registered then. The same holds for what the command eject takes back. An image
-// that a pull leads to another digest is the node's from then on, pinned or not.
+// registered then. What the command eject takes back stays so too, RestoreRemoved or
+// not: it leaves a note (see ejected.go). An image that a pull leads to another digest is the node's from then on, pinned or not.
 //
 // In a cluster (see node.go) it needs, of the API server:
 //
@@ -70,9 +70,9 @@ type Agent struct {
 	registered    *report.Inject
 	registerError error
 	generations   map[digest.Digest]*generation
-	// removed are the image names that others removed, ejected those that the agent
-	// removed in its last pass.
-	removed, ejected map[string]bool
+	// there are the image names that the last registration left on the node, removed those
+	// that others removed, ejected those that the agent removed in its last pass.
+	there, removed, ejected map[string]bool
 	// told are the removed names that were reported, published the reason that was.
 	told      map[string]bool
 	published string
@@ -92,6 +92,9 @@ func Run(ctx context.Context, c Config) error {
 	if a.node != nil {
 		go a.node.askWanted(ctx)
 		go a.node.run(ctx)
+	}
+	if err := forgetEjected(c.HostRoot); err != nil {
+		return err
 	}
 	go a.openAtDeadline(ctx)
 	ended := make(chan struct{})
@@ -122,6 +125,7 @@ func newAgent(c Config) (*Agent, error) {
 		proofs:      newProofs(),
 		pending:     reasonStart,
 		generations: map[digest.Digest]*generation{},
+		there:       map[string]bool{},
 		removed:     map[string]bool{},
 		ejected:     map[string]bool{},
 	}

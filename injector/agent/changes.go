@@ -70,6 +70,13 @@ func (c *changes) notify() {
 	}
 }
 
+// away says whether the watch has ended since the last pass began.
+func (c *changes) away() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ended != nil
+}
+
 // take gives the changes and forgets them.
 func (c *changes) take() (removed []string, altered bool, ended error) {
 	c.mu.Lock()
@@ -85,6 +92,7 @@ func (a *Agent) takeChanges() {
 	if ended != nil {
 		a.Log.Warn("containerd is away; connecting again", "error", ended)
 		a.closeRuntime()
+		clear(a.there) // it may have lost its state
 		a.need(reasonRuntime)
 	}
 	if altered {

@@ -74,7 +74,7 @@ type Runtime interface {
 // watcher is a Runtime that tells of changes to images. One that does not is asked
 // when there is something to do, and not kept open.
 type watcher interface {
-	Watch(ctx context.Context, changed func(report.Change)) error
+	Watch(ctx context.Context) (follow func(changed func(report.Change)) error)
 }
 
 // Validate names what is wrong by flag.

@@ -140,6 +140,7 @@ func (a *Agent) takeBackOne(ctx context.Context, g *generation) error {
 	}
 	for _, name := range r.Images {
 		a.ejected[name] = true
+		delete(a.there, name)
 	}
 	if len(r.Images) > 0 || a.generations[g.CacheID] == nil {
 		a.metrics.takenBack.Inc()

@@ -27,8 +27,9 @@ func (a *Agent) openRuntime(ctx context.Context) error {
 	}
 	// Before anything is registered, so that no change is missed.
 	if w, ok := rt.(watcher); ok {
+		follow := w.Watch(ctx)
 		go func() {
-			err := w.Watch(ctx, a.changes.add)
+			err := follow(a.changes.add)
 			if ctx.Err() == nil {
 				a.changes.end(err)
 			}
@@ -65,14 +66,21 @@ func (a *Agent) register(ctx context.Context) error {
 		a.pending, a.registered, a.registerError = "", nil, nil
 		return nil
 	}
-	opt := report.InjectOptions{First: a.wanted, Finished: a.finished}
+	opt := report.InjectOptions{First: a.wanted, Finished: a.finished, Ejected: a.wasEjected}
 	if !a.RestoreRemoved {
-		opt.Removed = slices.Sorted(maps.Keys(a.removed))
+		// Of what is being removed meanwhile no event has told yet.
+		opt.Removed = maps.Clone(a.there)
+		maps.Copy(opt.Removed, a.removed)
 	}
 	start := time.Now()
 	r, err := a.runtime.Inject(ctx, a.disks, opt)
 	if ctx.Err() != nil {
 		return ctx.Err()
+	}
+	if a.changes.away() {
+		// What containerd had lost looks as though someone had removed it. The next pass,
+		// which is about to come, knows better.
+		return nil
 	}
 	a.registerError = err
 	if r == nil {
@@ -83,7 +91,7 @@ func (a *Agent) register(ctx context.Context) error {
 	}
 	a.tell(r, time.Since(start))
 	a.noteRemoved(r)
-	a.registered = r
+	a.registered, a.there = r, names(r)
 	if err != nil {
 		return nil // said by registerError; the next pass tries again
 	}
@@ -94,6 +102,22 @@ func (a *Agent) register(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// names are those of the images that the node has after a registration.
+func names(r *report.Inject) map[string]bool {
+	there := map[string]bool{}
+	for _, d := range r.Disks {
+		for _, img := range d.Images {
+			if img.State != report.Registered && img.State != report.Present {
+				continue
+			}
+			for _, name := range img.Names {
+				there[name] = true
+			}
+		}
+	}
+	return there
 }
 
 // finished tells of one image. Several goroutines call it.
@@ -128,7 +152,7 @@ func (a *Agent) tell(r *report.Inject, took time.Duration) {
 		}
 	}
 	healed := len(names)
-	if a.pending == reasonMount {
+	if a.pending == reasonMount && a.deadMounts() != "" {
 		healed = max(1, healed)
 	}
 	if healed == 0 {
@@ -148,7 +172,8 @@ func (a *Agent) tell(r *report.Inject, took time.Duration) {
 	a.inform(eventHealed, "registered again (%s): %s", a.pending.text(), list(names))
 }
 
-// deadMounts says why the mounts that are replaced could not be read.
+// deadMounts says why the mounts that are replaced could not be read. One that went with
+// its generation's registrations, by an eject, is none of them.
 func (a *Agent) deadMounts() string {
 	var why []string
 	for _, g := range a.sorted() {

@@ -13,9 +13,9 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/verify"
 )
 
-// verifiedDir is where it is noted which layers are proved, for the agent's next start
-// to go on. A boot empties it.
-const verifiedDir = "/run/selkies-image-injector"
+// notesDir is the host's directory of what is to be known until the next boot, which
+// empties it: here, which layers are proved, for the agent's next start to go on.
+const notesDir = "/run/selkies-image-injector"
 
 // proofs is what is known of the disks' layers, by cache ID.
 type proofs struct {
@@ -93,7 +93,7 @@ func (a *Agent) verify(ctx context.Context) {
 func (a *Agent) verifyDisk(ctx context.Context, d *cachedisk.Disk) {
 	r, err := verify.Disk(ctx, d, verify.Options{
 		Rate:     a.VerifyRate,
-		Resume:   cachedisk.HostPath(a.HostRoot, verifiedDir+"/verified-"+d.ID.Encoded()),
+		Resume:   cachedisk.HostPath(a.HostRoot, notesDir+"/verified-"+d.ID.Encoded()),
 		Progress: func(p verify.Progress) { a.proofs.note(d.ID, p.Layers-p.Damaged, p.Damaged) },
 	})
 	switch {

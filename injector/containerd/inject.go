@@ -35,17 +35,12 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 	if err != nil {
 		return nil, err
 	}
-	jobs, err := r.jobs(s, disks, opt.Removed)
+	jobs, err := r.jobs(s, disks, opt)
 	if err != nil {
 		return nil, err
 	}
-	if opt.DryRun || s.complete(disks, jobs) {
-		var done []report.Image
-		for _, j := range jobs {
-			done = append(done, j.report())
-			opt.Report(j.report())
-		}
-		out := r.reportInject(disks, jobs, done, start)
+	if opt.DryRun || len(s.stale) == 0 && len(s.strays) == 0 && s.complete(disks, jobs) {
+		out := r.reportUnchanged(disks, jobs, opt, start)
 		if refusal := r.checkRoom(jobs); refusal != nil {
 			out.Refusal = refusal.Error()
 		}
@@ -65,12 +60,8 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 	return r.inject(ctx, disks, opt, start)
 }
 
-// complete says whether the node has all that there is, and no leftovers of a run
-// that was killed.
+// complete says whether the node has all that it is to have.
 func (s *survey) complete(disks []*cachedisk.Disk, jobs []*job) bool {
-	if len(s.stale) > 0 || len(s.strays) > 0 {
-		return false
-	}
 	for _, j := range jobs {
 		if !j.done() {
 			return false
@@ -91,7 +82,7 @@ func (s *survey) uses(cache digest.Digest) bool {
 }
 
 // inject does the work; the caller holds the lock. It looks again, for the run
-// that held the lock before may have done it all.
+// that held the lock before may have done it all, or an eject have taken it back.
 func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions, start time.Time) (_ *report.Inject, err error) {
 	ctx, release, err := r.lease(ctx)
 	if err != nil {
@@ -109,16 +100,22 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 	if err := r.clearStrays(s.strays); err != nil {
 		return nil, err
 	}
-	run := r.newRun(s)
-	disks, diskErr := run.anchor(ctx, disks)
+	jobs, err := r.jobs(s, disks, opt)
+	if err != nil {
+		return nil, err
+	}
+	if s.complete(disks, jobs) {
+		return r.reportUnchanged(disks, jobs, opt, start), nil
+	}
+	run := r.newRun(s, opt)
+	disks, diskErr := run.anchor(ctx, disks, jobs)
 	if len(disks) == 0 && diskErr != nil {
 		return nil, diskErr
 	}
-	jobs, err := r.jobs(s, disks, opt.Removed)
-	if err != nil {
+	if jobs, err = r.jobs(s, disks, opt); err != nil {
 		return nil, errors.Join(err, diskErr)
 	}
-	done, err := run.all(ctx, jobs, opt)
+	done, err := run.all(ctx, jobs)
 	if done == nil {
 		return nil, errors.Join(err, diskErr)
 	}
@@ -129,6 +126,7 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 // the first that needs them, while the others wait.
 type run struct {
 	r       *Runtime
+	opt     report.InjectOptions
 	id      string
 	survey  *survey
 	sources map[digest.Digest][]source
@@ -141,9 +139,10 @@ type run struct {
 	blobs  map[digest.Digest]func() error
 }
 
-func (r *Runtime) newRun(s *survey) *run {
+func (r *Runtime) newRun(s *survey, opt report.InjectOptions) *run {
 	return &run{
 		r:      r,
+		opt:    opt,
 		id:     "selkies-image-injector-" + rand.Text(),
 		survey: s,
 		layers: map[digest.Digest]func() (bool, error){},
@@ -151,25 +150,36 @@ func (r *Runtime) newRun(s *survey) *run {
 	}
 }
 
-// anchor mounts every disk where the node needs it, and returns those for which
-// that worked.
-func (n *run) anchor(ctx context.Context, disks []*cachedisk.Disk) (mounted []*cachedisk.Disk, err error) {
+// anchor mounts every disk that the node needs, and returns all but those for which
+// that failed.
+func (n *run) anchor(ctx context.Context, disks []*cachedisk.Disk, jobs []*job) (left []*cachedisk.Disk, err error) {
+	var mounted []*cachedisk.Disk
 	for _, d := range disks {
-		a, e := n.r.ensureAnchor(ctx, n.id, d)
-		if e != nil {
-			err = errors.Join(err, e)
-			continue
+		if n.survey.needs(d, jobs) {
+			a, e := n.r.ensureAnchor(ctx, n.id, d)
+			if e != nil {
+				err = errors.Join(err, e)
+				continue
+			}
+			n.survey.anchors[d.ID] = a
+			mounted = append(mounted, d)
 		}
-		n.survey.anchors[d.ID] = a
-		mounted = append(mounted, d)
+		left = append(left, d)
 	}
 	n.sources = sourcesOf(mounted)
-	return mounted, err
+	return left, err
+}
+
+// needs says whether anything is, or is to be, registered from the disk. Of a disk that
+// was ejected nothing is.
+func (s *survey) needs(d *cachedisk.Disk, jobs []*job) bool {
+	return s.anchors[d.ID] != nil || s.uses(d.ID) ||
+		slices.ContainsFunc(jobs, func(j *job) bool { return j.disk == d && !j.done() })
 }
 
 // all registers the images and reports each. Without containerd, or after an
 // interrupt, there is no report.
-func (n *run) all(ctx context.Context, jobs []*job, opt report.InjectOptions) ([]report.Image, error) {
+func (n *run) all(ctx context.Context, jobs []*job) ([]report.Image, error) {
 	n.bottom = sync.OnceValue(func() error {
 		_, err := n.r.commit(ctx, n.id, bottomName, "", nil, syncDir)
 		return err
@@ -186,13 +196,13 @@ func (n *run) all(ctx context.Context, jobs []*job, opt report.InjectOptions) ([
 		if ctx.Err() != nil || errdefs.IsUnavailable(err) {
 			return err
 		}
-		opt.Report(done[i])
+		n.opt.Report(done[i])
 		errs[i] = err
 		return nil
 	}
 	var first []string
-	if opt.First != nil && slices.ContainsFunc(jobs, func(j *job) bool { return !j.done() }) {
-		first = opt.First(ctx)
+	if n.opt.First != nil && slices.ContainsFunc(jobs, func(j *job) bool { return !j.done() }) {
+		first = n.opt.First(ctx)
 	}
 	wanted := order(jobs, first)
 	// The first one that is to be made has containerd for itself: a pod may wait for it.
@@ -255,9 +265,13 @@ func (n *run) register(ctx context.Context, j *job) (report.Image, error) {
 		if err != nil {
 			return img, err
 		}
-		if left != "" {
-			img.Reason = strings.TrimPrefix(img.Reason+"; "+left, "; ")
+		switch left {
+		case "":
+			continue
+		case wasRemoved(name):
+			img.Removed = append(img.Removed, name)
 		}
+		img.Reason = strings.TrimPrefix(img.Reason+"; "+left, "; ")
 	}
 	img.Milliseconds = time.Since(start).Milliseconds()
 	n.r.opt.Log.Debug("registered", "image", j.image.Names[0], "layers", img.Registered, "present", img.Present)
@@ -315,8 +329,8 @@ func (n *run) blob(ctx context.Context, b blob, d *cachedisk.Disk) error {
 	return once()
 }
 
-// name makes or changes one image record. If another program made one in the
-// meantime, that stays, and left says so.
+// name makes or changes one image record. If another program made one in the meantime,
+// or removed one that is not to be made again, it stays so, and left says that.
 func (n *run) name(ctx context.Context, j *job, name string) (left string, err error) {
 	record := j.record(name)
 	if _, known := n.survey.images[name]; known {
@@ -331,6 +345,9 @@ func (n *run) name(ctx context.Context, j *job, name string) (left string, err e
 		if !errdefs.IsNotFound(err) { // removed meanwhile
 			return "", fmt.Errorf("updating image record %s: %w", name, n.r.explain(err))
 		}
+		if n.opt.WasRemoved(j.disk.ID, name) {
+			return wasRemoved(name), nil
+		}
 	}
 	_, err = n.r.images.Create(ctx, record)
 	if errdefs.IsAlreadyExists(err) {
@@ -340,6 +357,16 @@ func (n *run) name(ctx context.Context, j *job, name string) (left string, err e
 		return "", fmt.Errorf("creating image record %s: %w", name, n.r.explain(err))
 	}
 	return "", nil
+}
+
+// reportUnchanged is the report of a run that changes nothing.
+func (r *Runtime) reportUnchanged(disks []*cachedisk.Disk, jobs []*job, opt report.InjectOptions, start time.Time) *report.Inject {
+	var done []report.Image
+	for _, j := range jobs {
+		done = append(done, j.report())
+		opt.Report(j.report())
+	}
+	return r.reportInject(disks, jobs, done, start)
 }
 
 // reportInject puts the images under their disks.

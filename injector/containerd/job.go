@@ -52,13 +52,13 @@ type source struct {
 	layer manifest.Layer
 }
 
-// jobs compares the disks, newest generation first, with what the node has. Names
-// that are gone and among removed are not made again.
-func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk, removed []string) ([]*job, error) {
+// jobs compares the disks, newest generation first, with what the node has.
+func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk, opt report.InjectOptions) ([]*job, error) {
 	claimed := map[string]*cachedisk.Disk{}
 	sources := sourcesOf(disks)
 	var jobs []*job
 	for _, d := range disks {
+		ejected := opt.WasEjected(d.ID)
 		for _, img := range d.Manifest.Images {
 			j := &job{disk: d, image: img, absent: map[digest.Digest]bool{}, cached: map[digest.Digest]bool{}}
 			var err error
@@ -74,8 +74,8 @@ func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk, removed []string) ([]
 					continue
 				}
 				claimed[name] = d
-				if _, ok := s.images[name]; !ok && slices.Contains(removed, name) {
-					j.left = append(j.left, name+" was removed on this node")
+				if _, ok := s.images[name]; !ok && (ejected || opt.Removed[name]) {
+					j.left = append(j.left, wasRemoved(name))
 					j.removed = append(j.removed, name)
 					continue
 				}
@@ -90,6 +90,9 @@ func (r *Runtime) jobs(s *survey, disks []*cachedisk.Disk, removed []string) ([]
 	}
 	return jobs, addOrigins(jobs)
 }
+
+// wasRemoved says of a name why it is left alone.
+func wasRemoved(name string) string { return name + " was removed on this node" }
 
 // compareName decides about one of the image's names. What the node has wins,
 // unless it is from an older generation of ours.

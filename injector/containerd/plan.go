@@ -24,7 +24,7 @@ func (r *Runtime) Plan(ctx context.Context, disks []*cachedisk.Disk, refs []stri
 	if err != nil {
 		return nil, err
 	}
-	jobs, err := r.jobs(s, disks, nil)
+	jobs, err := r.jobs(s, disks, report.InjectOptions{})
 	if err != nil {
 		return nil, err
 	}

@@ -12,27 +12,29 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
-// Watch calls changed for each image record that is removed or is without our
-// labels, until the stream of events ends: containerd has stopped, or the context
-// has ended.
-func (r *Runtime) Watch(ctx context.Context, changed func(report.Change)) error {
+// Watch asks containerd to tell of changes to images. follow calls changed for each image
+// record that has been removed since, or is without our labels, until the stream of
+// events ends: containerd has stopped, or the context has ended.
+func (r *Runtime) Watch(ctx context.Context) (follow func(changed func(report.Change)) error) {
 	ctx, cancel := context.WithCancel(r.context(ctx))
-	defer cancel()
 	stream, errs := r.client.Subscribe(ctx, fmt.Sprintf(`namespace==%q,topic~="^/images/"`, r.opt.Namespace))
-	for {
-		select {
-		case e := <-stream:
-			c, err := changeOf(e)
-			if err != nil {
-				r.opt.Log.Warn("reading an event of containerd", "topic", e.Topic, "error", err)
-			} else if c != nil {
-				changed(*c)
+	return func(changed func(report.Change)) error {
+		defer cancel()
+		for {
+			select {
+			case e := <-stream:
+				c, err := changeOf(e)
+				if err != nil {
+					r.opt.Log.Warn("reading an event of containerd", "topic", e.Topic, "error", err)
+				} else if c != nil {
+					changed(*c)
+				}
+			case err := <-errs:
+				if err == nil {
+					err = errors.New("the stream ended")
+				}
+				return fmt.Errorf("watching containerd's images: %w", r.explain(err))
 			}
-		case err := <-errs:
-			if err == nil {
-				err = errors.New("the stream ended")
-			}
-			return fmt.Errorf("watching containerd's images: %w", r.explain(err))
 		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 
 // Inject registers the disks' images. A daemon that runs is restarted if something
 // is missing. dockerd takes all images at once, so InjectOptions.First is no matter.
+// Removed is none either: dockerd does not tell what someone removes.
 func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt report.InjectOptions) (*report.Inject, error) {
 	start := time.Now()
 	disks = cachedisk.NewestFirst(disks)
@@ -35,6 +37,7 @@ func (r *Runtime) Inject(ctx context.Context, disks []*cachedisk.Disk, opt repor
 			return nil, e
 		}
 		defer unlock()
+		disks = slices.DeleteFunc(disks, func(d *cachedisk.Disk) bool { return opt.WasEjected(d.ID) })
 		if c, err = r.inject(ctx, disks); err != nil {
 			return nil, err
 		}

@@ -36,8 +36,12 @@ type InjectOptions struct {
 	// registered before all others, in this order. It may take a while to know them, and
 	// is called when the disks are mounted.
 	First func(context.Context) []string
-	// Removed are names that someone has removed: they are not made again.
-	Removed []string
+	// Removed are names that someone has removed, or would have to have removed if they
+	// are gone: they are not made again.
+	Removed map[string]bool
+	// Ejected, if not nil, says of a generation that eject has taken it back meanwhile:
+	// nothing of it is made again. It is asked while no eject is at work.
+	Ejected func(digest.Digest) bool
 	// Finished, if not nil, is called for each image as soon as it is usable, or has
 	// failed, by several goroutines at once.
 	Finished func(Image)
@@ -48,6 +52,16 @@ func (o InjectOptions) Report(img Image) {
 	if o.Finished != nil {
 		o.Finished(img)
 	}
+}
+
+// WasRemoved says of a name that the node lacks that it is to stay so.
+func (o InjectOptions) WasRemoved(cache digest.Digest, name string) bool {
+	return o.Removed[name] || o.WasEjected(cache)
+}
+
+// WasEjected calls Ejected, if there is one.
+func (o InjectOptions) WasEjected(cache digest.Digest) bool {
+	return o.Ejected != nil && o.Ejected(cache)
 }
 
 // EjectOptions say what is taken back.

@@ -1,0 +1,141 @@
+//go:build e2e
+
+package agent_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+)
+
+// TestEject ejects beside a running agent, so slowly that passes begin in the middle of
+// it. What is taken back stays so, with --restore-removed too, until the agent starts
+// again.
+func TestEject(t *testing.T) {
+	for name, flags := range map[string][]string{"as it is": nil, "restoring": {"--restore-removed"}} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t, machine.Upstream)
+			n.attach(t)
+			a := n.start(t, flags...)
+			n.waitReady(t)
+			normal := a.slowContainerd(t)
+			start := time.Now()
+			n.Output(t, program, "eject", "--runtime=containerd")
+			if took := time.Since(start); took < 3*time.Second {
+				t.Errorf("eject took %v: no pass can have begun meanwhile, this shows nothing", took)
+			}
+			normal()
+			n.waitMetric(t, `images{state="removed"}`, is(chains+1))
+			n.nothingRegistered(t)
+			n.waitMetric(t, `disk_readable{cache_id="`+cacheID(t)+`"}`, is(-1))
+			time.Sleep(5 * time.Second) // two passes
+			n.nothingRegistered(t)
+			if log := a.log.String(); strings.Contains(log, "reason=Healed") {
+				t.Error("the agent healed what was ejected")
+			}
+			a.stop(t)
+			a = n.start(t, flags...)
+			n.waitReady(t)
+
+			// An eject that is refused leaves all as it was.
+			n.background(t, world.refs[0], "user")
+			n.Refused(t, 1, []string{program, "eject", "--runtime=containerd"}, "remove the container first")
+			n.remove(t, world.refs[1])
+			if flags != nil {
+				waitFor(t, "the removed image", func() bool { return n.has(t, world.refs[1]) })
+			} else {
+				n.waitMetric(t, `images{state="removed"}`, is(1))
+			}
+			n.ctr(t, "tasks", "kill", "-s", "SIGKILL", "user")
+		})
+	}
+}
+
+// TestRemoveAll removes all images one by one, as a prune does, for longer than the agent
+// takes to answer.
+func TestRemoveAll(t *testing.T) {
+	n := newNode(t, machine.Upstream)
+	n.attach(t)
+	a := n.start(t)
+	n.waitReady(t)
+	normal := a.slowContainerd(t)
+	n.Output(t, "sh", "-c", "ctr -n k8s.io images rm $(ctr -n k8s.io images ls -q)")
+	normal()
+	n.waitMetric(t, `images{state="removed"}`, is(chains+1))
+	if out := n.ctr(t, "images", "ls", "-q"); out != "" {
+		t.Errorf("images that were removed are back: %s", out)
+	}
+}
+
+// nothingRegistered fails the test if containerd has an image, or the disk a mount there.
+func (n *node) nothingRegistered(t testing.TB) {
+	t.Helper()
+	if out := n.ctr(t, "images", "ls", "-q"); out != "" {
+		t.Errorf("what was taken back is there: %s", out)
+	}
+	if got := n.mounts(t); got != 0 {
+		t.Errorf("%d mounts below containerd's directory, want none", got)
+	}
+}
+
+// slowContainerd has every disk sync of the containerd beside the agent take long, until
+// normal is called.
+func (a *agent) slowContainerd(t testing.TB) (normal func()) {
+	t.Helper()
+	pid, err := a.beside("containerd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "strace", "-f", "-qq", "-e", "trace=none", "-e", "inject=fdatasync,fsync:delay_enter=200ms", "-p", pid)
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "strace to be attached", func() error {
+		status, err := os.ReadFile("/proc/" + pid + "/status")
+		if err == nil && !strings.Contains(string(status), fmt.Sprintf("TracerPid:\t%d\n", cmd.Process.Pid)) {
+			err = errors.New("not yet")
+		}
+		return err
+	})
+	return func() {
+		t.Helper()
+		if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+			t.Fatalf("strace has ended: %v: %s", err, said.String())
+		}
+		if err := cmd.Wait(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+			t.Fatal(err)
+		}
+	}
+}
+
+// beside is the ID, on the host, of the agent's machine's process of that name.
+func (a *agent) beside(name string) (string, error) {
+	namespace, err := os.Readlink("/proc/" + strconv.Itoa(a.pid) + "/ns/pid")
+	if err != nil {
+		return "", err
+	}
+	all, err := filepath.Glob("/proc/[0-9]*/comm")
+	if err != nil {
+		return "", err
+	}
+	for _, file := range all {
+		comm, _ := os.ReadFile(file) // processes end
+		dir := filepath.Dir(file)
+		if ns, _ := os.Readlink(dir + "/ns/pid"); ns == namespace && strings.TrimSpace(string(comm)) == name {
+			return filepath.Base(dir), nil
+		}
+	}
+	return "", fmt.Errorf("no process %s", name)
+}
