@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/resourceversion"
 	"k8s.io/client-go/tools/cache"
 	"k8s.io/client-go/tools/record"
 	"k8s.io/client-go/util/flowcontrol"
@@ -64,7 +65,7 @@ type node struct {
 	wake chan struct{}
 	mu   sync.Mutex
 	want *desired     // nil before the first pass
-	now  *corev1.Node // as the watch last told, nil before
+	now  *corev1.Node // the last that is known, nil before
 	// joined has, once, when the node joined the cluster.
 	joined chan time.Time
 	// written holds back what is written again and again, by what it is: two agents on a
@@ -204,14 +205,25 @@ func slim(obj any) (any, error) {
 	return obj, nil
 }
 
+// saw takes over what the watch, or the answer to a patch, tells of the node, unless the
+// other has told of a later change before.
 func (n *node) saw(node *corev1.Node) {
 	n.mu.Lock()
-	if n.now == nil {
+	defer n.mu.Unlock()
+	switch {
+	case n.now == nil:
 		n.joined <- node.CreationTimestamp.Time
+	case older(node, n.now):
+		return
 	}
 	n.now = node
-	n.mu.Unlock()
 	n.notify()
+}
+
+// older says whether a is an earlier version of the same node.
+func older(a, b *corev1.Node) bool {
+	order, err := resourceversion.CompareResourceVersion(a.ResourceVersion, b.ResourceVersion)
+	return err == nil && order < 0 && a.UID == b.UID
 }
 
 // reconcile writes what of the node is not as it is to be.
@@ -265,9 +277,7 @@ func (n *node) patch(ctx context.Context, what string, typ types.PatchType, patc
 	n.written.Next(what, time.Now())
 	n.written.GC()
 	// The watch tells the same a little later; meanwhile nothing is written twice.
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.now = node
+	n.saw(node)
 	return nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
@@ -214,4 +215,21 @@ func TestInterval(t *testing.T) {
 	if got := fmt.Sprint(waits(2)); got != "[1s 2s]" {
 		t.Errorf("after a new failure: %s", got)
 	}
+}
+
+// TestSaw has the watch tell of versions of the node that an answer has overtaken.
+func TestSaw(t *testing.T) {
+	n := &node{wake: make(chan struct{}, 1), joined: make(chan time.Time, 1)}
+	see := func(uid types.UID, version, want string) {
+		t.Helper()
+		n.saw(&corev1.Node{ObjectMeta: metav1.ObjectMeta{UID: uid, ResourceVersion: version}})
+		if n.now.ResourceVersion != want {
+			t.Errorf("after version %s of %s version %s counts, want %s", version, uid, n.now.ResourceVersion, want)
+		}
+	}
+	see("a", "99", "99")
+	see("a", "101", "101")
+	see("a", "100", "101")
+	see("a", "102", "102")
+	see("b", "90", "90") // another node of that name
 }
