@@ -15,11 +15,11 @@ func newGateCommand(f *flags) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "gate",
 		Short: "Open a node's gate at its deadline, also where run cannot start",
-		Long: `Remove the startup taint of a node at the deadline, unless run has done so before,
-and from then on whenever it comes back. The deadline counts from when the node joined
-the cluster. Kubelet does not start a pod whose volume
-claim cannot be attached: on such a node run never starts, and without this the
-taint would keep pods away for ever. It needs the API server and nothing of the
+		Long: `Remove the startup taint of a node 30 seconds after the deadline, unless run has done
+so before, and from then on whenever it comes back. The deadline counts from when the
+node joined the cluster. Kubelet does not start a pod whose volume claim cannot be
+attached: on such a node run never starts, and without this the taint would keep pods
+away for ever, as it would where run ends again and again. It needs the API server and nothing of the
 node, no root and no capability, and registers nothing.`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {

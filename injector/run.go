@@ -20,8 +20,8 @@ func newRunCommand(f *flags) *cobra.Command {
 		Long: `Register every image of the cache disks, open the gate that keeps pods off the
 node until then, and stay: put back what a pull, a reboot, or a new containerd took
 away, take everything back when a disk is gone for good, and report. The gate opens
-at its deadline too, counted from when the node joined the cluster, so that no node
-waits for ever: pods then pull.
+at its deadline too, counted from when the node joined the cluster, but not in the
+first 20 seconds after the start, so that no node waits for ever: pods then pull.
 
 Disks and the runtime may come later. With containerd an image that someone removes
 stays removed until the next start. With Docker, which tells of no changes to its

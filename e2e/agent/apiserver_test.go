@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -216,31 +217,41 @@ func TestKubernetes(t *testing.T) {
 	}
 
 	args := []string{"--kubernetes", "--node-name=" + nodeName, "--kubeconfig=" + kubeconfig, "--cache-pd=disk-1"}
-	a := n.start(t, append(args, "--gate-deadline=30s")...)
+	a := n.start(t, append(args, "--gate-deadline=15s")...)
 	until("the condition without a disk", func(node *corev1.Node) error { return is(node, false, "", "NoCacheDisk") })
-	// An agent that ends again and again does not put off the gate's deadline.
+	// An agent that ends again and again does not put off the gate's opening for ever.
+	stopGate := n.gate(t, "--node-name="+nodeName, "--kubeconfig="+kubeconfig, "--gate-deadline=15s")
 	for shut := true; shut; {
 		a.kill(t)
-		a = n.start(t, append(args, "--gate-deadline=30s")...)
+		a = n.start(t, append(args, "--gate-deadline=15s")...)
 		time.Sleep(3 * time.Second) // its life, not a wait
 		node, err := nodes.Get(t.Context(), nodeName, metav1.GetOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if shut = tainted(node, startupTaint); shut && time.Since(node.CreationTimestamp.Time) > time.Minute {
-			t.Fatal("the gate is shut a minute after the node has joined")
+		age := time.Since(node.CreationTimestamp.Time)
+		if shut = tainted(node, startupTaint); shut && age > 90*time.Second {
+			t.Fatalf("the gate is shut %v after the node has joined", age)
+		} else if !shut && age < 45*time.Second {
+			t.Errorf("the gate opened %v after the node has joined, before an agent had the time to", age)
 		}
 	}
+	stopGate()
 	until("the gate's deadline", func(node *corev1.Node) error { return is(node, true, "", "NoCacheDisk") })
+	waitEvent(t, c, "GateDeadline")
 	waitEvent(t, c, "NoCacheDisk")
 	a.stop(t)
 
 	patch(`{"spec":{"taints":[{"key":"` + startupTaint + `","effect":"NoSchedule"},{"key":"example.com/other","effect":"NoSchedule"}]}}`)
 	n.attach(t)
-	// The disk is mounted before the agent asks what pods wait for.
-	a = n.start(t, append(args, "--gate-deadline=10m", "--kubeconfig="+proxied)...)
+	// The disk is mounted before the agent asks what pods wait for. The deadline has passed
+	// before this agent starts: it has its first pass all the same.
+	a = n.start(t, append(args, "--gate-deadline=30s", "--kubeconfig="+proxied)...)
 	until("the gate to open", func(node *corev1.Node) error { return is(node, true, "true", "Registered") })
 	n.waitReady(t)
+	if strings.Contains(a.log.String(), "its deadline has passed") {
+		t.Error("the gate opened before the first pass")
+	}
 	node, err := nodes.Get(t.Context(), nodeName, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -332,6 +343,22 @@ func TestKubernetes(t *testing.T) {
 	n.waitReady(t)
 	n.runs(t, world.refs[0])
 	a.stop(t)
+}
+
+// gate starts the process that opens the gate where no agent does.
+func (n *node) gate(t testing.TB, args ...string) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := n.Command(ctx, program, append([]string{"gate"}, args...)...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	stop = sync.OnceFunc(func() {
+		cancel()
+		_ = cmd.Wait() // it was killed
+	})
+	t.Cleanup(stop)
+	return stop
 }
 
 // registered are the images in the order in which the log has them.

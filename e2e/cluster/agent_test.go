@@ -4,9 +4,12 @@ package cluster_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -14,8 +17,10 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
@@ -107,10 +112,50 @@ func sortedKeys(m map[string]string) []string {
 	return keys
 }
 
+// waitEvent waits for an event that the agent, or the gate, records about a node.
+func waitEvent(t *testing.T, n *cluster.Node, reason string) {
+	t.Helper()
+	cluster.Wait(t, n.Name+" to have the event "+reason, func(ctx context.Context) error {
+		list, err := world.cluster.Client.CoreV1().Events(metav1.NamespaceDefault).List(ctx, metav1.ListOptions{
+			FieldSelector: "involvedObject.kind=Node,involvedObject.name=" + n.Name + ",source=selkies-image-injector,reason=" + reason,
+		})
+		if err == nil && len(list.Items) == 0 {
+			err = errors.New("there is none")
+		}
+		return err
+	})
+}
+
 // inAgent runs the injector in the agent's pod on a node.
 func inAgent(t *testing.T, n *cluster.Node, args ...string) string {
 	t.Helper()
 	return world.cluster.Output(t, append([]string{"exec", "-n", agentNamespace, onlyAgent(t, n).Name, "--", "selkies-image-injector"}, args...)...)
+}
+
+// documented runs the block of commands of a document that begins so, with other words in
+// the place of some, and returns what they print.
+func documented(t *testing.T, page, begin string, replace ...string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(world.source, page))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(text), "\n    "+begin+"\n")
+	if !ok {
+		t.Fatalf("%s has no commands that begin with %q", page, begin)
+	}
+	block, _, _ := strings.Cut(rest, "\n\n")
+	tools, err := host.Tool(t.Context(), "kubernetes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "bash", "-ceu", "-o", "pipefail", strings.NewReplacer(replace...).Replace(begin+"\n"+block))
+	cmd.Env = append(os.Environ(), "PATH="+tools+":"+os.Getenv("PATH"), "KUBECONFIG="+world.cluster.Kubeconfig)
+	out, err := host.Output(cmd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
 }
 
 // blobsOf are the digests of what a pull of the images fetches as blobs.
@@ -217,6 +262,9 @@ func TestAgent(t *testing.T) {
 	}
 	expectPulls(t, sandbox, injector)
 	for _, n := range nodes {
+		waitEvent(t, n, "Registered")
+	}
+	for _, n := range nodes {
 		if out := c.Output(t, "exec", "-n", ns, n.Name+"-tag-never", "--", "/bin/busybox", "ls", "/"); !strings.Contains(out, "bin") {
 			t.Errorf("the root of a pod has %q", out)
 		}
@@ -227,20 +275,26 @@ func TestAgent(t *testing.T) {
 			}
 			return nil
 		})
-		if out := inAgent(t, n, "plan", ref(app)); !strings.Contains(out, "hit") {
-			t.Errorf("plan in the agent's pod says %q", out)
+		for _, page := range []string{"docs/agent.md", "docs/troubleshooting.md"} {
+			out := documented(t, page, "NODE=name-of-the-node", "name-of-the-node", n.Name, "registry.example.com/desktop:1.4", ref(app))
+			if !regexp.MustCompile(regexp.QuoteMeta(ref(app)) + ` .*\bhit\b`).MatchString(out) {
+				t.Errorf("the commands of %s print %q", page, out)
+			}
 		}
 	}
 
 	// Without a registry, all but Always.
+	digest := byDigest(t, app)
 	if err := world.reg.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	defer world.reg.Start()
 	pods = nil
 	for _, n := range nodes {
-		run(n, "offline", ref(app), corev1.PullIfNotPresent)
-		run(n, "offline", ref(app), corev1.PullNever)
+		for form, image := range map[string]string{"offline": ref(app), "offline-digest": digest} {
+			run(n, form, image, corev1.PullIfNotPresent)
+			run(n, form, image, corev1.PullNever)
+		}
 	}
 	for _, pod := range pods {
 		c.WaitPodReady(t, ns, pod)

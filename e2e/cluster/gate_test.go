@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"slices"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
@@ -25,6 +27,7 @@ func mountSecondary(t *testing.T, n *cluster.Node, d cluster.Disk) {
 // TestGateOpensAtDeadline has nodes whose images cannot be registered: pods start all
 // the same, by a pull, and a roll-out of the agent is not held up.
 func TestGateOpensAtDeadline(t *testing.T) {
+	const deadline = 30 * time.Second
 	c := world.cluster
 	disk := cluster.Disk{Name: firstDevice, Image: world.first}
 	tainted := []corev1.Taint{startupTaint}
@@ -43,12 +46,13 @@ func TestGateOpensAtDeadline(t *testing.T) {
 		c.WaitPodUnschedulable(t, ns, n.Name)
 	}
 	world.reg.Reset()
-	config := agentConfig{component: "secondary-boot-disk", env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}, eager: true}
+	config := agentConfig{component: "secondary-boot-disk", env: map[string]string{"SELKIES_GATE_DEADLINE": deadline.String()}, eager: true}
 	deploy(t, config)
 	for n, reason := range map[*cluster.Node]string{
 		noDisk: "NoCacheDisk", broken: "BrokenManifest", native: "UnsupportedSnapshotter",
 	} {
 		n.WaitTaint(t, startupTaint.Key, false)
+		expectOpenedAt(t, n, deadline)
 		c.WaitPodReady(t, ns, n.Name)
 		n.Wait(t, "say "+reason, func(node *corev1.Node) error {
 			for _, c := range node.Status.Conditions {
@@ -80,6 +84,35 @@ func TestGateOpensAtDeadline(t *testing.T) {
 	rolledOut(t)
 }
 
+// expectOpenedAt fails the test if the gate opened before the deadline, or sooner after
+// the agent's start than it is to: at once.
+func expectOpenedAt(t *testing.T, n *cluster.Node, deadline time.Duration) {
+	t.Helper()
+	node, err := world.cluster.Client.CoreV1().Nodes().Get(t.Context(), n.Name, metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var opened time.Time
+	for _, m := range node.ManagedFields {
+		// It has written no label, and the condition is of a subresource.
+		if m.Manager == "selkies-image-injector" && m.Subresource == "" {
+			opened = m.Time.Time
+		}
+	}
+	joined, started := node.CreationTimestamp.Time, onlyAgent(t, n).Status.ContainerStatuses[0].State.Running.StartedAt.Time
+	earliest := joined.Add(deadline)
+	if late := started.Add(20 * time.Second); late.After(earliest) {
+		earliest = late
+	}
+	if hard := joined.Add(deadline + 30*time.Second); hard.Before(earliest) {
+		earliest = hard
+	}
+	// All of these are whole seconds.
+	if opened.Before(earliest.Add(-time.Second)) {
+		t.Errorf("%s joined at %v, its agent started at %v and the gate opened at %v, want %v at the earliest", n.Name, joined, started, opened, earliest)
+	}
+}
+
 // TestGateOpensWithoutAgent has a node whose disk cannot be attached, so that kubelet
 // never starts the agent.
 func TestGateOpensWithoutAgent(t *testing.T) {
@@ -89,8 +122,9 @@ func TestGateOpensWithoutAgent(t *testing.T) {
 	c.Run(t, podOn(n, ns, "pod", ref(app)))
 	c.WaitPodUnschedulable(t, ns, "pod")
 	c.Claim(t, agentNamespace, "image-cache", cluster.Disk{Name: "absent"}, n)
-	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_GATE_DEADLINE": "10s"}})
+	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_GATE_DEADLINE": "1s"}})
 	n.WaitTaint(t, startupTaint.Key, false)
+	waitEvent(t, n, "GateDeadline")
 	c.WaitPodReady(t, ns, "pod")
 	if agent := onlyAgent(t, n); agent.Status.Phase != corev1.PodPending {
 		t.Errorf("the agent is %s: this shows nothing", agent.Status.Phase)

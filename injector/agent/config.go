@@ -45,7 +45,8 @@ type Config struct {
 	CachePD string
 
 	// GateDeadline is when the gate opens though images are not registered: so long after
-	// the node joined the cluster, or after the start without one.
+	// the node joined the cluster, or after the start without one. An agent that starts
+	// late has firstPass all the same.
 	GateDeadline time.Duration
 	// RestoreRemoved registers images again that someone removed.
 	RestoreRemoved bool

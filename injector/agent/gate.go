@@ -9,10 +9,18 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
-// gate keeps pods off the node until its images are registered, but never longer
-// than the deadline: then they pull as they would without a cache. In a cluster the
-// deadline counts from when the node joined, so that an agent that ends again and again
-// does not put it off.
+const (
+	// firstPass is how long an agent that starts when the deadline is near, or has passed,
+	// gets for its first pass before it opens the gate: the disk may have come late.
+	firstPass = 20 * time.Second
+	// gateDelay is how much longer than the deadline KeepGate waits, so that an agent that
+	// runs is first. It bounds how long one that ends again and again keeps the gate shut.
+	gateDelay = 30 * time.Second
+)
+
+// gate keeps pods off the node until its images are registered, or until the deadline:
+// then they pull as they would without a cache. In a cluster the deadline counts from
+// when the node joined.
 type gate struct {
 	deadline time.Duration
 	once     sync.Once
@@ -28,16 +36,17 @@ func newGate(deadline time.Duration) *gate {
 
 // openAtDeadline opens the gate at the deadline, whatever the passes do.
 func (a *Agent) openAtDeadline(ctx context.Context) {
-	if a.node.passed(ctx, a.gate.deadline, a.gate.done) && a.gate.open() {
+	if a.node.passed(ctx, a.gate.deadline, min(firstPass, a.gate.deadline), a.gate.done) && a.gate.open() {
 		a.Log.Info("the gate is open: its deadline has passed", "after", a.gate.deadline)
 		a.node.open()
 	}
 }
 
 // passed waits for a deadline, from when the node joined the cluster or, if that is not
-// known or was later, from now. It is false if the context ends or stop is closed before.
-func (n *node) passed(ctx context.Context, deadline time.Duration, stop <-chan struct{}) bool {
-	end := time.Now().Add(deadline)
+// known or was later, from now, but at least for a while. It is false if the context ends
+// or stop is closed before.
+func (n *node) passed(ctx context.Context, deadline, atLeast time.Duration, stop <-chan struct{}) bool {
+	start := time.Now()
 	timer := time.NewTimer(deadline)
 	defer timer.Stop()
 	var joined <-chan time.Time // never, without a cluster
@@ -53,11 +62,16 @@ func (n *node) passed(ctx context.Context, deadline time.Duration, stop <-chan s
 		case <-timer.C:
 			return true
 		case at := <-joined:
-			if sooner := at.Add(deadline); sooner.Before(end) {
-				timer.Reset(time.Until(sooner))
-			}
+			timer.Reset(time.Until(due(start, at, deadline, atLeast)))
 		}
 	}
+}
+
+// due is when the deadline passes on a node that joined at a time which its own clock may
+// see in the future.
+func due(start, joined time.Time, deadline, atLeast time.Duration) time.Time {
+	wait := min(joined.Add(deadline).Sub(start), deadline)
+	return start.Add(max(wait, atLeast))
 }
 
 // open opens it and says whether it was shut.
@@ -80,10 +94,10 @@ func (g *gate) opened() <-chan struct{} { return g.seen }
 
 func (g *gate) see() { g.seen = nil }
 
-// KeepGate opens the gate at the deadline and keeps it open until the context ends,
-// on a node whose agent may be unable to start: kubelet starts no pod whose volume
-// claim cannot be attached. Of the configuration it reads what concerns the cluster
-// and the gate.
+// KeepGate opens the gate gateDelay after the deadline and keeps it open until the
+// context ends, on a node whose agent may be unable to start, or ends again and again:
+// kubelet starts no pod whose volume claim cannot be attached. Of the configuration it
+// reads what concerns the cluster and the gate.
 func KeepGate(ctx context.Context, c Config) error {
 	if err := c.ValidateGate(); err != nil {
 		return err
@@ -93,12 +107,13 @@ func KeepGate(ctx context.Context, c Config) error {
 		return err
 	}
 	go n.run(ctx)
-	if !n.passed(ctx, c.GateDeadline, nil) {
+	deadline := c.GateDeadline + gateDelay
+	if !n.passed(ctx, deadline, 0, nil) {
 		return nil
 	}
 	if n.tainted() {
-		c.Log.Warn("opening the gate, which the agent has not opened", "after", c.GateDeadline)
-		n.event(true, eventGateDeadline, "no agent opened the gate within "+c.GateDeadline.String()+"; pods pull their images")
+		c.Log.Warn("opening the gate, which the agent has not opened", "after", deadline)
+		n.event(true, eventGateDeadline, "no agent opened the gate within "+deadline.String()+"; pods pull their images")
 	}
 	n.open()
 	<-ctx.Done()
