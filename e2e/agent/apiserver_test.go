@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -27,6 +26,7 @@ import (
 	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/idle"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
@@ -220,7 +220,7 @@ func TestKubernetes(t *testing.T) {
 	a := n.start(t, append(args, "--gate-deadline=15s")...)
 	until("the condition without a disk", func(node *corev1.Node) error { return is(node, false, "", "NoCacheDisk") })
 	// An agent that ends again and again does not put off the gate's opening for ever.
-	stopGate := n.gate(t, "--node-name="+nodeName, "--kubeconfig="+kubeconfig, "--gate-deadline=15s")
+	gate := n.launch(t, "gate", "--node-name="+nodeName, "--kubeconfig="+kubeconfig, "--gate-deadline=15s")
 	for shut := true; shut; {
 		a.kill(t)
 		a = n.start(t, append(args, "--gate-deadline=15s")...)
@@ -236,7 +236,7 @@ func TestKubernetes(t *testing.T) {
 			t.Errorf("the gate opened %v after the node has joined, before an agent had the time to", age)
 		}
 	}
-	stopGate()
+	gate.stop(t)
 	until("the gate's deadline", func(node *corev1.Node) error { return is(node, true, "", "NoCacheDisk") })
 	waitEvent(t, c, "GateDeadline")
 	waitEvent(t, c, "NoCacheDisk")
@@ -328,10 +328,12 @@ func TestKubernetes(t *testing.T) {
 	until("the new node", func(node *corev1.Node) error { return is(node, true, "true", "Registered") })
 	a.stop(t)
 
-	// Idle, with the watch of the node.
+	// Idle, each with a watch of the node.
 	a = n.start(t, append(args, "--check-interval=1m")...)
 	n.waitReady(t)
-	a.idle(t, time.Minute)
+	gate = n.launch(t, "gate", "--node-name="+nodeName, "--kubeconfig="+kubeconfig, "--gate-deadline=1s")
+	idle.Measure(t, time.Minute, a.proc(), gate.proc())
+	gate.stop(t)
 
 	// Without the API server it registers all the same.
 	a.stop(t)
@@ -343,22 +345,6 @@ func TestKubernetes(t *testing.T) {
 	n.waitReady(t)
 	n.runs(t, world.refs[0])
 	a.stop(t)
-}
-
-// gate starts the process that opens the gate where no agent does.
-func (n *node) gate(t testing.TB, args ...string) (stop func()) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
-	cmd := n.Command(ctx, program, append([]string{"gate"}, args...)...)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	stop = sync.OnceFunc(func() {
-		cancel()
-		_ = cmd.Wait() // it was killed
-	})
-	t.Cleanup(stop)
-	return stop
 }
 
 // registered are the images in the order in which the log has them.

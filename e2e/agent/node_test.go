@@ -104,8 +104,14 @@ func (n *node) addr() string { return "127.0.0.1:" + strconv.Itoa(n.port) }
 // start starts an agent, which the test's end kills.
 func (n *node) start(t testing.TB, more ...string) *agent {
 	t.Helper()
+	return n.launch(t, n.args(more...)...)
+}
+
+// launch starts any command of the injector that stays.
+func (n *node) launch(t testing.TB, args ...string) *agent {
+	t.Helper()
 	a := &agent{n: n}
-	a.cmd = n.Command(context.Background(), program, n.args(more...)...)
+	a.cmd = n.Command(context.Background(), program, args...)
 	a.cmd.Stdout, a.cmd.Stderr = &a.log, &a.log
 	if err := a.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -129,7 +135,11 @@ func (n *node) start(t testing.TB, more ...string) *agent {
 	return a
 }
 
-// stop ends the agent in order.
+// stopTime is five seconds for work that is in the way, and a margin. After ten kubelet
+// kills.
+const stopTime = 8 * time.Second
+
+// stop ends the agent in order, and soon.
 func (a *agent) stop(t testing.TB) {
 	t.Helper()
 	start := time.Now()
@@ -139,7 +149,11 @@ func (a *agent) stop(t testing.TB) {
 	if err := a.cmd.Wait(); err != nil {
 		t.Errorf("after SIGTERM the agent ended with %v", err)
 	}
-	t.Logf("ended %v after SIGTERM", time.Since(start).Round(time.Millisecond))
+	took := time.Since(start).Round(time.Millisecond)
+	t.Logf("ended %v after SIGTERM", took)
+	if took > stopTime {
+		t.Errorf("the agent took %v to end", took)
+	}
 }
 
 // kill ends the agent as it stands.
@@ -148,6 +162,20 @@ func (a *agent) kill(t testing.TB) {
 	if err := syscall.Kill(-a.cmd.Process.Pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
+	if err := a.cmd.Wait(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+		t.Fatal(err)
+	}
+}
+
+// waitKilled waits until something has killed the agent.
+func (a *agent) waitKilled(t testing.TB) {
+	t.Helper()
+	wait(t, "the agent to be killed", func() error {
+		if err := syscall.Kill(a.pid, 0); !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("it lives: %w", err)
+		}
+		return nil
+	})
 	if err := a.cmd.Wait(); err != nil && !errors.As(err, new(*exec.ExitError)) {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -188,21 +189,32 @@ func TestKillAgent(t *testing.T) {
 	c.Run(t, pod)
 	config := strings.TrimPrefix(blobsOf(t, indexed)[0], "sha256:")
 	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_GATE_DEADLINE": "1h"}, eager: true})
-	kill := func(phase, condition string) {
+	kill := func(phase, condition string) (layers int) {
 		t.Helper()
-		t.Logf("killed when %s: %s layers", phase, strings.TrimSpace(n.Output(t, "sh", "-c", fmt.Sprintf(killWhen, condition))))
+		layers, err := strconv.Atoi(strings.TrimSpace(n.Output(t, "sh", "-c", fmt.Sprintf(killWhen, condition))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("killed when %s: %d layers", phase, layers)
+		return layers
 	}
 	kill("it starts", "true")
 	kill("the disk is mounted", "mounted")
-	for layers := 1; layers <= 4; layers++ {
-		kill(fmt.Sprintf("layer %d is linked", layers), fmt.Sprintf("[ $(links) -ge %d ]", layers))
+	const all = 4 // of the disk's layers
+	for layers := 1; layers < all; layers++ {
+		if got := kill(fmt.Sprintf("layer %d is linked", layers), fmt.Sprintf("[ $(links) -ge %d ]", layers)); got >= all {
+			t.Errorf("when the agent was killed %d layers were linked: it was not at work on them", got)
+		}
 	}
+	kill("all layers are linked", fmt.Sprintf("[ $(links) -ge %d ]", all))
 	kill("an image's content is there", "[ -e "+stateDir+"/io.containerd.content.v1.content/blobs/sha256/"+config+" ]")
 	n.WaitTaint(t, startupTaint.Key, false)
 	kill("the gate is open", "true")
 	n.WaitCondition(t, agentCondition)
 	c.WaitPodReady(t, ns, "pod")
-	kill("all is done", "true")
+	if got := kill("all is done", "true"); got != all {
+		t.Errorf("%d layers are linked in the end, want %d", got, all)
+	}
 
 	rolledOut(t)
 	if got := c.WaitPodReady(t, ns, "pod").Status.ContainerStatuses[0]; got.RestartCount != 0 {
@@ -422,7 +434,8 @@ func onlyAgent(t *testing.T, n *cluster.Node) *corev1.Pod {
 	return &pods.Items[0]
 }
 
-// TestTwoDisks has two disks with an image in common, as secondary boot disks.
+// TestTwoDisks has two disks with an image in common, as secondary boot disks. Then there
+// is one more, which is broken, and one of the two goes away.
 func TestTwoDisks(t *testing.T) {
 	c := world.cluster
 	disks := []cluster.Disk{{Name: firstDevice, Image: world.first}, {Name: secondDevice, Image: world.second}}
@@ -432,10 +445,12 @@ func TestTwoDisks(t *testing.T) {
 	}
 	ns := c.Namespace(t)
 	world.reg.Reset()
-	deploy(t, agentConfig{component: "secondary-boot-disk", env: map[string]string{"SELKIES_GATE_DEADLINE": "1h"}})
+	deploy(t, agentConfig{component: "secondary-boot-disk", env: map[string]string{
+		"SELKIES_GATE_DEADLINE": "1h", "SELKIES_CHECK_INTERVAL": "2s", "SELKIES_GONE_AFTER": "3s",
+	}})
 	n.WaitTaint(t, startupTaint.Key, false)
 	n.WaitCondition(t, agentCondition)
-	for _, image := range []string{app, appNext, indexed} {
+	for _, image := range []string{app, appNext} {
 		name := strings.ReplaceAll(image, ":", "-")
 		pod := podOn(n, ns, name, ref(image))
 		pod.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
@@ -443,4 +458,15 @@ func TestTwoDisks(t *testing.T) {
 		c.WaitPodReady(t, ns, name)
 	}
 	expectPulls(t, sandbox, injector)
+
+	if err := n.WriteFile(secondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	waitEvent(t, n, "Partial")
+	n.Output(t, "umount", "--lazy", "--all-targets", disks[0].Device())
+	waitEvent(t, n, "TakenBack")
+	// No pod uses this one.
+	if out := n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q", "name=="+ref(moving)); out != "" {
+		t.Errorf("%s is there without its disk", ref(moving))
+	}
 }

@@ -12,13 +12,18 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/idle"
 )
 
-// BenchmarkIdle measures what the agent costs on a node where nothing happens, over
-// ten minutes. kubelet's probes of the agent are part of it.
+// BenchmarkIdle measures what the agent and the gate cost on a node where nothing happens,
+// over ten minutes. kubelet's probes of the agent are part of it.
 func BenchmarkIdle(b *testing.B) {
 	n := readyNode(b, cluster.NodeConfig{}, agentConfig{})
 	// The gate has a user of its own.
-	pid := strings.TrimSpace(n.Output(b, "sh", "-c", "for p in $(pidof selkies-image-injector); do [ ! -O /proc/$p ] || echo $p; done"))
+	pids := strings.Fields(n.Output(b, "sh", "-c", `for p in $(pidof selkies-image-injector); do [ ! -O /proc/$p ] || echo $p; done
+		for p in $(pidof selkies-image-injector); do [ -O /proc/$p ] || echo $p; done`))
+	if len(pids) != 2 {
+		b.Fatalf("the agent and the gate are the processes %v", pids)
+	}
+	proc := func(pid string) string { return n.Path(filepath.Join("/proc", pid)) }
 	for b.Loop() {
-		idle.Measure(b, n.Path(filepath.Join("/proc", pid)), 10*time.Minute).Report(b)
+		idle.Measure(b, 10*time.Minute, proc(pids[0]), proc(pids[1]))[0].Report(b)
 	}
 }

@@ -37,23 +37,43 @@ func (c Cost) Report(b *testing.B) {
 // settle is for what a process that has just said that it is ready still does.
 const settle = 5 * time.Second
 
-// Measure watches a process, named by its directory in a /proc, for a time.
-func Measure(t testing.TB, proc string, length time.Duration) Cost {
+// mostAwake and mostCPU are what a process may use in a minute and be called idle. Both
+// count what it does itself, however busy the machine is.
+const (
+	mostAwake = 10 // seconds
+	mostCPU   = 150 * time.Millisecond
+)
+
+// Measure watches processes, each named by its directory in a /proc, for a time, and fails
+// the test if one is not idle.
+func Measure(t testing.TB, length time.Duration, procs ...string) []Cost {
 	t.Helper()
 	time.Sleep(settle)
-	before := used(t, proc)
-	last, awake := before, 0
+	before, last, awake := make([]Cost, len(procs)), make([]Cost, len(procs)), make([]int, len(procs))
+	for i, proc := range procs {
+		before[i] = used(t, proc)
+		last[i] = before[i]
+	}
 	for end := time.Now().Add(length); time.Now().Before(end); {
 		time.Sleep(time.Second)
-		now := used(t, proc)
-		if now.Switches != last.Switches {
-			awake++
+		for i, proc := range procs {
+			now := used(t, proc)
+			if now.Switches != last[i].Switches {
+				awake[i]++
+			}
+			last[i] = now
 		}
-		last = now
 	}
-	cost := Cost{last.CPU - before.CPU, last.Switches - before.Switches, awake, last.Resident, last.Anonymous}
-	t.Logf("idle for %v: %v", length, cost)
-	return cost
+	costs := make([]Cost, len(procs))
+	for i, end := range last {
+		c := Cost{end.CPU - before[i].CPU, end.Switches - before[i].Switches, awake[i], end.Resident, end.Anonymous}
+		t.Logf("idle for %v: %v", length, c)
+		if minutes := length.Minutes(); float64(c.Awake) > mostAwake*minutes || c.CPU.Minutes() > mostCPU.Minutes()*minutes {
+			t.Errorf("that is not idle: more than %d seconds awake or %v of CPU a minute", mostAwake, mostCPU)
+		}
+		costs[i] = c
+	}
+	return costs
 }
 
 // used is what the process has used since its start.

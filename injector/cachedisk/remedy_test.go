@@ -2,6 +2,7 @@ package cachedisk
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"strings"
 	"testing"
@@ -27,6 +28,21 @@ func TestRemedy(t *testing.T) {
 		}
 		if got := errors.Is(err, ErrUnreadable); got != (want != "build the disk again") {
 			t.Errorf("%v: unreadable %t", errno, got)
+		}
+	}
+}
+
+// TestExplain has the errors of the mount calls say what is missing.
+func TestExplain(t *testing.T) {
+	for errno, want := range map[unix.Errno]string{
+		unix.ENOSYS: "the kernel is too old; Linux 5.12 or newer is needed",
+		unix.EPERM:  "CAP_SYS_ADMIN",
+		unix.EACCES: "CAP_SYS_ADMIN",
+		unix.ENOENT: "--host-root",
+		unix.EIO:    "input/output error",
+	} {
+		if err := Explain(fmt.Errorf("cloning the mount: %w", errno)); !strings.Contains(err.Error(), want) || !errors.Is(err, errno) {
+			t.Errorf("%v: %v, want %q", errno, err, want)
 		}
 	}
 }
