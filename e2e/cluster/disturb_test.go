@@ -457,6 +457,10 @@ func TestTwoDisks(t *testing.T) {
 		c.Run(t, pod)
 		c.WaitPodReady(t, ns, name)
 	}
+	ctr := func(args ...string) string { return n.Output(t, append([]string{"ctr", "-n", "k8s.io"}, args...)...) }
+	if out := ctr("run", "--rm", ref(indexed), "test", "/bin/echo", "hello"); out != "hello\n" {
+		t.Errorf("an image of the first disk alone said %q", out)
+	}
 	expectPulls(t, sandbox, injector)
 
 	if err := n.WriteFile(secondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
@@ -465,8 +469,8 @@ func TestTwoDisks(t *testing.T) {
 	waitEvent(t, n, "Partial")
 	n.Output(t, "umount", "--lazy", "--all-targets", disks[0].Device())
 	waitEvent(t, n, "TakenBack")
-	// No pod uses this one.
-	if out := n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q", "name=="+ref(moving)); out != "" {
-		t.Errorf("%s is there without its disk", ref(moving))
+	// No container uses this one any more.
+	if out := ctr("images", "list", "-q", "name=="+ref(indexed)); out != "" {
+		t.Errorf("%s is there without its disk", ref(indexed))
 	}
 }
