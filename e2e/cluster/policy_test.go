@@ -22,15 +22,16 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
 
-const agentAccount = "selkies-image-injector"
+const agentAccount, gateAccount = "selkies-image-injector", "selkies-image-gate"
 
 // TestPolicy asks the API server, with the token of a pod of the agent, for what the
 // agent does and for what it must not be able to do.
 func TestPolicy(t *testing.T) {
 	c := world.cluster
 	own, foreign := nodeObject(t), nodeObject(t)
-	agent := clientOf(t, agentToken(t, own))
-	anywhere := clientOf(t, agentToken(t, ""))
+	agent := clientOf(t, token(t, agentAccount, own))
+	anywhere := clientOf(t, token(t, agentAccount, ""))
+	gate := clientOf(t, token(t, gateAccount, own))
 
 	patch := func(as kubernetes.Interface, typ types.PatchType, node, body string, sub ...string) error {
 		_, err := as.CoreV1().Nodes().Patch(t.Context(), node, typ, []byte(body), metav1.PatchOptions{}, sub...)
@@ -97,6 +98,21 @@ func TestPolicy(t *testing.T) {
 		}},
 		{"taint added", "changes no other", func() error { return changeTaints(t, agent, own, `[{"key":"new","effect":"NoSchedule"}]`, "") }},
 		{"other taint removed", "changes no other", func() error { return changeTaints(t, agent, own, `[]`, "other") }},
+		{"gate: startup taint removed", "", func() error { return changeTaints(t, gate, own, `[]`, startupTaint.Key) }},
+		{"gate: startup taint of another node", "may not change node " + foreign, func() error { return changeTaints(t, gate, foreign, `[]`, startupTaint.Key) }},
+		{"gate: other taint", "changes no other", func() error { return changeTaints(t, gate, own, `[]`, "other") }},
+		{"gate: event", "", func() error { _, err := event(gate, metav1.NamespaceDefault, about(own)); return err }},
+		{"gate: event of another node", "its own node only", func() error { _, err := event(gate, metav1.NamespaceDefault, about(foreign)); return err }},
+		{"gate: condition", "cannot patch resource", func() error {
+			return patch(gate, types.StrategicMergePatchType, own, condition("SelkiesImageCacheReady"), "status")
+		}},
+		{"gate: pods", "cannot list resource", func() error {
+			_, err := gate.CoreV1().Pods("").List(t.Context(), metav1.ListOptions{})
+			return err
+		}},
+		{"startup taint added", "", func() error {
+			return changeTaints(t, c.Client, own, fmt.Sprintf(`[{"key":%q,"effect":"NoSchedule"}]`, startupTaint.Key), "")
+		}},
 		{"startup taint removed", "", func() error { return changeTaints(t, agent, own, `[]`, startupTaint.Key) }},
 
 		{"other node's label", "may not change node " + foreign, func() error { return merge(foreign, `{"metadata":{"labels":{"app.broker/test":"1"}}}`) }},
@@ -229,13 +245,13 @@ func nodeObject(t *testing.T) string {
 	return n.Name
 }
 
-// agentToken is one of the agent's agentAccount, as a pod on the node has it, or without a
-// node's name bound to nothing.
-func agentToken(t *testing.T, node string) string {
+// token is one of a service account, as a pod on the node has it, or without a node's name
+// bound to nothing.
+func token(t *testing.T, account, node string) string {
 	t.Helper()
 	core := world.cluster.Client.CoreV1()
-	cluster.Wait(t, "the agent's account", func(ctx context.Context) error {
-		_, err := core.ServiceAccounts(agentNamespace).Get(ctx, agentAccount, metav1.GetOptions{})
+	cluster.Wait(t, "the account "+account, func(ctx context.Context) error {
+		_, err := core.ServiceAccounts(agentNamespace).Get(ctx, account, metav1.GetOptions{})
 		return err
 	})
 	request := &authenticationv1.TokenRequest{}
@@ -243,7 +259,7 @@ func agentToken(t *testing.T, node string) string {
 		pod, err := core.Pods(agentNamespace).Create(t.Context(), &corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{GenerateName: "agent-"},
 			Spec: corev1.PodSpec{
-				NodeName: node, ServiceAccountName: agentAccount,
+				NodeName: node, ServiceAccountName: account,
 				Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
 				Containers:  []corev1.Container{{Name: "agent", Image: "none"}},
 			},
@@ -259,7 +275,7 @@ func agentToken(t *testing.T, node string) string {
 		})
 		request.Spec.BoundObjectRef = &authenticationv1.BoundObjectReference{APIVersion: "v1", Kind: "Pod", Name: pod.Name, UID: pod.UID}
 	}
-	made, err := core.ServiceAccounts(agentNamespace).CreateToken(t.Context(), agentAccount, request, metav1.CreateOptions{})
+	made, err := core.ServiceAccounts(agentNamespace).CreateToken(t.Context(), account, request, metav1.CreateOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}

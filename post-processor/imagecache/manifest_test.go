@@ -74,7 +74,7 @@ func TestManifests(t *testing.T) {
 		}
 	}
 	const disk = "selkies-image-cache-europe-west4-b-1700000000"
-	for _, want := range []string{"Namespace selkies-image-cache", "ServiceAccount selkies-image-injector", "DaemonSet selkies-image-cache-gate", "PersistentVolumeClaim " + disk, "DaemonSet " + disk} {
+	for _, want := range []string{"Namespace selkies-image-cache", "ServiceAccount selkies-image-injector", "ServiceAccount selkies-image-gate", "DaemonSet selkies-image-cache-gate", "PersistentVolumeClaim " + disk, "DaemonSet " + disk} {
 		if !slices.Contains(got, want) {
 			t.Errorf("there is no %s among %q", want, got)
 		}
