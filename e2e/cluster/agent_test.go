@@ -50,12 +50,6 @@ func deploy(t testing.TB, a agentConfig) {
 		a.image = injector
 	}
 	repository, tag, _ := strings.Cut(a.image, ":")
-	dir := t.TempDir()
-	// kustomize takes no absolute paths.
-	examples, err := filepath.Rel(dir, filepath.Join(world.source, "example/kustomize"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	var patches strings.Builder
 	for _, key := range sortedKeys(a.env) {
 		fmt.Fprintf(&patches, "    - {op: add, path: /spec/template/spec/containers/0/env/-, value: {name: %s, value: %q}}\n", key, a.env[key])
@@ -69,20 +63,16 @@ func deploy(t testing.TB, a agentConfig) {
     - {op: replace, path: /spec/template/spec/containers/0/readinessProbe/periodSeconds, value: 1}
 `)
 	}
-	kustomization := fmt.Sprintf(`resources:
-- %[1]s/base
+	applyKustomization(t, fmt.Sprintf(`resources:
+- EXAMPLES/base
 components:
-- %[1]s/components/%[2]s
+- EXAMPLES/components/%s
 images:
-- {name: selkies-image-injector, newName: %[3]s, newTag: %[4]q}
+- {name: selkies-image-injector, newName: %s, newTag: %q}
 patches:
 - target: {kind: DaemonSet}
   patch: |-
-%[5]s`, examples, a.component, ref(repository), tag, patches.String())
-	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(kustomization), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	world.cluster.Apply(t, dir)
+%s`, a.component, ref(repository), tag, patches.String()))
 	t.Cleanup(func() {
 		ctx := context.Background()
 		if t.Failed() {
@@ -92,6 +82,22 @@ patches:
 		}
 		removeAgent(ctx, t)
 	})
+}
+
+// applyKustomization applies a kustomization in which EXAMPLES stands for example/kustomize.
+func applyKustomization(t testing.TB, kustomization string) {
+	t.Helper()
+	dir := t.TempDir()
+	// kustomize takes no absolute paths.
+	examples, err := filepath.Rel(dir, filepath.Join(world.source, "example/kustomize"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	kustomization = strings.ReplaceAll(kustomization, "EXAMPLES", examples)
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(kustomization), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	world.cluster.Apply(t, dir)
 }
 
 // removeAgent deletes the DaemonSet and waits for its pods to be gone.

@@ -474,3 +474,31 @@ func TestTwoDisks(t *testing.T) {
 		t.Errorf("%s is there without its disk", ref(indexed))
 	}
 }
+
+// TestTakeBack has a node whose disk is gone and whose agent cannot start without it: the
+// agent without a disk takes back what is registered, and pods pull.
+func TestTakeBack(t *testing.T) {
+	c := world.cluster
+	n := readyNode(t, cluster.NodeConfig{}, agentConfig{})
+	removeAgent(t.Context(), t)
+	n.Output(t, "umount", "--lazy", "--all-targets", cluster.Disk{Name: firstDevice}.Device())
+
+	repository, tag, _ := strings.Cut(injector, ":")
+	applyKustomization(t, fmt.Sprintf(`resources:
+- EXAMPLES/take-back
+images:
+- {name: us-docker.pkg.dev/my-project/tools/selkies-image-injector, newName: %s, newTag: %q}
+patches:
+- target: {kind: DaemonSet}
+  patch: |-
+    - {op: replace, path: /spec/template/spec/nodeSelector/kubernetes.io~1hostname, value: %s}
+    - {op: add, path: /spec/template/spec/containers/0/env/-, value: {name: SELKIES_GONE_AFTER, value: 3s}}
+`, ref(repository), tag, n.Name))
+	waitEvent(t, n, "TakenBack")
+	if out := n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q", "name=="+ref(app)); out != "" {
+		t.Errorf("%s is there without its disk", ref(app))
+	}
+	ns := c.Namespace(t)
+	c.Run(t, podOn(n, ns, "pod", ref(app)))
+	c.WaitPodReady(t, ns, "pod")
+}

@@ -25,9 +25,9 @@ import (
 // examples are the manifests as users have them.
 const examples = "../../example/kustomize/"
 
-// TestExamples has the API server check both set-ups whole.
+// TestExamples has the API server check the set-ups whole.
 func TestExamples(t *testing.T) {
-	for _, variant := range []string{"pvc", "secondary-boot-disk"} {
+	for _, variant := range []string{"pvc", "secondary-boot-disk", "take-back"} {
 		t.Run(variant, func(t *testing.T) {
 			out := world.cluster.Output(t, "apply", "--dry-run=server", "-k", examples+variant)
 			if n := strings.Count(out, "daemonset.apps/selkies-image-injector"); n != len(daemonSets(t, variant)) {
@@ -64,7 +64,7 @@ func daemonSets(t *testing.T, variant string) []appsv1.DaemonSet {
 		if err := runtime.DefaultUnstructuredConverter.FromUnstructuredWithValidation(object, &set, true); err != nil {
 			t.Fatal(err)
 		}
-		if set.Labels["app.kubernetes.io/name"] == "selkies-image-injector" {
+		if set.Spec.Template.Spec.Containers[0].Name == "injector" {
 			found = append(found, set)
 		}
 	}
