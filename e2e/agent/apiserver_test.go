@@ -236,9 +236,9 @@ func TestKubernetes(t *testing.T) {
 			t.Errorf("the gate opened %v after the node has joined, before an agent had the time to", age)
 		}
 	}
-	gate.stop(t)
 	until("the gate's deadline", func(node *corev1.Node) error { return is(node, true, "", "NoCacheDisk") })
 	waitEvent(t, c, "GateDeadline")
+	gate.stop(t)
 	waitEvent(t, c, "NoCacheDisk")
 	a.stop(t)
 

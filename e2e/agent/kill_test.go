@@ -83,7 +83,7 @@ func TestKillMounting(t *testing.T) {
 	a := n.start(t)
 	n.waitReady(t)
 	for _, call := range []string{"umount2", "move_mount"} {
-		detach := strace(t, a.id(), "inject="+call+":signal=KILL")
+		detach := strace(t, a.id(), call, "signal=KILL")
 		if err := os.Truncate(image, 0); err != nil {
 			t.Fatal(err)
 		}

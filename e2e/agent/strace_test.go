@@ -23,14 +23,14 @@ func (a *agent) slowContainerd(t testing.TB) (normal func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strace(t, pid, "inject=fdatasync,fsync:delay_enter=200ms")
+	return strace(t, pid, "fdatasync,fsync", "delay_enter=200ms")
 }
 
 // strace tampers with system calls of a process, until stop is called or the process has
 // ended.
-func strace(t testing.TB, pid, tamper string) (stop func()) {
+func strace(t testing.TB, pid, calls, how string) (stop func()) {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "strace", "-f", "-qq", "-e", "trace=none", "-e", tamper, "-p", pid)
+	cmd := exec.CommandContext(t.Context(), "strace", "-f", "-qq", "-o", os.DevNull, "-e", "trace="+calls, "-e", "inject="+calls+":"+how, "-p", pid)
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	if err := cmd.Start(); err != nil {

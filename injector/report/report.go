@@ -40,7 +40,8 @@ type InjectOptions struct {
 	// are gone: they are not made again.
 	Removed map[string]bool
 	// Ejected, if not nil, says of a generation that eject has taken it back meanwhile:
-	// nothing of it is made again. It is asked while no eject is at work.
+	// nothing of it is made again. Before anything is changed it is asked while no eject is
+	// at work.
 	Ejected func(digest.Digest) bool
 	// Finished, if not nil, is called for each image as soon as it is usable, or has
 	// failed, by several goroutines at once.
