@@ -19,8 +19,8 @@ func newGateCommand(f *flags) *cobra.Command {
 so before, and from then on whenever it comes back. The deadline counts from when the
 node joined the cluster. Kubelet does not start a pod whose volume claim cannot be
 attached: on such a node run never starts, and without this the taint would keep pods
-away for ever, as it would where run ends again and again. It needs the API server and nothing of the
-node, no root and no capability, and registers nothing.`,
+away for ever, as it would where run ends again and again. It needs the API server and
+nothing of the node, no root and no capability, and registers nothing.`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("log-level") {
