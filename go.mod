@@ -10,8 +10,8 @@ require (
 	cloud.google.com/go/auth v0.24.3 // Google credentials
 	cloud.google.com/go/compute v1.75.0 // images, disks, instances: its REST client, which custom_endpoints can lead elsewhere
 	cloud.google.com/go/container v1.56.1 // GKE clusters: it has a REST client too, so no second kind of transport
-	github.com/containerd/containerd/api v1.12.0 // containerd's events
 	github.com/container-storage-interface/spec v1.12.0 // tests: what kubelet asks of a storage driver
+	github.com/containerd/containerd/api v1.12.0 // containerd's events
 	github.com/containerd/containerd/v2 v2.4.2 // its client: registering on nodes
 	github.com/containerd/errdefs v1.0.0 // containerd's errors by kind
 	github.com/containerd/errdefs/pkg v0.3.0 // the same for gRPC clients that are not containerd's (the CRI)
@@ -38,17 +38,19 @@ require (
 	github.com/vbatts/tar-split v0.12.3 // layers' tar streams, rebuilt as Docker recorded them
 	github.com/zclconf/go-cty v1.19.0 // generated HCL2 code
 	go.etcd.io/bbolt v1.5.0 // benchmark: the transactions that containerd makes, alone
+	golang.org/x/oauth2 v0.37.0 // tests: the token that the stand-in for Google's APIs takes
 	golang.org/x/sync v0.24.0 // errgroup
 	golang.org/x/sys v0.49.0 // open_tree, move_mount, setns
 	golang.org/x/time v0.16.0 // the rate at which the agent verifies
 	google.golang.org/api v0.311.0 // credentials and endpoints of Google's clients
 	google.golang.org/grpc v1.85.0 // the CRI's client connection
+	google.golang.org/protobuf v1.36.12 // tests: the stand-in speaks Google's messages
 	k8s.io/api v0.37.2 // the objects of the roll-out; nodes and pods
 	k8s.io/apimachinery v0.37.2 // the same as unstructured objects, and errors by kind
 	k8s.io/client-go v0.37.2 // clusters: server-side apply; the agent's node
 	k8s.io/cri-api v0.37.2 // which snapshotter the CRI uses
-	k8s.io/kubelet v0.37.2 // tests: how a storage driver makes itself known to kubelet
 	k8s.io/klog/v2 v2.140.0 // what client-go logs goes to the agent's own log
+	k8s.io/kubelet v0.37.2 // tests: how a storage driver makes itself known to kubelet
 	sigs.k8s.io/yaml v1.6.0 // the roll-out's manifests as files
 )
 
@@ -185,14 +187,12 @@ require (
 	golang.org/x/exp v0.0.0-20241108190413-2d47ceb2692f // indirect
 	golang.org/x/mod v0.42.0 // indirect
 	golang.org/x/net v0.62.0 // indirect
-	golang.org/x/oauth2 v0.37.0 // indirect
 	golang.org/x/term v0.47.0 // indirect
 	golang.org/x/text v0.43.0 // indirect
 	golang.org/x/tools v0.51.0 // indirect
 	google.golang.org/genproto v0.0.0-20261012220534-4341edf3f941 // indirect
 	google.golang.org/genproto/googleapis/api v0.0.0-20261012220534-4341edf3f941 // indirect
 	google.golang.org/genproto/googleapis/rpc v0.0.0-20261026165753-2ffab32bce7e // indirect
-	google.golang.org/protobuf v1.36.12 // indirect
 	gopkg.in/evanphx/json-patch.v4 v4.13.0 // indirect
 	gopkg.in/inf.v0 v0.9.1 // indirect
 	gotest.tools/v3 v3.5.2 // indirect
