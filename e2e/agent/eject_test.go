@@ -23,10 +23,12 @@ func TestEject(t *testing.T) {
 			normal := a.slowContainerd(t)
 			start := time.Now()
 			n.Output(t, program, "eject", "--runtime=containerd")
-			if took := time.Since(start); took < 3*time.Second {
-				t.Errorf("eject took %v: no pass can have begun meanwhile, this shows nothing", took)
-			}
+			took := time.Since(start)
 			normal()
+			t.Logf("eject took %v", took)
+			if took < 2*time.Second {
+				t.Error("no pass can have begun meanwhile: this shows nothing")
+			}
 			n.waitMetric(t, `images{state="removed"}`, is(chains+1))
 			n.nothingRegistered(t)
 			n.waitMetric(t, `disk_readable{cache_id="`+cacheID(t)+`"}`, is(-1))
