@@ -5,6 +5,11 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 func TestMedian(t *testing.T) {
@@ -137,5 +142,19 @@ func TestTransactions(t *testing.T) {
 	}
 	if got := second[0] - first[0]; got != 7 || second[1] != 0 {
 		t.Errorf("counted %d transactions after %v, want 7", got, first)
+	}
+}
+
+// TestCalls has containerd's own code register layers.
+func TestCalls(t *testing.T) {
+	base, top := digest.FromString("base"), digest.FromString("top")
+	m := &manifest.Manifest{Layers: []manifest.Layer{{ChainID: base}, {ChainID: top, Parent: base}}}
+	dir := t.TempDir()
+	if took, err := calls(dir, m); err != nil || took <= 0 {
+		t.Errorf("took %v, %v", took, err)
+	}
+	m.Layers[1].Parent = digest.FromString("another")
+	if _, err := calls(dir, m); !errdefs.IsNotFound(err) {
+		t.Errorf("with a parent that is not there: %v", err)
 	}
 }
