@@ -14,13 +14,15 @@ import (
 
 // Labels of images and disks.
 const (
-	// labelName has the name of the cache. What lacks it is never touched.
+	// labelName has the name of the cache that a disk is for. What lacks it is never
+	// touched.
 	labelName = "selkies-image-cache"
 	// labelImage has the image that a disk was made from.
 	labelImage = "selkies-image-cache-image"
-	// labelRolledOut has the Unix time at which an image was last rolled out. Images
-	// without it are what a failed build left, and no way back.
-	labelRolledOut = "selkies-image-cache-rolled-out"
+	// labelRolledOut, after the name of a cache, has the Unix time at which the cache last
+	// rolled an image out. Images without it are what a failed build left, and no way
+	// back.
+	labelRolledOut = "-rolled-out"
 )
 
 // stampRE finds the time that images are named after, by Packer's timestamp().
@@ -34,18 +36,25 @@ type generation struct {
 	created time.Time
 	// rolledOut is the Unix time of its last roll-out, 0 if there was none.
 	rolledOut int64
+	foreign   bool   // rolled out by another cache, too
 	stamp     string // in the names of its disks
 }
 
-func newGeneration(image *computepb.Image, project string) (*generation, error) {
+// newGeneration is the generation of a cache that an image makes.
+func newGeneration(image *computepb.Image, project, cache string) (*generation, error) {
 	created, err := time.Parse(time.RFC3339, image.GetCreationTimestamp())
 	if err != nil {
 		return nil, fmt.Errorf("image %s: %w", image.GetName(), err)
 	}
 	g := &generation{image: image, project: project, created: created, stamp: strconv.FormatInt(created.Unix(), 10)}
-	if label := image.GetLabels()[labelRolledOut]; label != "" {
-		if g.rolledOut, err = strconv.ParseInt(label, 10, 64); err != nil {
-			return nil, fmt.Errorf("image %s: label %s: %w; correct it or remove it", image.GetName(), labelRolledOut, err)
+	for label, value := range image.GetLabels() {
+		switch {
+		case label == cache+labelRolledOut:
+			if g.rolledOut, err = strconv.ParseInt(value, 10, 64); err != nil {
+				return nil, fmt.Errorf("image %s: label %s: %w; correct it or remove it", image.GetName(), label, err)
+			}
+		case strings.HasSuffix(label, labelRolledOut):
+			g.foreign = true
 		}
 	}
 	if m := stampRE.FindStringSubmatch(image.GetName()); m != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -28,7 +29,7 @@ func (r *run) findImage(ctx context.Context) error {
 	if size := image.GetDiskSizeGb(); r.diskSizeBelow(size) {
 		return fmt.Errorf("disk_size_gb is %d, but image %s has %d GB; set at least that, or leave it out", r.config.DiskSizeGB, image.GetName(), size)
 	}
-	if r.generation, err = newGeneration(image, r.config.ImageProjectID); err != nil {
+	if r.generation, err = newGeneration(image, r.config.ImageProjectID, r.config.CacheName); err != nil {
 		return err
 	}
 	if image.GetFamily() == "" {
@@ -72,7 +73,7 @@ func (r *run) listFamily(ctx context.Context, family string) (generations []*gen
 			if image.GetFamily() != family || image.GetStatus() != "READY" { // the filter matches patterns
 				continue
 			}
-			g, err := newGeneration(image, r.config.ImageProjectID)
+			g, err := newGeneration(image, r.config.ImageProjectID, r.config.CacheName)
 			if err != nil {
 				return err
 			}
@@ -110,24 +111,33 @@ func (r *run) mark(ctx context.Context) error {
 			last = max(last, g.rolledOut)
 		}
 	}
+	return r.labelImage(ctx, r.generation.name(), "as rolled out", func(g *generation, labels map[string]string) bool {
+		// The order has to hold whatever the clocks of two Packer hosts say.
+		labels[r.config.CacheName+labelRolledOut] = strconv.FormatInt(max(last+1, time.Now().Unix()), 10)
+		return g.rolledOut <= last
+	})
+}
+
+// labelImage changes the labels of an image, if change says that there is something to.
+func (r *run) labelImage(ctx context.Context, name, how string, change func(*generation, map[string]string) bool) error {
 	for {
-		image, err := r.getImage(ctx, r.generation.name())
+		image, err := r.getImage(ctx, name)
 		if err != nil {
-			return fmt.Errorf("getting image %s: %w", r.generation.name(), gcp.Explain(err))
+			return fmt.Errorf("getting image %s: %w", name, gcp.Explain(err))
 		}
-		if g, err := newGeneration(image, r.config.ImageProjectID); err != nil || g.rolledOut > last {
+		g, err := newGeneration(image, r.config.ImageProjectID, r.config.CacheName)
+		if err != nil {
 			return err
 		}
-		labels := maps.Clone(image.GetLabels())
-		if labels == nil {
-			labels = map[string]string{}
+		labels := map[string]string{}
+		maps.Copy(labels, image.GetLabels())
+		if !change(g, labels) {
+			return nil
 		}
-		// The order has to hold whatever the clocks of two Packer hosts say.
-		labels[labelName], labels[labelRolledOut] = r.config.CacheName, strconv.FormatInt(max(last+1, time.Now().Unix()), 10)
-		err = r.do(fmt.Sprintf("label image %s as rolled out", image.GetName()), func() error {
-			return r.operate(ctx, "image "+image.GetName(), func() (operation, error) {
+		err = r.do(fmt.Sprintf("label image %s %s", name, how), func() error {
+			return r.operate(ctx, "image "+name, func() (operation, error) {
 				return r.images.SetLabels(ctx, &computepb.SetLabelsImageRequest{
-					Project: r.config.ImageProjectID, Resource: image.GetName(),
+					Project: r.config.ImageProjectID, Resource: name,
 					GlobalSetLabelsRequestResource: &computepb.GlobalSetLabelsRequest{Labels: labels, LabelFingerprint: image.LabelFingerprint},
 				})
 			})
@@ -136,35 +146,62 @@ func (r *run) mark(ctx context.Context) error {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("labelling image %s: %w", image.GetName(), gcp.Explain(err))
+			return fmt.Errorf("labelling image %s: %w", name, gcp.Explain(err))
 		}
 		return nil
 	}
 }
 
-// pruneImages deletes images that are neither kept nor the source of a disk that is
-// left: such a disk's nodes may need it in another zone, too.
-func (r *run) pruneImages(ctx context.Context, keep, onDisks map[string]bool) error {
+// pruneImages deletes images that are neither kept nor the source of a disk: such a
+// disk's nodes may need it in another zone, too. Nor are those deleted that node pools
+// make secondary boot disks from. sources are the IDs of the images that disks were made
+// from.
+func (r *run) pruneImages(ctx context.Context, keep, sources map[string]bool) error {
 	var errs []error
 	for _, g := range r.family {
-		if keep[g.name()] || onDisks[g.name()] || !g.created.Before(r.generation.created) {
+		if keep[g.name()] || sources[fmt.Sprint(g.image.GetId())] || r.boots(g) || !g.created.Before(r.generation.created) {
 			continue
 		}
-		err := r.do("delete image "+g.name(), func() error {
-			err := r.operate(ctx, "image "+g.name(), func() (operation, error) {
-				return r.images.Delete(ctx, &computepb.DeleteImageRequest{Project: r.config.ImageProjectID, Image: g.name()})
-			})
-			if gcp.IsNotFound(err) {
-				return nil
-			}
-			return err
-		})
-		if err != nil {
-			errs = append(errs, fmt.Errorf("deleting image %s: %w", g.name(), gcp.Explain(err)))
+		if err := r.pruneImage(ctx, g); err != nil {
+			errs = append(errs, err)
 		}
 		if ctx.Err() != nil {
 			return errors.Join(errs...)
 		}
 	}
 	return join(errs)
+}
+
+// pruneImage deletes an image, or gives it up if another cache has rolled it out: that
+// one deletes it.
+func (r *run) pruneImage(ctx context.Context, g *generation) error {
+	if g.foreign {
+		return r.labelImage(ctx, g.name(), "as no longer rolled out", func(now *generation, labels map[string]string) bool {
+			delete(labels, r.config.CacheName+labelRolledOut)
+			return now.rolledOut > 0
+		})
+	}
+	err := r.do("delete image "+g.name(), func() error {
+		err := r.operate(ctx, "image "+g.name(), func() (operation, error) {
+			return r.images.Delete(ctx, &computepb.DeleteImageRequest{Project: r.config.ImageProjectID, Image: g.name()})
+		})
+		if gcp.IsNotFound(err) {
+			return nil
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("deleting image %s: %w", g.name(), gcp.Explain(err))
+	}
+	return nil
+}
+
+// boots tells whether nodes get secondary boot disks of an image.
+func (r *run) boots(g *generation) bool {
+	return slices.ContainsFunc(r.bootImages, func(image string) bool {
+		if strings.HasPrefix(image, "global/") {
+			image = "projects/" + r.config.ProjectID + "/" + image
+		}
+		return strings.HasSuffix(image, g.address())
+	})
 }

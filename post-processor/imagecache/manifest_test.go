@@ -140,7 +140,7 @@ func TestStamp(t *testing.T) {
 		"selkies-image-cache-v2":         "1793880000",
 		"cache-20261105":                 "1793880000",
 	} {
-		g, err := newGeneration(&computepb.Image{Name: &name, CreationTimestamp: new("2026-11-05T04:00:00.000-08:00")}, project)
+		g, err := newGeneration(&computepb.Image{Name: &name, CreationTimestamp: new("2026-11-05T04:00:00.000-08:00")}, project, "cache")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -44,14 +44,14 @@ func (r *run) makeRoom(ctx context.Context) error {
 func (r *run) prune(ctx context.Context) error {
 	errs := []error{r.deleteBuilderDisks(ctx)}
 	if r.prunes() {
-		onDisks, failed, err := r.pruneGenerations(ctx, r.config.Keep)
+		sources, failed, err := r.pruneGenerations(ctx, r.config.Keep)
 		for _, f := range failed {
 			r.say("cluster %s: pruning: %v", f.cluster, f.err)
 		}
 		r.count(failed)
 		errs = append(errs, err)
-		if onDisks != nil {
-			errs = append(errs, r.pruneImages(ctx, kept(r.family, r.generation, r.config.Keep), onDisks))
+		if sources != nil {
+			errs = append(errs, r.pruneImages(ctx, kept(r.family, r.generation, r.config.Keep), sources))
 		}
 	}
 	r.pruning = join(slices.DeleteFunc(errs, func(err error) bool { return err == nil }))
@@ -63,16 +63,16 @@ func (r *run) prunes() bool {
 	return r.touchesClusters() && r.generation.image.GetFamily() != ""
 }
 
-// pruneGenerations prunes clusters and disks, and returns the images of the disks
-// that are left, nil if they are not known.
-func (r *run) pruneGenerations(ctx context.Context, n int) (onDisks map[string]bool, failed []failure, err error) {
+// pruneGenerations prunes clusters and disks, and returns the IDs of the images that
+// the disks were made from that are left, nil if they are not known.
+func (r *run) pruneGenerations(ctx context.Context, n int) (sources map[string]bool, failed []failure, err error) {
 	keep := kept(r.family, r.generation, n)
 	failed = r.each(ctx, func(ctx context.Context, k *cluster) error { return k.prune(ctx, keep) })
 	if err := ctx.Err(); err != nil {
 		return nil, failed, err
 	}
-	onDisks, err = r.pruneDisks(ctx, keep)
-	return onDisks, failed, err
+	sources, err = r.pruneDisks(ctx, keep)
+	return sources, failed, err
 }
 
 // superseded tells whether something of a generation is to be pruned if nothing uses
@@ -131,39 +131,51 @@ func (k *cluster) names(zone, disk string) bool {
 	return false
 }
 
-// pruneDisks deletes disks that nothing uses and returns the images of the others, nil
-// if they are not known.
-func (r *run) pruneDisks(ctx context.Context, keep map[string]bool) (onDisks map[string]bool, err error) {
-	disks, err := r.listDisks(ctx, fmt.Sprintf("labels.%s = %s", labelName, r.config.CacheName), r.ofCache)
+// pruneDisks deletes disks of the cache that nothing uses and returns the IDs of the
+// images that the project's other disks were made from, nil if they are not known.
+func (r *run) pruneDisks(ctx context.Context, keep map[string]bool) (sources map[string]bool, err error) {
+	disks, err := r.listDisks(ctx, "", func(*computepb.Disk) bool { return true })
 	if err != nil {
 		return nil, fmt.Errorf("listing disks: %w", gcp.Explain(err))
 	}
-	onDisks = map[string]bool{}
+	sources = map[string]bool{}
 	var errs []error
 	for _, d := range disks {
-		image, zone := d.GetLabels()[labelImage], lastElement(d.GetZone())
-		created, err := time.Parse(time.RFC3339, d.GetCreationTimestamp())
+		prunable, err := r.prunable(d, keep)
 		if err != nil {
-			return nil, fmt.Errorf("disk %s: %w", d.GetName(), err)
+			return nil, err
 		}
-		if len(d.GetUsers()) > 0 || !r.superseded(image, created, keep) || !r.known(zone) || r.named(zone, d.GetName()) {
-			onDisks[image] = true
+		if !prunable {
+			sources[d.GetSourceImageId()] = true
 			continue
 		}
-		err = r.deleteDisk(ctx, zone, d.GetName())
+		err = r.deleteDisk(ctx, lastElement(d.GetZone()), d.GetName())
 		switch {
 		case gcp.IsInUse(err): // since a moment ago
 			r.say("disk %s is in use and stays", d.GetName())
-			onDisks[image] = true
+			sources[d.GetSourceImageId()] = true
 		case err != nil:
 			errs = append(errs, fmt.Errorf("deleting disk %s: %w", d.GetName(), gcp.Explain(err)))
-			onDisks[image] = true
+			sources[d.GetSourceImageId()] = true
 		}
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
 	}
-	return onDisks, join(errs)
+	return sources, join(errs)
+}
+
+// prunable tells whether a disk is one of the cache that nothing uses.
+func (r *run) prunable(d *computepb.Disk, keep map[string]bool) (bool, error) {
+	if d.GetLabels()[labelName] != r.config.CacheName || d.GetZone() == "" || len(d.GetUsers()) > 0 {
+		return false, nil
+	}
+	created, err := time.Parse(time.RFC3339, d.GetCreationTimestamp())
+	if err != nil {
+		return false, fmt.Errorf("disk %s: %w", d.GetName(), err)
+	}
+	zone := lastElement(d.GetZone())
+	return r.superseded(d.GetLabels()[labelImage], created, keep) && r.known(zone) && !r.named(zone, d.GetName()), nil
 }
 
 // known tells whether all clusters that could use a zone's disks have said what they
@@ -195,7 +207,7 @@ func (r *run) deleteBuilderDisks(ctx context.Context) error {
 		return nil
 	}
 	disks, err := r.listDisks(ctx, fmt.Sprintf(`name eq "%s.*"`, prefix), func(d *computepb.Disk) bool {
-		return strings.HasPrefix(d.GetName(), prefix) && d.GetLabels()[labelName] == "" && len(d.GetUsers()) == 0 && d.GetStatus() == "READY"
+		return strings.HasPrefix(d.GetName(), prefix) && d.GetZone() != "" && d.GetLabels()[labelName] == "" && len(d.GetUsers()) == 0 && d.GetStatus() == "READY"
 	})
 	if err != nil {
 		return fmt.Errorf("listing the builder's disks: %w", gcp.Explain(err))
@@ -242,11 +254,8 @@ func lastUse(d *computepb.Disk) (last time.Time, err error) {
 	return last, nil
 }
 
-// ofCache tells whether a disk is one of this cache.
-func (r *run) ofCache(d *computepb.Disk) bool { return d.GetLabels()[labelName] == r.config.CacheName }
-
-// listDisks lists the disks in all zones that pass a filter, which Compute Engine may
-// take for a pattern, and match.
+// listDisks lists the disks in all zones and regions that pass a filter, which Compute
+// Engine may take for a pattern, and match.
 func (r *run) listDisks(ctx context.Context, filter string, match func(*computepb.Disk) bool) (disks []*computepb.Disk, err error) {
 	request := &computepb.AggregatedListDisksRequest{Project: r.config.ProjectID, Filter: &filter}
 	err = gcp.Retry(ctx, func() error {
@@ -256,7 +265,7 @@ func (r *run) listDisks(ctx context.Context, filter string, match func(*computep
 				return err
 			}
 			for _, d := range pair.Value.GetDisks() {
-				if match(d) && d.GetZone() != "" { // not a regional one
+				if match(d) {
 					disks = append(disks, d)
 				}
 			}

@@ -29,6 +29,7 @@ type run struct {
 	generation *generation
 	goBack     bool          // an image was asked for by its name
 	family     []*generation // of which images are pruned
+	bootImages []string      // that node pools have
 	clusters   []*cluster    // those that answer
 	absent     []*cluster    // those that do not
 	pruning    error         // what went wrong in the last step

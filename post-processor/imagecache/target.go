@@ -107,6 +107,9 @@ func (r *run) listClusters(ctx context.Context) ([]*gcp.Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, k := range all {
+		r.bootImages = append(r.bootImages, k.BootImages...)
+	}
 	all = slices.DeleteFunc(all, func(k *gcp.Cluster) bool {
 		return !c.clusterRE.MatchString(k.Name) || slices.Contains(c.ExcludeRegions, k.Region())
 	})
