@@ -127,9 +127,10 @@ func pushInjector(reg *registry.Registry, tag string) (ref, pinned string, err e
 // cloud is a Google Cloud project with the cluster in it.
 type cloud struct {
 	*gcp.Server
-	t     *testing.T
-	name  string // of the cache
-	token string
+	t       *testing.T
+	name    string // of the cache
+	token   string
+	cluster *containerpb.Cluster // GKE's record of it
 }
 
 // newCloud makes a project. account names a service account of the cluster, whose
@@ -142,12 +143,13 @@ func newCloud(t *testing.T, name, account string) *cloud {
 	if len(ca) == 0 {
 		t.Fatal("the kubeconfig has no certificate")
 	}
-	c.AddCluster(project, &containerpb.Cluster{
+	c.cluster = &containerpb.Cluster{
 		Name: "broker-us-central1", Location: "us-central1",
 		Endpoint:   strings.TrimPrefix(world.config.Host, "https://"),
 		MasterAuth: &containerpb.MasterAuth{ClusterCaCertificate: base64.StdEncoding.EncodeToString(ca)},
 		NodePools:  []*containerpb.NodePool{{Name: "tier1", Locations: []string{zoneA}}, {Name: "gpu", Locations: []string{zoneA, zoneB}}},
-	})
+	}
+	c.AddCluster(project, c.cluster)
 	return c
 }
 

@@ -3,6 +3,12 @@
 package rollout_test
 
 import (
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync/atomic"
 	"testing"
 
 	"cloud.google.com/go/compute/apiv1/computepb"
@@ -49,4 +55,65 @@ func TestSharedFamily(t *testing.T) {
 	b.wantResources(append(images, image(6), b.disk(zoneA, 6), b.disk(zoneB, 6))...)
 	a.must(artifact(imageName(5)))
 	a.wantResources(image(2), image(3), image(5), image(6), a.disk(zoneA, 5), a.disk(zoneB, 5))
+}
+
+// TestCanary rolls out to one of two clusters. The other goes on to need the generation
+// that it has, also when it does not say so.
+func TestCanary(t *testing.T) {
+	c := newCloud(t, "canary", administrator(t))
+	c.tidy()
+	c.must(c.build(1))
+
+	// There is one real cluster. From here on it is the canary, without anything of the
+	// cache, and what it said of its volumes is what the other says.
+	volumes := world.Output(t, "get", "--raw", "/api/v1/persistentvolumes")
+	for _, kind := range []string{"daemonsets", "persistentvolumeclaims", "persistentvolumes"} {
+		world.Output(t, "delete", kind, "-n", namespace, "-l", "app.kubernetes.io/instance="+c.name)
+	}
+	c.waitObjects()
+	var silent atomic.Bool
+	other := &front{server: httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if silent.Load() || r.URL.Path != "/api/v1/persistentvolumes" {
+			http.Error(w, "refused by the test", http.StatusForbidden)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, volumes)
+	}))}
+	defer other.server.Close()
+	c.AddCluster(project, other.cluster(zoneA, zoneB))
+	canary := c.cluster
+	canary.Name = "broker-canary"
+	c.AddCluster(project, canary)
+
+	of := func(stamp int) []string { return []string{image(stamp), c.disk(zoneA, stamp), c.disk(zoneB, stamp)} }
+	for stamp := 2; stamp <= 3; stamp++ {
+		c.must(c.build(stamp), "cluster_pattern", "^broker-canary$", "keep", 1)
+	}
+	c.wantResources(slices.Concat(of(1), of(3))...)
+
+	silent.Store(true)
+	u := c.must(c.build(4), "cluster_pattern", "^broker-canary$", "keep", 1)
+	c.wantResources(slices.Concat(of(1), of(3), of(4))...)
+	if want := "no disk of region us-central1 is pruned, since cluster us-central1/broker-us-central1, which cluster_pattern does not match, does not say which ones it needs: listing PersistentVolumes: "; !strings.Contains(strings.Join(u.lines, "\n"), want) {
+		t.Errorf("got %q, want a line that begins with %q", u.lines, want)
+	}
+
+	silent.Store(false)
+	c.must(artifact(imageName(4)), "cluster_pattern", "^broker-canary$", "keep", 1)
+	c.wantResources(slices.Concat(of(1), of(4))...)
+}
+
+// TestKubeconfig knows of one cluster only. What others may use stays.
+func TestKubeconfig(t *testing.T) {
+	c := newCloud(t, "kubeconfig", administrator(t))
+	c.tidy()
+	others := []string{zoneB, "europe-west4-a"}
+	c.must(c.build(1), "skip_roll_out", true, "zones", others)
+	one := []any{"kubeconfig", world.Kubeconfig, "keep", 1, "zones"}
+	c.must(artifact(imageName(1)), append(one, []string{zoneA})...)
+	for stamp := 2; stamp <= 4; stamp++ {
+		c.must(c.build(stamp), append(one, []string{zoneA, zoneB})...)
+	}
+	c.wantResources(image(1), c.disk(zoneB, 1), c.disk("europe-west4-a", 1), image(4), c.disk(zoneA, 4), c.disk(zoneB, 4))
 }

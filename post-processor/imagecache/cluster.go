@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/discovery"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
 	"k8s.io/client-go/restmapper"
 
 	"github.com/selkies-project/packer-plugin-selkies/gcp"
@@ -46,6 +47,9 @@ type cluster struct {
 	// surveyed is whether the last survey succeeded. If not, what an earlier one has
 	// found stays.
 	surveyed bool
+	// named are the disks, as diskPath has them, for which any survey of this run has
+	// found a volume.
+	named map[string]bool
 	inventory
 }
 
@@ -67,12 +71,10 @@ type nodes struct {
 
 // connect makes sure that the cluster answers and finds out what it serves.
 func (k *cluster) connect(ctx context.Context) error {
-	config, err := k.Config()
+	config, err := k.restConfig()
 	if err != nil {
 		return err
 	}
-	// There are a few dozen requests in a row, which the default would slow down.
-	config.QPS, config.Burst = 50, 100
 	if k.typed, err = kubernetes.NewForConfig(config); err != nil {
 		return err
 	}
@@ -94,6 +96,16 @@ func (k *cluster) connect(ctx context.Context) error {
 	}
 	k.mapper = restmapper.NewDiscoveryRESTMapper(groups)
 	return nil
+}
+
+func (k *cluster) restConfig() (*rest.Config, error) {
+	config, err := k.Config()
+	if err != nil {
+		return nil, err
+	}
+	// There are a few dozen requests in a row, which the default would slow down.
+	config.QPS, config.Burst = 50, 100
+	return config, nil
 }
 
 // apiGroups is restmapper.GetAPIGroupResources with a context. What is cut off goes
@@ -137,13 +149,48 @@ func (k *cluster) survey(ctx context.Context) error {
 		return err
 	}
 	k.inventory, k.surveyed = *found, true
+	k.noteDisks()
 	return nil
+}
+
+// surveyVolumes finds the volumes only, of a cluster that is not rolled out to.
+func (k *cluster) surveyVolumes(ctx context.Context) error {
+	k.surveyed = false
+	if k.typed == nil {
+		config, err := k.restConfig()
+		if err != nil {
+			return err
+		}
+		if k.typed, err = kubernetes.NewForConfig(config); err != nil {
+			return err
+		}
+	}
+	volumes, err := k.listVolumes(ctx)
+	if err != nil {
+		return err
+	}
+	k.volumes, k.surveyed = volumes, true
+	return nil
+}
+
+// listVolumes lists all volumes: one that someone else has made for a disk of ours
+// counts, too.
+func (k *cluster) listVolumes(ctx context.Context) (map[string]*corev1.PersistentVolume, error) {
+	list, err := k.typed.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("listing PersistentVolumes: %w", explain(err))
+	}
+	volumes := map[string]*corev1.PersistentVolume{}
+	for i := range list.Items {
+		volumes[list.Items[i].Name] = &list.Items[i]
+	}
+	return volumes, nil
 }
 
 func (k *cluster) look(ctx context.Context) (*inventory, error) {
 	found := &inventory{
-		daemonSets: map[string]*appsv1.DaemonSet{}, volumes: map[string]*corev1.PersistentVolume{},
-		claims: map[string]*corev1.PersistentVolumeClaim{}, attached: map[string]bool{},
+		daemonSets: map[string]*appsv1.DaemonSet{},
+		claims:     map[string]*corev1.PersistentVolumeClaim{}, attached: map[string]bool{},
 	}
 	sets, err := k.typed.AppsV1().DaemonSets(namespace).List(ctx, k.selector())
 	if err != nil {
@@ -152,13 +199,8 @@ func (k *cluster) look(ctx context.Context) (*inventory, error) {
 	for i := range sets.Items {
 		found.daemonSets[sets.Items[i].Name] = &sets.Items[i]
 	}
-	// All of them: one that someone else has made for a disk of ours counts, too.
-	volumes, err := k.typed.CoreV1().PersistentVolumes().List(ctx, metav1.ListOptions{})
-	if err != nil {
-		return nil, fmt.Errorf("listing PersistentVolumes: %w", explain(err))
-	}
-	for i := range volumes.Items {
-		found.volumes[volumes.Items[i].Name] = &volumes.Items[i]
+	if found.volumes, err = k.listVolumes(ctx); err != nil {
+		return nil, err
 	}
 	claims, err := k.typed.CoreV1().PersistentVolumeClaims(namespace).List(ctx, k.selector())
 	if err != nil {

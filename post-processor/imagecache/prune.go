@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"cloud.google.com/go/compute/apiv1/computepb"
+	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/gcp"
@@ -71,6 +72,7 @@ func (r *run) pruneGenerations(ctx context.Context, n int) (sources map[string]b
 	if err := ctx.Err(); err != nil {
 		return nil, failed, err
 	}
+	r.askOthers(ctx)
 	sources, err = r.pruneDisks(ctx, keep)
 	return sources, failed, err
 }
@@ -122,13 +124,50 @@ func (k *cluster) used(disk string) bool {
 
 // names tells whether a volume of the cluster is for a disk.
 func (k *cluster) names(zone, disk string) bool {
-	end := fmt.Sprintf("/zones/%s/disks/%s", zone, disk)
 	for _, v := range k.volumes {
-		if v.Spec.CSI != nil && strings.HasSuffix(v.Spec.CSI.VolumeHandle, end) {
+		if v.Spec.CSI != nil && strings.HasSuffix(v.Spec.CSI.VolumeHandle, diskPath(zone, disk)) {
 			return true
 		}
 	}
 	return false
+}
+
+// noteDisks notes for which disks there are volumes.
+func (k *cluster) noteDisks() {
+	if k.named == nil {
+		k.named = map[string]bool{}
+	}
+	for _, v := range k.volumes {
+		if v.Spec.CSI == nil {
+			continue
+		}
+		if _, path, ok := strings.Cut(v.Spec.CSI.VolumeHandle, "/zones/"); ok {
+			k.named["/zones/"+path] = true
+		}
+	}
+}
+
+// diskPath is the end of a disk's address.
+func diskPath(zone, disk string) string { return fmt.Sprintf("/zones/%s/disks/%s", zone, disk) }
+
+// askOthers asks clusters that are not rolled out to, and may have been, for which disks
+// they have volumes. One that has not answered is not asked again.
+func (r *run) askOthers(ctx context.Context) {
+	var group errgroup.Group
+	group.SetLimit(parallelClusters)
+	for _, k := range r.others {
+		if len(k.errs) > 0 {
+			continue
+		}
+		group.Go(func() error {
+			if err := k.surveyVolumes(ctx); err != nil && ctx.Err() == nil {
+				k.errs = append(k.errs, err)
+				r.say("no disk of region %s is pruned, since cluster %s, which cluster_pattern does not match, does not say which ones it needs: %v", k.Region(), k, err)
+			}
+			return nil
+		})
+	}
+	_ = group.Wait() // they all return nil
 }
 
 // pruneDisks deletes disks of the cache that nothing uses and returns the IDs of the
@@ -175,21 +214,27 @@ func (r *run) prunable(d *computepb.Disk, keep map[string]bool) (bool, error) {
 		return false, fmt.Errorf("disk %s: %w", d.GetName(), err)
 	}
 	zone := lastElement(d.GetZone())
-	return r.superseded(d.GetLabels()[labelImage], created, keep) && r.known(zone) && !r.named(zone, d.GetName()), nil
+	return r.superseded(d.GetLabels()[labelImage], created, keep) && r.known(zone, d.GetName()) && !r.named(zone, d.GetName()), nil
 }
 
-// known tells whether all clusters that could use a zone's disks have said what they
-// use.
-func (r *run) known(zone string) bool {
+// known tells whether all clusters that could use a zone's disk have said what they
+// use. A kubeconfig tells nothing of other clusters: there it is a disk only that its
+// cluster has used.
+func (r *run) known(zone, disk string) bool {
 	if slices.Contains(r.config.ExcludeRegions, gcp.Region(zone)) {
 		return false
 	}
-	unknown := func(k *cluster) bool { return (!k.surveyed || k.lost()) && k.mayUse(zone) }
-	return !slices.ContainsFunc(r.absent, unknown) && !slices.ContainsFunc(r.clusters, unknown)
+	if r.config.Kubeconfig != "" && (!slices.Contains(r.config.Zones, zone) || !slices.ContainsFunc(r.clusters, func(k *cluster) bool { return k.named[diskPath(zone, disk)] })) {
+		return false
+	}
+	return !slices.ContainsFunc(slices.Concat(r.absent, r.clusters, r.others), func(k *cluster) bool {
+		return (!k.surveyed || k.lost()) && k.mayUse(zone)
+	})
 }
 
+// named tells whether a cluster has a volume for a disk.
 func (r *run) named(zone, disk string) bool {
-	return slices.ContainsFunc(r.clusters, func(k *cluster) bool { return k.names(zone, disk) })
+	return slices.ContainsFunc(slices.Concat(r.clusters, r.others), func(k *cluster) bool { return k.names(zone, disk) })
 }
 
 // builderDiskRest is for how long nothing may have used a disk of the builder for it to

@@ -32,6 +32,7 @@ type run struct {
 	bootImages []string      // that node pools have
 	clusters   []*cluster    // those that answer
 	absent     []*cluster    // those that do not
+	others     []*cluster    // not rolled out to, that may use disks all the same
 	pruning    error         // what went wrong in the last step
 	zones      []string      // that get a disk
 

@@ -107,11 +107,14 @@ func (r *run) listClusters(ctx context.Context) ([]*gcp.Cluster, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, k := range all {
-		r.bootImages = append(r.bootImages, k.BootImages...)
-	}
 	all = slices.DeleteFunc(all, func(k *gcp.Cluster) bool {
-		return !c.clusterRE.MatchString(k.Name) || slices.Contains(c.ExcludeRegions, k.Region())
+		r.bootImages = append(r.bootImages, k.BootImages...)
+		excluded := slices.Contains(c.ExcludeRegions, k.Region())
+		matches := c.clusterRE.MatchString(k.Name)
+		if !matches && !excluded {
+			r.others = append(r.others, &cluster{Cluster: k, run: r})
+		}
+		return !matches || excluded
 	})
 	if len(all) == 0 {
 		return nil, fmt.Errorf("project %s has no running cluster with a name like %q outside of the excluded regions; check cluster_pattern and exclude_regions", c.ProjectID, c.ClusterPattern)
