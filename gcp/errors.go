@@ -107,6 +107,9 @@ func code(err error) int {
 	if e, ok := errors.AsType[*googleapi.Error](err); ok {
 		return e.Code
 	}
+	if e, ok := errors.AsType[*OperationError](err); ok {
+		return e.Status
+	}
 	return 0
 }
 

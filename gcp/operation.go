@@ -22,6 +22,9 @@ type OperationError struct {
 	// Code is such as QUOTA_EXCEEDED.
 	Code    string
 	Message string
+	// Status is what the request would have been answered if the failure had been known
+	// by then, 0 if that is not said.
+	Status int
 }
 
 func (e *OperationError) Error() string {
@@ -72,10 +75,10 @@ func poll(ctx context.Context, op *compute.Operation) error {
 func operationError(op *computepb.Operation) error {
 	errs := op.GetError().GetErrors()
 	if len(errs) > 0 {
-		return &OperationError{Code: errs[0].GetCode(), Message: errs[0].GetMessage()}
+		return &OperationError{Code: errs[0].GetCode(), Message: errs[0].GetMessage(), Status: int(op.GetHttpErrorStatusCode())}
 	}
 	if c := op.GetHttpErrorStatusCode(); c >= 400 {
-		return &OperationError{Code: fmt.Sprint(c), Message: op.GetHttpErrorMessage()}
+		return &OperationError{Code: fmt.Sprint(c), Message: op.GetHttpErrorMessage(), Status: int(c)}
 	}
 	return nil
 }

@@ -22,6 +22,13 @@ func (s *Server) serveDisks() {
 	s.handle("disks.setLabels", "POST "+disks+"/{disk}/setLabels", (*call).setDiskLabels)
 }
 
+// FailDisk has a disk be one that could not be made, and stays until someone deletes it.
+func (s *Server) FailDisk(path string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.disks[path].Status = new("FAILED")
+}
+
 func (c *call) diskPath() string {
 	return c.project() + "/zones/" + c.PathValue("zone") + "/disks/" + c.PathValue("disk")
 }
@@ -170,7 +177,7 @@ func (c *call) deleteDisk() (proto.Message, error) {
 	if err := firstError(c.need("compute.disks.delete", name), err); err != nil {
 		return nil, err
 	}
-	if disk.GetStatus() != "READY" {
+	if disk.GetStatus() != "READY" && disk.GetStatus() != "FAILED" {
 		return nil, notReady(name)
 	}
 	if len(disk.Users) > 0 {

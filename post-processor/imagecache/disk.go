@@ -56,15 +56,15 @@ func (r *run) makeDisk(ctx context.Context, zone string) error {
 		disk, err := r.getDisk(ctx, zone, name)
 		switch {
 		case gcp.IsNotFound(err):
-			if r.config.DryRun {
-				return r.do(r.insertion(zone), nil)
-			}
 		case err != nil:
 			return err
 		default:
 			if done, err := r.adopt(ctx, zone, disk); err != nil || done {
 				return err
 			}
+		}
+		if r.config.DryRun {
+			return r.do(r.insertion(zone), nil)
 		}
 		if attempt > diskAttempts {
 			return errors.New("it vanished or failed again and again; look at its operations")

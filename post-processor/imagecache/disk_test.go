@@ -156,6 +156,11 @@ func TestDiskFailures(t *testing.T) {
 		{"operation fails", func(s *gcp.Server) {
 			s.Inject(gcp.Fault{Call: "disks.insert", Operation: gcp.ZoneExhausted("europe-west4-a")})
 		}, nil, "ZONE_RESOURCE_POOL_EXHAUSTED: "},
+		// A request whose answer was lost may have done it all the same.
+		{"made meanwhile", func(s *gcp.Server) {
+			s.Inject(gcp.Fault{Call: "disks.insert", Operation: &gcp.OperationError{
+				Code: "RESOURCE_ALREADY_EXISTS", Message: "The resource already exists", HTTPStatus: http.StatusConflict}})
+		}, nil, ""},
 		{"no permission", func(s *gcp.Server) { s.Deny("compute.disks.create") }, func(s *gcp.Server) { s.Allow("compute.disks.create") },
 			"the permission compute.disks.create is missing, grant roles/compute.storageAdmin (403)"},
 		{"request lost", func(s *gcp.Server) { s.Inject(gcp.Fault{Call: "disks.insert", LoseRequest: true}) }, nil, ""},
@@ -301,6 +306,26 @@ func TestDryRunOfDisks(t *testing.T) {
 	}
 	if c := changes(s); len(c) > 0 {
 		t.Errorf("changed something: %q", c)
+	}
+
+	// One that Compute Engine failed to make is made anew.
+	if _, err := postProcess(t, t.Context(), diskOptions(s), builderArtifact(built)); err != nil {
+		t.Fatal(err)
+	}
+	s.FailDisk(bothDisks[1])
+	before := changes(s)
+	if _, err := postProcess(t, t.Context(), diskOptions(s, "dry_run", true), builderArtifact(built)); err != nil {
+		t.Error(err)
+	}
+	if diff := cmp.Diff(before, changes(s)); diff != "" {
+		t.Errorf("changed something: %s", diff)
+	}
+	if _, err := postProcess(t, t.Context(), diskOptions(s), builderArtifact(built)); err != nil {
+		t.Error(err)
+	}
+	again := []string{"disks.delete " + bothDisks[1], "disks.insert projects/p/zones/europe-west4-a/disks"}
+	if diff := cmp.Diff(append(before, again...), changes(s)); diff != "" {
+		t.Errorf("the run's calls: %s", diff)
 	}
 }
 
