@@ -77,7 +77,9 @@ func TestLostSurvey(t *testing.T) {
 	c := newCloud(t, "lost", administrator(t))
 	c.tidy()
 	f := newFront(t)
+	addNode(t, "lb", zoneB)
 	c.must(c.build(1))
+	c.waitGenerations(map[string]string{"lb": c.diskName(zoneB, 1)})
 	c.AddCluster(project, f.cluster(zoneA))
 	// lose loses the surveys from the nth to the mth.
 	lose := func(n, m int) {
@@ -109,4 +111,10 @@ func TestLostSurvey(t *testing.T) {
 	f.failing(nil)
 	c.must(artifact(imageName(3)), "keep", 1)
 	c.wantResources(image(1), image(3), c.disk(zoneB, 1), c.disk(zoneA, 3))
+
+	// With the last node the zone needs nothing any more.
+	removeNode(t, "lb")
+	c.must(artifact(imageName(3)), "keep", 1)
+	c.waitObjects(c.three(zoneA, 3)...)
+	c.wantResources(image(3), c.disk(zoneA, 3))
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"cloud.google.com/go/compute/apiv1/computepb"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -112,6 +113,11 @@ func TestNoAgentStarts(t *testing.T) {
 	}
 	c.build(2)
 	run()
+	// The other zone has it: the image is one to go back to.
+	got, err := c.Clients(t).Images.Get(t.Context(), &computepb.GetImageRequest{Project: project, Image: imageName(2)})
+	if err != nil || got.GetLabels()["noagent-rolled-out"] == "" {
+		t.Errorf("the image's labels are %v, error %v", got.GetLabels(), err)
+	}
 	c.waitGenerations(old)
 	others := slices.Concat(c.two(zoneA, 2), c.three(zoneA, 1), c.two(zoneB, 1), c.three(zoneB, 2))
 	c.waitObjects(others...)

@@ -35,6 +35,7 @@ type cluster struct {
 	*gcp.Cluster
 	run   *run
 	zones []string // that get a disk
+	done  int      // zones that the generation has come to
 	errs  []error  // what fails the run in the end
 
 	typed   *kubernetes.Clientset

@@ -43,12 +43,38 @@ func (k *cluster) rollOut(ctx context.Context) error {
 	for _, zone := range k.zones {
 		if err := k.rollOutZone(ctx, k.run.zoneDisk(zone)); err != nil {
 			errs = append(errs, fmt.Errorf("zone %s: %w", zone, err))
+		} else {
+			k.done++
 		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 	}
+	if err := k.leaveZones(ctx); err != nil {
+		errs = append(errs, err)
+	}
 	return join(errs)
+}
+
+// leaveZones deletes DaemonSets of zones in which the cluster has no node and gets none:
+// its node pools have left them.
+func (k *cluster) leaveZones(ctx context.Context) error {
+	if k.Location == "" { // a kubeconfig does not say where node pools are
+		return nil
+	}
+	if err := k.labelNodes(ctx, nil); err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(k.daemonSets)) {
+		ds := k.daemonSets[name]
+		if zone := ds.Labels[labelZone]; zone == "" || k.MayHave(zone) || len(k.holders[name]) > 0 {
+			continue
+		}
+		if err := k.retire(ctx, ds); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // applyNamespace makes the namespace that all objects of a cluster are in.
@@ -187,8 +213,8 @@ func (k *cluster) lock(ctx context.Context, ds *appsv1.DaemonSet) error {
 	if err := unstructured.SetNestedMap(o.Object, map[string]any{"type": string(appsv1.OnDeleteDaemonSetStrategyType)}, "spec", "updateStrategy"); err != nil {
 		return err
 	}
-	k.run.say("cluster %s: DaemonSet %s keeps its %d nodes and gets no new ones", k, ds.Name, len(k.holders[ds.Name]))
-	return k.apply(ctx, o)
+	what := fmt.Sprintf("lock DaemonSet %s of cluster %s to the %d nodes that have its disk", ds.Name, k, len(k.holders[ds.Name]))
+	return k.run.do(what, func() error { return k.apply(ctx, o) })
 }
 
 // locked tells whether the disk's DaemonSet takes no new nodes.

@@ -235,10 +235,17 @@ func (r *run) rollOut(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	done, all := 0, 0
+	for _, k := range r.clusters {
+		done, all = done+k.done, all+len(k.zones)
+	}
 	for _, f := range failed {
 		r.say("cluster %s failed: %v; going on with the others", f.cluster, f.err)
 	}
-	if len(failed) == len(r.clusters) {
+	if done < all {
+		r.say("image %s has come to %d of %d zones of the clusters", r.generation.name(), done, all)
+	}
+	if done == 0 {
 		return r.failed()
 	}
 	return r.mark(ctx)
