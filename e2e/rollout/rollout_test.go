@@ -16,6 +16,7 @@ import (
 	"cloud.google.com/go/compute/apiv1/computepb"
 	"cloud.google.com/go/container/apiv1/containerpb"
 	"github.com/google/go-cmp/cmp"
+	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
 	"google.golang.org/api/option"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -128,7 +129,7 @@ func TestGenerations(t *testing.T) {
 		"dry run: would make disk generations-us-central1-a-1700000002, pd-balanced of 20 GB, from image selkies-image-cache-1700000002",
 		"dry run: would apply PersistentVolume generations-us-central1-b-1700000002 to cluster us-central1/broker-us-central1",
 		"dry run: would label node a1 of cluster us-central1/broker-us-central1 with generations-us-central1-a-1700000001",
-		"dry run: would apply DaemonSet generations-us-central1-a-1700000001 to cluster us-central1/broker-us-central1",
+		"dry run: would lock DaemonSet generations-us-central1-a-1700000001 of cluster us-central1/broker-us-central1 to the 2 nodes that have its disk",
 	} {
 		if !slices.Contains(u.lines, want) {
 			t.Errorf("the dry run does not say %q, but %q", want, u.lines)
@@ -160,12 +161,12 @@ func TestGenerations(t *testing.T) {
 	for _, n := range []string{"a1", "a2", "b1"} {
 		removeNode(t, n)
 	}
-	c.must(c.build(4))
+	c.mustAsPlanned(c.build(4))
 	c.waitObjects(slices.Concat(c.three(zoneA, 2), c.two(zoneA, 3), c.three(zoneB, 3), c.three(zoneA, 4), c.three(zoneB, 4))...)
 	c.wantResources(image(1), image(2), image(3), image(4),
 		c.disk(zoneA, 1), c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 4), c.disk(zoneB, 4))
 	detach()
-	c.must(artifact(imageName(4)))
+	c.mustAsPlanned(artifact(imageName(4)))
 	c.wantResources(image(2), image(3), image(4),
 		c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 4), c.disk(zoneB, 4))
 
@@ -183,6 +184,24 @@ func TestGenerations(t *testing.T) {
 	c.must(c.build(5))
 	c.wantResources(image(2), image(3), image(5),
 		c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 5), c.disk(zoneB, 5))
+}
+
+// mustAsPlanned has a dry run before the run, which deletes just what that one says.
+func (c *cloud) mustAsPlanned(a packersdk.Artifact) {
+	c.t.Helper()
+	deleted := func(u *ui, prefix string) (lines []string) {
+		for _, line := range u.lines {
+			if what, ok := strings.CutPrefix(line, prefix+"delete "); ok {
+				lines = append(lines, what)
+			}
+		}
+		slices.Sort(lines)
+		return lines
+	}
+	plan := deleted(c.must(a, "dry_run", true), "dry run: would ")
+	if diff := cmp.Diff(plan, deleted(c.must(a), "")); diff != "" || len(plan) == 0 {
+		c.t.Errorf("the dry run plans to delete %q, and the run differs: %s", plan, diff)
+	}
 }
 
 func with(m map[string]string, kv ...string) map[string]string {

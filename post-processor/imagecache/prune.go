@@ -86,8 +86,10 @@ func (r *run) superseded(image string, created time.Time, keep map[string]bool) 
 
 // prune deletes the volumes and claims of generations that no node uses.
 func (k *cluster) prune(ctx context.Context, keep map[string]bool) error {
-	if err := k.survey(ctx); err != nil {
-		return err
+	if !k.run.config.DryRun { // in which what would be deleted is still there
+		if err := k.survey(ctx); err != nil {
+			return err
+		}
 	}
 	claims, volumes := k.typed.CoreV1().PersistentVolumeClaims(namespace), k.typed.CoreV1().PersistentVolumes()
 	for _, name := range slices.Sorted(maps.Keys(k.claims)) {
