@@ -367,7 +367,7 @@ func (c *cloud) two(zone string, stamp int) []string {
 	return []string{"PersistentVolume/" + name, "PersistentVolumeClaim/" + name}
 }
 
-// working fails unless in each zone some generation takes new nodes.
+// working fails unless in each zone some generation takes new nodes, and has its disk.
 func (c *cloud) working() error {
 	sets, err := world.Client.AppsV1().DaemonSets(namespace).List(c.t.Context(), metav1.ListOptions{LabelSelector: "selkies.io/zone,app.kubernetes.io/instance=" + c.name})
 	if err != nil {
@@ -379,6 +379,10 @@ func (c *cloud) working() error {
 			claim, err := world.Client.CoreV1().PersistentVolumeClaims(namespace).Get(c.t.Context(), ds.Name, metav1.GetOptions{})
 			if err != nil || claim.Status.Phase != corev1.ClaimBound {
 				return fmt.Errorf("claim of %s is not usable: %w", ds.Name, errors.Join(err, errors.New(string(claim.Status.Phase))))
+			}
+			volume, err := world.Client.CoreV1().PersistentVolumes().Get(c.t.Context(), claim.Spec.VolumeName, metav1.GetOptions{})
+			if err != nil || !slices.Contains(c.Resources(), volume.Spec.CSI.VolumeHandle) {
+				return fmt.Errorf("the disk of %s is gone: %w", ds.Name, errors.Join(err, errors.New(claim.Spec.VolumeName)))
 			}
 			open[ds.Labels["selkies.io/zone"]]++
 		}
