@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -117,4 +118,68 @@ func TestLostSurvey(t *testing.T) {
 	c.must(artifact(imageName(3)), "keep", 1)
 	c.waitObjects(c.three(zoneA, 3)...)
 	c.wantResources(image(3), c.disk(zoneA, 3))
+}
+
+// TestClusterLost has the cluster refuse everything from a change on until the run's end,
+// for each of the changes that a run makes there to disks' objects and to nodes.
+func TestClusterLost(t *testing.T) {
+	c := newCloud(t, "clusterlost", administrator(t))
+	c.tidy()
+	f := newFront(t)
+	c.AddCluster(project, f.cluster(zoneA, zoneB))
+	addNode(t, "ca", zoneA)
+	addNode(t, "cb", zoneB)
+	c.must(c.build(1))
+	nodes := map[string]string{"ca": c.diskName(zoneA, 1), "cb": c.diskName(zoneB, 1)}
+	c.waitGenerations(nodes)
+
+	stamp := 1
+	for n := 1; ; n++ {
+		stamp++
+		changes, last := 0, ""
+		f.failing(func(r *http.Request) bool {
+			// Without its lease a run would end sooner, and the next one wait for it to expire.
+			if strings.Contains(r.URL.Path, "/leases/") {
+				return false
+			}
+			if r.Method != http.MethodGet && regexp.MustCompile(`/(persistentvolume|daemonset|node)`).MatchString(r.URL.Path) && changes < n {
+				changes++
+				last = r.Method + " " + r.URL.Path
+			}
+			return changes == n
+		})
+		err := c.process(t.Context(), &ui{}, c.build(stamp), "start_timeout", "1s")
+		f.failing(nil)
+		if wrong := c.working(); wrong != nil {
+			t.Fatalf("lost at %s: %v", last, wrong)
+		}
+		if changes < n {
+			if err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+		if err != nil && !strings.Contains(err.Error(), "lost by the test") {
+			t.Errorf("lost at %s: %v", last, err)
+		}
+	}
+	t.Logf("lost at %d changes", stamp-2)
+	if stamp < 10 {
+		t.Errorf("a run makes %d changes only", stamp-2)
+	}
+	c.settle(stamp, nodes)
+}
+
+// TestClusterElsewhere has a cluster whose name matches and which has none of the zones.
+// Nothing is changed there.
+func TestClusterElsewhere(t *testing.T) {
+	c := newCloud(t, "elsewhere", administrator(t))
+	c.tidy()
+	f := newFront(t)
+	f.failing(func(r *http.Request) bool { return r.Method != http.MethodGet })
+	other := f.cluster("europe-west4-a")
+	other.Name, other.Location = "broker-europe-west4", "europe-west4"
+	c.AddCluster(project, other)
+	c.must(c.build(1), "zones", []string{zoneA})
+	c.waitObjects(c.three(zoneA, 1)...)
 }

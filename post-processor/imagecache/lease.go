@@ -41,7 +41,11 @@ func (r *run) lead(ctx context.Context) error {
 	}
 	var failed []failure
 	for _, k := range r.clusters {
-		if err := k.lead(ctx); err != nil {
+		concerned, err := k.concerned(ctx)
+		if err == nil && concerned {
+			err = k.lead(ctx)
+		}
+		if err != nil {
 			failed = append(failed, failure{k, err})
 		}
 		if ctx.Err() != nil {
@@ -49,6 +53,22 @@ func (r *run) lead(ctx context.Context) error {
 		}
 	}
 	return r.setAside(failed)
+}
+
+// concerned tells whether the run changes something in the cluster. If it has none of
+// the zones, there is something to prune at most, of an earlier run, which had a lease.
+func (k *cluster) concerned(ctx context.Context) (bool, error) {
+	if len(k.zones) > 0 {
+		return true, nil
+	}
+	_, err := k.typed.CoordinationV1().Leases(namespace).Get(ctx, k.run.config.CacheName, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("getting lease %s: %w", k.run.config.CacheName, explain(err))
+	}
+	return true, nil
 }
 
 // lead takes the cache's lease in the cluster and keeps it until release.
