@@ -237,10 +237,13 @@ func (r *run) rollOut(ctx context.Context) error {
 	}
 	done, all := 0, 0
 	for _, k := range r.clusters {
-		done, all = done+k.done, all+len(k.zones)
+		all += len(k.zones)
+		if !k.lost() { // else it is another run's by now
+			done += k.done
+		}
 	}
 	for _, f := range failed {
-		r.say("cluster %s failed: %v; going on with the others", f.cluster, f.err)
+		r.say("cluster %s failed: %v; going on", f.cluster, f.err)
 	}
 	if done < all {
 		r.say("image %s has come to %d of %d zones of the clusters", r.generation.name(), done, all)
