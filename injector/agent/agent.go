@@ -25,6 +25,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -172,6 +173,8 @@ func (a *Agent) pass(ctx context.Context) {
 		}
 	}
 	// It waits for a minute now, and a pass takes several times what it keeps.
+	// Twice: what is pooled, such as JSON's buffers, outlives one collection.
+	runtime.GC()
 	debug.FreeOSMemory()
 	a.last = a.conclude(diskErr, err)
 	a.releaseRuntime()
