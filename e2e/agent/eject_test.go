@@ -32,7 +32,7 @@ func TestEject(t *testing.T) {
 			n.waitMetric(t, `images{state="removed"}`, is(chains+1))
 			n.nothingRegistered(t)
 			n.waitMetric(t, `disk_readable{cache_id="`+cacheID(t)+`"}`, is(-1))
-			time.Sleep(5 * time.Second) // two passes
+			time.Sleep(4 * time.Second) // two passes
 			n.nothingRegistered(t)
 			if log := a.log.String(); strings.Contains(log, "reason=Healed") {
 				t.Error("the agent healed what was ejected")

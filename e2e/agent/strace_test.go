@@ -23,7 +23,7 @@ func (a *agent) slowContainerd(t testing.TB) (normal func()) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return strace(t, pid, "fdatasync,fsync", "delay_enter=60ms")
+	return strace(t, pid, "fdatasync,fsync", "delay_enter=30ms")
 }
 
 // strace tampers with system calls of a process, until stop is called or the process has

@@ -43,8 +43,8 @@ func (a *Agent) openAtDeadline(ctx context.Context) {
 }
 
 // passed waits for a deadline, from when the node joined the cluster or, if that is not
-// known or was later, from now, but at least for a while. It is false if the context ends
-// or stop is closed before.
+// known or was later, from now, but on a node that is tainted at least for a while. It is
+// false if the context ends or stop is closed before.
 func (n *node) passed(ctx context.Context, deadline, atLeast time.Duration, stop <-chan struct{}) bool {
 	start := time.Now()
 	timer := time.NewTimer(deadline)
@@ -62,6 +62,9 @@ func (n *node) passed(ctx context.Context, deadline, atLeast time.Duration, stop
 		case <-timer.C:
 			return true
 		case at := <-joined:
+			if !n.tainted() {
+				atLeast = 0 // nothing waits, and an update of the agent goes on to the next node
+			}
 			timer.Reset(time.Until(due(start, at, deadline, atLeast)))
 		}
 	}

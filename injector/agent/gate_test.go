@@ -1,8 +1,12 @@
 package agent
 
 import (
+	"context"
 	"testing"
 	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // TestDue has the deadline count from when the node joined, and an agent that comes late
@@ -26,6 +30,25 @@ func TestDue(t *testing.T) {
 			got := due(start, start.Add(-c.joined), deadline, c.atLeast).Sub(start)
 			if max(got, 0) != c.want {
 				t.Errorf("after %v, want %v", got, c.want)
+			}
+		})
+	}
+}
+
+// TestPassed has an agent start long after the deadline, on a node that is tainted and on
+// one that another agent has opened.
+func TestPassed(t *testing.T) {
+	for name, taints := range map[string][]corev1.Taint{"shut": {{Key: DefaultStartupTaint}}, "open": nil} {
+		t.Run(name, func(t *testing.T) {
+			n := &node{taint: DefaultStartupTaint, wake: make(chan struct{}, 1), joined: make(chan time.Time, 1)}
+			n.saw(&corev1.Node{
+				ObjectMeta: metav1.ObjectMeta{CreationTimestamp: metav1.NewTime(time.Now().Add(-time.Hour))},
+				Spec:       corev1.NodeSpec{Taints: taints},
+			})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			if got := n.passed(ctx, DefaultGateDeadline, firstPass, nil); got != (taints == nil) {
+				t.Errorf("the deadline has passed at once: %v", got)
 			}
 		})
 	}
