@@ -59,9 +59,8 @@ func TestRun(t *testing.T) {
 		if leases := n.ctr(t, "leases", "ls", "-q"); leases != "" {
 			t.Errorf("leases: %s", leases)
 		}
-		if out := n.ctr(t, "tasks", "exec", "--exec-id", "x", "stays", "/bin/busybox", "echo", "lives"); !strings.Contains(out, "lives") {
-			t.Errorf("the container after the agent's end: %q", out)
-		}
+		// By the exit status: ctr 1.6 may lose what a program prints that ends at once.
+		n.ctr(t, "tasks", "exec", "--exec-id", "x", "stays", "/bin/busybox", "test", "-x", "/bin/busybox")
 		n.runs(t, world.refs[2])
 		n.ctr(t, "tasks", "kill", "-s", "SIGKILL", "stays")
 

@@ -65,7 +65,7 @@ func TestReboot(t *testing.T) {
 		n.listed(t, ref(sandbox))
 		n.listed(t, ref(app1))
 		// Of the same image, with no sandbox that would fail first.
-		n.Output(t, "ctr", "-n", n.ns, "containers", "create", ref(app1), "earlier", "/bin/busybox", "cat", "/version")
+		n.Output(t, "ctr", "-n", n.ns, "containers", "create", ref(app1), "earlier", "/bin/busybox", "grep", "-qx", "1", "/version")
 		before := n.settled(t, true)
 
 		n.disconnect()
@@ -108,9 +108,8 @@ func TestReboot(t *testing.T) {
 		if diff := cmp.Diff(before, after); diff != "" {
 			t.Errorf("the disk is back, and inject changed more than the mount: %s", diff)
 		}
-		if got := n.Output(t, "ctr", "-n", n.ns, "tasks", "start", "earlier"); got != "1" {
-			t.Errorf("in the earlier container: %q", got)
-		}
+		// By the exit status: ctr 1.6 may lose what a program prints that ends at once.
+		n.Output(t, "ctr", "-n", n.ns, "tasks", "start", "earlier")
 		n.Output(t, "ctr", "-n", n.ns, "containers", "delete", "earlier")
 		p = n.mustRun(t, "back", ref(app1))
 		if got := p.sh(t, "cat /version /data/owned"); got != "1owned" {
