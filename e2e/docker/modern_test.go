@@ -123,6 +123,11 @@ func TestImageStore(t *testing.T) {
 			}
 			n.builds(t, "0", ref("oci:latest"))
 			n.Output(t, "docker", "rmi", "built")
+			// BuildKit exports what it builds with the blobs of the base.
+			if err := n.build(t, "1", ref("oci:latest")); (err == nil) != tt.blobs {
+				t.Errorf("BuildKit without a registry: %v", err)
+			}
+			n.Output(t, "docker", "rmi", "-f", "built")
 			n.Output(t, "docker", "run", "--name", "changed", "--network", "none", ref("oci:latest"), "/bin/busybox", "touch", "/committed")
 			n.Output(t, "docker", "commit", "changed", "committed")
 			n.Output(t, "docker", "rm", "changed")
@@ -139,6 +144,13 @@ func TestImageStore(t *testing.T) {
 			}
 			n.hello(t, world.newer)
 			n.Output(t, "docker", "rmi", world.newer)
+			n.builds(t, "1", ref("oci:latest"))
+			n.Output(t, "docker", "rmi", "built")
+			// What BuildKit still works on, a moment after a build, a prune passes over.
+			n.wait(t, "BuildKit keeps what it built", func() bool {
+				n.Output(t, "docker", "builder", "prune", "-af")
+				return strings.Contains(n.Output(t, "docker", "system", "df", "--format", "{{.Type}}: {{.Size}}"), "Build Cache: 0B\n")
+			})
 
 			n.removeImages(t)
 			n.inject(t)

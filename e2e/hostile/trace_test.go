@@ -110,7 +110,7 @@ func parse(t *testing.T, line string) []access {
 	t.Helper()
 	m := callLine.FindStringSubmatch(line)
 	if m == nil {
-		if strings.HasPrefix(line, "+++") || strings.HasPrefix(line, "---") || strings.Contains(line, "<unfinished ...>") || strings.Contains(line, "resumed>") || strings.HasPrefix(line, "exit") {
+		if strings.HasPrefix(line, "+++") || strings.HasPrefix(line, "---") || strings.Contains(line, "<unfinished ...>") || strings.Contains(line, "<detached ...>") || strings.Contains(line, "resumed>") || strings.HasPrefix(line, "exit") {
 			return nil
 		}
 		t.Fatalf("strace said %q", line)
