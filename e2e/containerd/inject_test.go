@@ -101,6 +101,17 @@ func lifecycle(t *testing.T, n *node) {
 		}
 	})
 
+	t.Run("image IDs that an interrupted eject has removed", func(t *testing.T) {
+		n.Output(t, "sh", "-ec", "ctr -n "+n.ns+" images rm $(ctr -n "+n.ns+" images ls -q | grep ^sha256:)")
+		if diff := cmp.Diff(clean, n.settled(t, false)); diff == "" {
+			t.Error("no image ID was removed")
+		}
+		n.inject(t, cacheDir)
+		if diff := cmp.Diff(clean, n.settled(t, false)); diff != "" {
+			t.Errorf("after inject: %s", diff)
+		}
+	})
+
 	t.Run("runs without a registry", func(t *testing.T) {
 		n.listed(t, ref(sandbox))
 		p := n.mustRun(t, "offline", ref(app1))

@@ -183,6 +183,15 @@ var dockerFaults = []dockerFault{
 	{kind: "containerd killed, docker", daemon: true, strike: func(_ *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error {
 		_, err := n.Signal(syscall.SIGKILL, "containerd")
 		return err
+	}, heal: func(t *testing.T, n *dockerNode) {
+		n.Output(t, "systemctl", "start", "containerd.service")
+		// dockerd tries again after a while only. Of one that is stopped nobody asks.
+		n.Output(t, "sh", "-ec", `systemctl -q is-active docker.service || exit 0
+			for i in $(seq 300); do
+				! docker version --format '{{range .Server.Components}}{{.Name}} {{end}}' | grep -q containerd || exit 0
+				sleep 0.1
+			done
+			exit 1`)
 	}},
 	{kind: "disk full, docker", strike: onDockerStore(fillDisk, 512<<10), heal: emptyDockerStore},
 	{kind: "inodes used up, docker", strike: onDockerStore(fillInodes, 64), heal: emptyDockerStore},

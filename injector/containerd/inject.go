@@ -333,7 +333,10 @@ func (n *run) blob(ctx context.Context, b blob, d *cachedisk.Disk) error {
 // or removed one that is not to be made again, it stays so, and left says that.
 func (n *run) name(ctx context.Context, j *job, name string) (left string, err error) {
 	record := j.record(name)
-	if _, known := n.survey.images[name]; known {
+	if known, ok := n.survey.images[name]; ok {
+		if j.lacksID(n.survey, known) {
+			record.Labels[labelManaged] = "" // removes it
+		}
 		paths := []string{"target"}
 		for key := range record.Labels {
 			paths = append(paths, "labels."+key)

@@ -18,11 +18,12 @@ import (
 )
 
 // labelPinned keeps kubelet's image garbage collection away. The CRI adds its
-// other label, io.cri-containerd.image, itself, and with it the record under the
+// other label, labelManaged, itself, and with it the record under the
 // image's ID, which it does not create where the label is there already.
 const (
-	labelPinned = "io.cri-containerd.pinned"
-	pinned      = "pinned"
+	labelPinned  = "io.cri-containerd.pinned"
+	labelManaged = "io.cri-containerd.image"
+	pinned       = "pinned"
 )
 
 // job is one image of one disk, and what the node lacks of it.
@@ -106,7 +107,7 @@ func (j *job) compareName(s *survey, name string) {
 	same := record.Target.Digest == j.image.Target().Digest
 	switch {
 	case ours == j.disk.ID && same:
-		if record.Labels[labelPinned] != pinned {
+		if record.Labels[labelPinned] != pinned || j.lacksID(s, record) {
 			j.write = append(j.write, name)
 		}
 	case ours != "":
@@ -121,6 +122,13 @@ func (j *job) compareName(s *survey, name string) {
 		// A pull of the same image replaced all labels of our record.
 		j.write = append(j.write, name)
 	}
+}
+
+// lacksID says whether the record under the image's ID is gone, as where an eject was
+// killed or the power was lost during it. The CRI makes it with its label only.
+func (j *job) lacksID(s *survey, record images.Image) bool {
+	_, there := s.images[j.image.Config.Digest.String()]
+	return !there && record.Labels[labelManaged] != ""
 }
 
 // runsOnOurs says whether the image's layers are those that we registered.
