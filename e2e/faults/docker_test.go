@@ -72,7 +72,7 @@ func (n *dockerNode) units(t *testing.T) string {
 
 // store is Docker's store without what a killed dockerd leaves there for good: the entry
 // of a layer whose files are already gone, a half-written file of names, and the
-// directory in which it tries overlayfs when it starts.
+// directories in which it tries overlayfs when it starts.
 func (n *dockerNode) store(t *testing.T) treediff.Tree {
 	t.Helper()
 	tree, err := nodestate.Docker(n.Machine)
@@ -80,7 +80,7 @@ func (n *dockerNode) store(t *testing.T) treediff.Tree {
 		t.Fatal(err)
 	}
 	for name := range tree {
-		for _, part := range []string{"-removing", "/.tmp-repositories.json", "/check-overlayfs-support"} {
+		for _, part := range []string{"-removing", "/.tmp-repositories.json", "/check-overlayfs-support", "/opaque-bug-check"} {
 			if strings.Contains(name, part) {
 				delete(tree, name)
 			}
