@@ -28,7 +28,10 @@ func NoteEjected(hostRoot string, caches []digest.Digest) (undo func() error, er
 	undo = func() error {
 		var errs []error
 		for _, file := range made {
-			errs = append(errs, os.Remove(file))
+			// Another eject may have taken it back already.
+			if err := os.Remove(file); !errors.Is(err, os.ErrNotExist) {
+				errs = append(errs, err)
+			}
 		}
 		return errors.Join(errs...)
 	}
