@@ -72,9 +72,9 @@ func (f *front) cluster(zones ...string) *containerpb.Cluster {
 }
 
 // TestLostSurvey has a cluster fail when it is asked what it uses, some time after it has
-// answered at first. Its node pools have left a zone in which it has volumes.
+// answered at first. Its node pools have left a zone in which it has volumes. Its node
+// would take pods of other tests, so that it runs alone.
 func TestLostSurvey(t *testing.T) {
-	t.Parallel() // without nodes no test is in the other's way
 	c := newCloud(t, "lost", administrator(t))
 	c.tidy()
 	f := newFront(t)
