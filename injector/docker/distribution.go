@@ -80,11 +80,12 @@ func (m metadata) addSource(diffID digest.Digest, src blobSource) {
 	}
 }
 
-// missing is the part of m that the node does not have.
+// missing is the part of m that the node does not have, or has without its contents
+// after a power loss: these files are not durable at once, and dockerd believes them.
 func (s store) missing(m metadata) metadata {
 	left := newMetadata()
 	for blob, diffID := range m.DiffIDs {
-		if _, err := os.Lstat(s.diffIDFile(blob)); err != nil {
+		if b, err := os.ReadFile(s.diffIDFile(blob)); err != nil || digest.Digest(b) != diffID {
 			left.DiffIDs[blob] = diffID
 		}
 	}
@@ -165,12 +166,11 @@ func (s store) removeMetadata(m metadata) error {
 		left := slices.DeleteFunc(slices.Clone(there), func(src blobSource) bool { return slices.Contains(ours, src) })
 		name := s.sourcesFile(diffID)
 		switch {
-		case len(left) == len(there):
-		case len(left) == 0:
+		case len(left) == 0: // or unreadable, which dockerd takes for nothing
 			if err := removeIfThere(name); err != nil {
 				return err
 			}
-		default:
+		case len(left) < len(there):
 			b, err := json.Marshal(left)
 			if err != nil {
 				return err

@@ -255,6 +255,23 @@ func TestCommit(t *testing.T) {
 		t.Errorf("sources %v", sources)
 	}
 
+	// After a power loss files can be there without their contents.
+	blob := digest.FromString("blob d0")
+	for _, name := range []string{r.diffIDFile(blob), r.sourcesFile(disks[0].Manifest.Layers[1].DiffID)} {
+		write(t, name, "\x00\x00")
+	}
+	lost, err := r.plan(disks, r.checker())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.addMetadata(lost.metadata); err != nil {
+		t.Fatal(err)
+	}
+	if left := r.missing(c.metadata); len(left.Sources)+len(left.DiffIDs) > 0 {
+		t.Errorf("of the distribution metadata %v is lost", left)
+	}
+	write(t, r.sourcesFile(disks[0].Manifest.Layers[2].DiffID), "")
+
 	// A second save, of a run that had nothing to add, forgets nothing.
 	if err := r.save(again.records[0]); err != nil {
 		t.Fatal(err)
