@@ -22,6 +22,7 @@ var commands = []struct{ begin, file, text string }{
 	{"make test", ".ci/run", "exec make test"},
 	{"make test-unit", "GNUmakefile", "\ntest-unit:"},
 	{"make generate", "GNUmakefile", " generate-check "},
+	{"make lint", "GNUmakefile", " lint "},
 	{"make injector", "e2e/systemd/boot_test.go", `host.Build(ctx, "./injector"`},
 	{"make injector-image", "e2e/cluster/image_test.go", `"run", "./injector/image"`},
 	{"make reproducible", "e2e/supply/supply_test.go", "tools/reproducible.sh"},

@@ -166,7 +166,7 @@ func (a *Auth) restConfig(c *containerpb.Cluster, endpoint string) (*rest.Config
 	host := c.GetEndpoint()
 	switch endpoint {
 	case EndpointPrivate:
-		host = c.GetPrivateClusterConfig().GetPrivateEndpoint()
+		host = c.GetPrivateClusterConfig().GetPrivateEndpoint() //nolint:staticcheck // for where the newer field is not set
 		if p := c.GetControlPlaneEndpointsConfig().GetIpEndpointsConfig().GetPrivateEndpoint(); p != "" {
 			host = p
 		}

@@ -91,7 +91,7 @@ func TestClusters(t *testing.T) {
 	s := fake.New(t, fake.Config{Token: "a"})
 	s.AddCluster("p", &containerpb.Cluster{
 		Name: "regional", Location: "us-central1", Endpoint: "192.0.2.1",
-		PrivateClusterConfig: &containerpb.PrivateClusterConfig{PrivateEndpoint: "10.0.0.1"},
+		PrivateClusterConfig: &containerpb.PrivateClusterConfig{PrivateEndpoint: "10.0.0.1"}, //nolint:staticcheck // what the plugin falls back on
 		Locations:            []string{"us-central1-a", "us-central1-b", "us-central1-c"},
 		NodePools:            []*containerpb.NodePool{{Locations: []string{"us-central1-b"}}, {Locations: []string{"us-central1-a", "us-central1-b"}}},
 	})

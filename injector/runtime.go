@@ -74,7 +74,7 @@ func openAuto(ctx context.Context, f *flags) (runtime, error) {
 		noContainerd = err
 	}
 	if _, err := docker.Kind(ctx, f.dockerHost); err != nil {
-		return nil, fmt.Errorf("no container runtime: %v; %v; start one of them, or use --runtime docker for a stopped Docker",
+		return nil, fmt.Errorf("no container runtime: %w; %w; start one of them, or use --runtime docker for a stopped Docker",
 			noContainerd, err)
 	}
 	return openDocker(ctx, f)

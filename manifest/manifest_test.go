@@ -320,8 +320,8 @@ func TestDecodeExhausting(t *testing.T) {
 func TestValidate(t *testing.T) {
 	other := digest.FromString("other")
 	for name, c := range map[string]struct {
-		break_ func(*Manifest)
-		want   string
+		spoil func(*Manifest)
+		want  string
 	}{
 		"newer schema":         {func(m *Manifest) { m.SchemaVersion = 2 }, "schemaVersion is 2"},
 		"no platform":          {func(m *Manifest) { m.Platform.OS = "" }, "platform"},
@@ -370,7 +370,7 @@ func TestValidate(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			m := example(t)
-			c.break_(m)
+			c.spoil(m)
 			err := m.Validate()
 			if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("Validate() = %v, want an error with %q", err, c.want)
@@ -428,7 +428,7 @@ func TestSchemaAcceptsWhatIsWritten(t *testing.T) {
 	if err := check(example(t)); err != nil {
 		t.Errorf("the schema refuses what Encode writes: %v", err)
 	}
-	for name, break_ := range map[string]func(*Manifest){
+	for name, spoil := range map[string]func(*Manifest){
 		"schema version":   func(m *Manifest) { m.SchemaVersion = 2 },
 		"driver":           func(m *Manifest) { m.Store.Driver = "btrfs" },
 		"absolute root":    func(m *Manifest) { m.Store.Root = "/docker" },
@@ -438,7 +438,7 @@ func TestSchemaAcceptsWhatIsWritten(t *testing.T) {
 		"no inlined bytes": func(m *Manifest) { m.Images[0].Manifest.Data = nil },
 	} {
 		m := example(t)
-		break_(m)
+		spoil(m)
 		if check(m) == nil {
 			t.Errorf("the schema accepts a broken %s", name)
 		}

@@ -38,7 +38,7 @@ func TestEject(t *testing.T) {
 				t.Error("the agent healed what was ejected")
 			}
 			a.stop(t)
-			a = n.start(t, flags...)
+			n.start(t, flags...)
 			n.waitReady(t)
 
 			// An eject that is refused leaves all as it was.

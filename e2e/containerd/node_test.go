@@ -193,14 +193,6 @@ func (n *node) settled(t testing.TB, strict bool) []string {
 	return lines
 }
 
-// collect has containerd collect its garbage.
-func (n *node) collect(t testing.TB) {
-	t.Helper()
-	if err := nodestate.Collect(n.context(t), n.ctrd); err != nil {
-		t.Fatal(err)
-	}
-}
-
 // listed waits until the CRI knows the image.
 func (n *node) listed(t testing.TB, reference string) *cri.Image {
 	t.Helper()

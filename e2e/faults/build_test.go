@@ -303,7 +303,7 @@ func (b *builds) suffer(t *testing.T, r *rand.Rand, f buildFault, from string) (
 			what = fmt.Sprintf("%s, %v into a build", f.kind, after.Round(time.Millisecond))
 			if u.runsFor(after) {
 				err := f.strike(t, u, r)
-				if err != nil && err != errNotRunning {
+				if err != nil && !errors.Is(err, errNotRunning) {
 					t.Fatalf("%s: %v", what, err)
 				}
 				struck = err == nil

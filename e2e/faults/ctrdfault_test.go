@@ -58,7 +58,7 @@ func killContainerd(_ *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error
 	return n.signal(syscall.SIGKILL)
 }
 
-func killBoth(t *testing.T, n *ctrdNode, _ *rand.Rand, i *injection) error {
+func killBoth(_ *testing.T, n *ctrdNode, _ *rand.Rand, i *injection) error {
 	return errors.Join(n.signal(syscall.SIGKILL), i.kill())
 }
 

@@ -283,7 +283,7 @@ func (n *dockerNode) suffer(t *testing.T, r *rand.Rand, command string) (dockerF
 				total.fault(f.kind)
 				return f, what
 			}
-			if err != errNotRunning {
+			if !errors.Is(err, errNotRunning) {
 				t.Fatalf("%s: %v", what, err)
 			}
 		} else {

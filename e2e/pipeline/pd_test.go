@@ -60,7 +60,7 @@ func (c *cloud) serveDisks(t *testing.T, n *cluster.Node, zone string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		go server.Serve(l)
+		go func() { _ = server.Serve(l) }()
 	}
 }
 

@@ -481,7 +481,7 @@ func TestKeepBlobs(t *testing.T) {
 			http.NotFound(w, r)
 		case blob == cut && first:
 			w.Header().Set("Content-Length", fmt.Sprint(sizes[blob]))
-			w.Write(make([]byte, sizes[blob]/2))
+			_, _ = w.Write(make([]byte, sizes[blob]/2))
 		default:
 			proxy.ServeHTTP(w, r)
 		}
@@ -736,7 +736,7 @@ func TestDaemonConfiguration(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		v.Run(context.Background(), "rm", "-r", "/etc/docker/certs.d", "/etc/systemd/system/docker.service.d/proxy.conf")
+		_, _ = v.Run(context.Background(), "rm", "-r", "/etc/docker/certs.d", "/etc/systemd/system/docker.service.d/proxy.conf")
 		if err := v.StartDocker(context.Background(), machine.Docker{Release: machine.Debian}); err != nil {
 			t.Error(err)
 		}

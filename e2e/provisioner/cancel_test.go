@@ -71,7 +71,7 @@ func newStalling(t *testing.T, reg *registry.Registry, blob v1.Hash) *stalling {
 	ending := make(chan struct{})
 	var once sync.Once
 	s.addr = serveBlob(t, reg, blob, func(w http.ResponseWriter, r *http.Request, resp *http.Response) {
-		io.CopyN(w, resp.Body, resp.ContentLength/2)
+		_, _ = io.CopyN(w, resp.Body, resp.ContentLength/2)
 		w.(http.Flusher).Flush()
 		once.Do(func() { close(s.stalled) })
 		select {
@@ -289,7 +289,9 @@ func TestLeftovers(t *testing.T) {
 	if err := syscall.Kill(-first.Process.Pid, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	<-first.ended
+	if err := <-first.ended; err == nil {
+		t.Error("the build that was killed succeeded")
+	}
 	if !strings.Contains(out, "which an earlier build left running") {
 		t.Errorf("does not say that it stopped the earlier build:\n%s", out)
 	}

@@ -51,7 +51,7 @@ func TestDockerHub(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		v.Run(context.Background(), "rm", vmCA)
+		_, _ = v.Run(context.Background(), "rm", vmCA)
 		if err := v.WriteFile("/etc/hosts", []byte(vmHosts), 0o644); err != nil {
 			t.Error(err)
 		}

@@ -54,7 +54,7 @@ func Dir(root string) (Tree, error) {
 		return nil, fmt.Errorf("reading tree %s: %w", root, err)
 	}
 	// A root that is a symbolic link, as /proc/PID/root, is meant to be followed.
-	err := filepath.WalkDir(filepath.Clean(root)+"/.", func(file string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(filepath.Clean(root)+"/.", func(file string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}

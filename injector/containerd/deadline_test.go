@@ -26,7 +26,7 @@ func TestBounded(t *testing.T) {
 		<-s.Context().Done()
 		return s.Context().Err()
 	}))
-	go server.Serve(l)
+	go func() { _ = server.Serve(l) }()
 	defer server.Stop()
 	const short = 100 * time.Millisecond
 	c, err := client.New(address, client.WithExtraDialOpts(bounded(func(method string) time.Duration {

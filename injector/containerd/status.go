@@ -59,7 +59,7 @@ func (r *Runtime) registration(ctx context.Context, s *survey, record images.Ima
 		return reg
 	}
 	reg.Layers = len(chain)
-	if err := r.readable(s, reg.CacheID, chain); err != nil {
+	if err := r.readable(s, chain); err != nil {
 		reg.Problem = err.Error()
 		return reg
 	}
@@ -69,7 +69,7 @@ func (r *Runtime) registration(ctx context.Context, s *survey, record images.Ima
 
 // readable says why a container of the image would not start: a layer of it is
 // missing, or the disk of one. An image may have layers of several generations.
-func (r *Runtime) readable(s *survey, cache digest.Digest, chain []digest.Digest) error {
+func (r *Runtime) readable(s *survey, chain []digest.Digest) error {
 	if len(chain) == 0 {
 		return nil
 	}

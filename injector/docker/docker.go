@@ -53,8 +53,10 @@ const (
 
 	// ContainerdNamespace is where Docker's containerd image store keeps its images.
 	ContainerdNamespace = "moby"
+)
 
-	// LinkSymlink and LinkBind are the values of Options.Link.
+// The values of Options.Link.
+const (
 	LinkSymlink = "symlink"
 	LinkBind    = "bind"
 )

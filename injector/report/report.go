@@ -140,6 +140,7 @@ type Inject struct {
 // Cover says how much of a reference the cache and the node have.
 type Cover string
 
+// What Cover can be.
 const (
 	Hit     Cover = "hit"     // the image is complete without a pull
 	Partial Cover = "partial" // a pull would find some layers

@@ -81,7 +81,7 @@ func (p *pieces) Seek(offset int64, whence int) (int64, error) {
 		return 0, errors.ErrUnsupported
 	}
 	for offset > 0 {
-		if err := p.next(); err == io.EOF {
+		if err := p.next(); errors.Is(err, io.EOF) {
 			break
 		} else if err != nil {
 			return 0, err
@@ -125,7 +125,7 @@ func (p *pieces) tree() (tree, error) {
 // file on the disk need not be.
 func (p *pieces) readsFile(hdr *tar.Header) error {
 	p.contents = true
-	if err := p.next(); err != nil && err != io.EOF {
+	if err := p.next(); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
 	if p.cur.gap != hdr.Size || clean(p.cur.name) != clean(hdr.Name) {

@@ -181,7 +181,7 @@ func (t tree) compare(dir string) ([]string, error) {
 	for name, f := range files {
 		diffs := t[name].compare(f)
 		if names := linked[f.st.Ino]; len(names) > 1 {
-			diffs = t.compareLinked(t[name], f, names, files)
+			diffs = t.compareLinked(t[name], f, names)
 		}
 		problems = append(problems, t.problem(name, diffs, f, files)...)
 	}
@@ -222,7 +222,7 @@ func (t tree) linkTarget(n *node) string {
 }
 
 // compareLinked accepts the attributes of any of the names of one file.
-func (t tree) compareLinked(n *node, f *file, names []string, files map[string]*file) []string {
+func (t tree) compareLinked(n *node, f *file, names []string) []string {
 	var first []string
 	for _, name := range names {
 		other := *t[name]

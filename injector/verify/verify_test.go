@@ -87,11 +87,12 @@ func newDisk(t testing.TB, entries []entry) (*cachedisk.Disk, string) {
 	}
 	defer f.Close()
 	z := gzip.NewWriter(f)
-	in, err := asm.NewInputTarStream(&stream, storage.NewJSONPacker(z), storage.NewDiscardFilePutter())
-	if err == nil {
-		_, err = io.Copy(io.Discard, in)
+	in, done, err := asm.NewInputTarStreamWithDone(&stream, storage.NewJSONPacker(z), storage.NewDiscardFilePutter())
+	if err != nil {
+		t.Fatal(err)
 	}
-	if err := errors.Join(err, z.Close()); err != nil {
+	_, err = io.Copy(io.Discard, in)
+	if err := errors.Join(err, <-done, z.Close()); err != nil {
 		t.Fatal(err)
 	}
 	dir := d.LayerDir(d.Manifest.Layers[0])

@@ -160,7 +160,7 @@ func (a artifactRegistry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	case path == "_catalog":
 		http.NotFound(w, req)
 	case ok && known:
-		json.NewEncoder(w).Encode(list)
+		_ = json.NewEncoder(w).Encode(list)
 	case ok && strings.HasPrefix(repo, "project/secret"):
 		http.Error(w, `{"errors":[{"code":"DENIED","message":"Permission \"artifactregistry.repositories.downloadArtifacts\" denied"}]}`, http.StatusForbidden)
 	case ok:

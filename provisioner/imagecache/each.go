@@ -35,7 +35,7 @@ func each[T any](ctx context.Context, concurrency int, items []T, do func(contex
 			return nil
 		})
 	}
-	g.Wait()
+	_ = g.Wait() // errs has them
 	cause := context.Cause(ctx)
 	if cause != nil && !errors.Is(cause, errDiskFull) {
 		return nil, cause

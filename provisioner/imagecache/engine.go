@@ -208,6 +208,6 @@ func (stdioAddr) String() string  { return "build-vm" }
 type drain struct{ w *io.PipeWriter }
 
 func (d drain) Write(p []byte) (int, error) {
-	d.w.Write(p)
+	_, _ = d.w.Write(p)
 	return len(p), nil
 }

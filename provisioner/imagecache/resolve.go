@@ -86,7 +86,7 @@ func (r *registries) resolveAll(ctx context.Context, refs []reference, platform 
 			return nil
 		})
 	}
-	g.Wait()
+	_ = g.Wait() // errs has them
 	if err := ctx.Err(); err != nil {
 		return nil, nil, err
 	}

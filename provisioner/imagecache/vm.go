@@ -260,7 +260,7 @@ func (c *cancelReader) Read(p []byte) (int, error) {
 	if err == nil {
 		n, err = c.r.Read(p)
 	}
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		c.mu.Lock()
 		c.failed = err
 		c.mu.Unlock()

@@ -150,8 +150,10 @@ func (h *Hardware) CreateDisk(ctx context.Context, disk, image string, size int6
 	return host.NewDisk(file, size)
 }
 
+// DeleteDisk removes a disk's file.
 func (h *Hardware) DeleteDisk(_ context.Context, disk string) error { return os.Remove(h.File(disk)) }
 
+// CreateImage copies a disk's file once no instance has it attached.
 func (h *Hardware) CreateImage(ctx context.Context, image, disk string) error {
 	if err := waitDetached(ctx, h.File(disk)); err != nil {
 		return err
@@ -162,6 +164,7 @@ func (h *Hardware) CreateImage(ctx context.Context, image, disk string) error {
 	return copyFile(ctx, h.File(disk), h.File(image))
 }
 
+// DeleteImage removes an image's file.
 func (h *Hardware) DeleteImage(_ context.Context, image string) error {
 	return os.Remove(h.File(image))
 }
@@ -308,6 +311,7 @@ func (h *Hardware) SetMetadata(ctx context.Context, name string, metadata map[st
 	return nil
 }
 
+// AttachDisk makes a disk a device of an instance.
 func (h *Hardware) AttachDisk(_ context.Context, name string, a gcp.Attachment) error {
 	i, err := h.instance(name)
 	if err != nil {
@@ -326,6 +330,7 @@ func (h *Hardware) AttachDisk(_ context.Context, name string, a gcp.Attachment) 
 	return nil
 }
 
+// DetachDisk takes a disk from an instance.
 func (h *Hardware) DetachDisk(_ context.Context, name string, a gcp.Attachment) error {
 	i, err := h.instance(name)
 	if err != nil {
