@@ -4,16 +4,21 @@ package containerd_test
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/google/go-cmp/cmp"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/nodestate"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
@@ -116,8 +121,66 @@ func TestReboot(t *testing.T) {
 			t.Errorf("in the container: %q", got)
 		}
 		p.remove(t)
+		t.Run("a directory without a record", func(t *testing.T) { forgotten(t, n) })
 	})
 }
+
+// forgotten has containerd find the directory of a snapshot that it is about to make, as
+// when it was killed or the node lost its power while it made one: inject goes on, where
+// a pull fails once.
+func forgotten(t *testing.T, n *node) {
+	clean := n.settled(t, false)
+	again := func(when string) {
+		t.Helper()
+		n.forget(t)
+		n.inject(t, cacheDir)
+		n.release(t)
+		if diff := cmp.Diff(clean, n.settled(t, false)); diff != "" {
+			t.Errorf("%s: %s", when, diff)
+		}
+	}
+	n.eject(t)
+	again("at the anchor")
+	n.removeImage(t, ref(single))
+	again("at a layer")
+
+	n.eject(t)
+	n.forget(t)
+	pull := func() error {
+		_, err := n.images().PullImage(t.Context(), &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref(app1)}})
+		return err
+	}
+	if err := pull(); err == nil || !strings.Contains(err.Error(), "file exists") {
+		t.Errorf("the pull that finds the directory: %v", err)
+	}
+	if err := pull(); err != nil {
+		t.Errorf("the next pull: %v", err)
+	}
+	n.release(t)
+}
+
+// forget makes the directory of the next snapshot.
+func (n *node) forget(t *testing.T) {
+	t.Helper()
+	check(t, nodestate.Collect(n.context(t), n.ctrd)) // else it may take the directory away
+	root := snapshots.WithLabels(map[string]string{"containerd.io/gc.root": time.Now().UTC().Format(time.RFC3339)})
+	mounts, err := n.ctrd.SnapshotService("overlayfs").Prepare(n.context(t), lastKey, "", root)
+	check(t, err)
+	var id int
+	if _, err := fmt.Sscanf(mounts[0].Source, snapshotsDir+"/%d/fs", &id); err != nil {
+		t.Fatalf("%s: %v", mounts[0].Source, err)
+	}
+	dir := fmt.Sprintf("%s/%d", snapshotsDir, id+1)
+	n.Output(t, "mkdir", "-p", dir+"/fs", dir+"/work")
+}
+
+// release removes the snapshot that forget has made to see the number of the next.
+func (n *node) release(t *testing.T) {
+	t.Helper()
+	check(t, n.ctrd.SnapshotService("overlayfs").Remove(n.context(t), lastKey))
+}
+
+const lastKey = "last"
 
 // TestGenerations replaces a disk by a newer one.
 func TestGenerations(t *testing.T) {

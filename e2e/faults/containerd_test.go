@@ -97,7 +97,7 @@ func (n *ctrdNode) settled(t *testing.T) []string {
 // files that it does not know, whose removal a fault has cut off.
 func (n *ctrdNode) dirty(ctx context.Context) error {
 	service, key := n.ctrd.SnapshotService("overlayfs"), "dirty"
-	if _, err := service.Prepare(ctx, key, ""); err != nil {
+	if _, err := twice(func() ([]mount.Mount, error) { return service.Prepare(ctx, key, "") }); err != nil {
 		return err
 	}
 	if err := service.Remove(ctx, key); err != nil && !errdefs.IsNotFound(err) {
@@ -173,7 +173,9 @@ func (n *ctrdNode) checkVisible(t *testing.T) int {
 			continue
 		}
 		key := fmt.Sprintf("visible-%d", i)
-		mounts, err := n.ctrd.SnapshotService("overlayfs").View(ctx, key, identity.ChainID(diffIDs).String(), root)
+		mounts, err := twice(func() ([]mount.Mount, error) {
+			return n.ctrd.SnapshotService("overlayfs").View(ctx, key, identity.ChainID(diffIDs).String(), root)
+		})
 		if err != nil {
 			t.Errorf("image %s is visible without its layers: %v", img.Name(), err)
 			continue
@@ -197,6 +199,16 @@ func (n *ctrdNode) checkVisible(t *testing.T) int {
 	}
 	n.Output(t, "sh", "-ec", "for d in "+mnt+"/*; do ! mountpoint -q $d || umount $d; done; rm -rf "+mnt)
 	return len(visible)
+}
+
+// twice makes a snapshot, as kubelet does again if it fails. A containerd that was cut off
+// while it made one fails at the directory that it left, and removes it.
+func twice(snapshot func() ([]mount.Mount, error)) ([]mount.Mount, error) {
+	mounts, err := snapshot()
+	if err != nil && strings.Contains(err.Error(), "file exists") {
+		return snapshot()
+	}
+	return mounts, err
 }
 
 // mountCommand mounts a view of a snapshot.

@@ -205,12 +205,14 @@ func (n *run) all(ctx context.Context, jobs []*job) ([]report.Image, error) {
 		first = n.opt.First(ctx)
 	}
 	wanted := order(jobs, first)
-	// The first one that is to be made has containerd for itself: a pod may wait for it.
+	// The first one that makes a snapshot has containerd for itself: a pod may wait for
+	// it, and what isForgotten says must not happen to two at once. While one removes the
+	// directory, the other may have been given it.
 	for alone := true; alone && len(wanted) > 0; wanted = wanted[1:] {
 		if err := one(ctx, wanted[0]); err != nil {
 			return nil, err
 		}
-		alone = jobs[wanted[0]].done()
+		alone = len(jobs[wanted[0]].absent) == 0
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(width)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -55,6 +56,10 @@ func (r *Runtime) prepareAndCommit(ctx context.Context, run, name, parent string
 	// With this label Prepare looks for name as well.
 	ref := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: name})
 	mounts, err := r.snapshots.Prepare(ctx, key, parent, ref)
+	if isForgotten(err) {
+		r.opt.Log.Warn("containerd found a snapshot's directory that it has no record of, and removed it", "error", err)
+		mounts, err = r.snapshots.Prepare(ctx, key, parent, ref)
+	}
 	if errdefs.IsAlreadyExists(err) {
 		return false, nil
 	}
@@ -83,6 +88,14 @@ func (r *Runtime) prepareAndCommit(ctx context.Context, run, name, parent string
 		return false, fmt.Errorf("committing snapshot %s: %w", name, r.explain(err))
 	}
 	return true, nil
+}
+
+// isForgotten is true of the error for the directory that a snapshotter left which was
+// killed, or lost its power, between making the directory and the record: it gives the
+// next snapshot the same number, finds the directory in its way, fails, and only then
+// removes it (createSnapshot in plugins/snapshots/overlay, and in 1.6).
+func isForgotten(err error) bool {
+	return err != nil && strings.Contains(err.Error(), "failed to rename") && strings.Contains(err.Error(), syscall.EEXIST.Error())
 }
 
 // snapshotDir finds a new snapshot's directory in its mounts: an overlay's
