@@ -7,7 +7,7 @@ import (
 )
 
 // TestDependencies guards the dependency graph: the injector runs on every node
-// and carries no Packer, the layer manifest carries neither half.
+// and carries no Packer, the layer manifest and the report of it carry neither half.
 func TestDependencies(t *testing.T) {
 	const self = "github.com/selkies-project/packer-plugin-selkies"
 	for pkg, forbidden := range map[string][]string{
@@ -16,6 +16,14 @@ func TestDependencies(t *testing.T) {
 			"github.com/containerd/",
 			"github.com/docker/docker",
 			"github.com/google/go-containerregistry",
+			self + "/htmlreport",
+		},
+		self + "/htmlreport": {
+			"github.com/hashicorp/",
+			"github.com/containerd/",
+			"github.com/docker/docker",
+			self + "/injector",
+			self + "/provisioner",
 		},
 		self + "/injector": {
 			"github.com/hashicorp/",
