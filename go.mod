@@ -10,6 +10,8 @@ require (
 	cloud.google.com/go/auth v0.24.3 // Google credentials
 	cloud.google.com/go/compute v1.75.0 // images, disks, instances: its REST client, which custom_endpoints can lead elsewhere
 	cloud.google.com/go/container v1.56.1 // GKE clusters: it has a REST client too, so no second kind of transport
+	github.com/chromedp/cdproto v0.159.0 // tests: what chromedp and Chromium tell each other
+	github.com/chromedp/chromedp v0.23.0 // tests: the report in a real Chromium
 	github.com/container-storage-interface/spec v1.12.0 // tests: what kubelet asks of a storage driver
 	github.com/containerd/containerd/api v1.12.0 // containerd's events
 	github.com/containerd/containerd/v2 v2.4.2 // its client: registering on nodes
@@ -98,6 +100,7 @@ require (
 	github.com/felixge/httpsnoop v1.1.0 // indirect
 	github.com/fxamacker/cbor/v2 v2.9.4 // indirect
 	github.com/go-jose/go-jose/v4 v4.1.5 // indirect
+	github.com/go-json-experiment/json v0.0.0-20260213210345-44df1a37e875 // indirect
 	github.com/go-logr/logr v1.4.4 // indirect
 	github.com/go-logr/stdr v1.2.2 // indirect
 	github.com/go-openapi/jsonpointer v1.0.0 // indirect

@@ -31,6 +31,7 @@ var commands = []struct{ begin, file, text string }{
 	{"mount -o ro,noload LABEL=selkies-cache /mnt/disks/images", "e2e/machine/machine_test.go", "mount -o ro,noload"},
 	{"selkies-image-injector inject --cache", "e2e/systemd/boot_test.go", "selkies-image-injector"},
 	{"selkies-image-injector verify --cache", "e2e/docker/inject_test.go", `"verify"`},
+	{"selkies-image-injector report --html", "e2e/report/report_test.go", `"report", "--html"`},
 	{"NODE=name-of-the-node", "e2e/cluster/agent_test.go", `documented(t, page, "NODE=name-of-the-node", `},
 	{"agent=$(kubectl get pods -n selkies-image-cache -o name -l app.kubernetes.io/name=selkies-image-injector", "e2e/cluster/agent_test.go", `documented(t, page, "NODE=name-of-the-node", `},
 	{"kubectl exec -n selkies-image-cache $agent -- selkies-image-injector", "e2e/cluster/agent_test.go", `documented(t, page, "NODE=name-of-the-node", `},

@@ -33,6 +33,8 @@ func TestWrongUsage(t *testing.T) {
 		"cache ID":             {[]string{"eject", "latest"}, `cache ID "latest"`},
 		"cache ID too long":    {[]string{"eject", strings.Repeat("a", 65)}, `cache ID "aaa`},
 		"other algorithm":      {[]string{"eject", "sha512:12ab"}, `cache ID "sha512:12ab"`},
+		"report to nowhere":    {[]string{"report"}, "--html is missing; name the file to write"},
+		"report of two":        {[]string{"report", "--html", "x", "a", "b"}, "accepts at most 1 arg"},
 		"reference":            {[]string{"plan", "debian:12", "Bad:::ref"}, `reference "Bad:::ref": invalid reference format`},
 	} {
 		t.Run(name, func(t *testing.T) {

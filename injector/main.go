@@ -7,6 +7,7 @@
 //	selkies-image-injector plan [REF...]    change nothing; say what inject would do, and why
 //	selkies-image-injector status           what is registered, and whether its disk is readable
 //	selkies-image-injector verify           prove the disks' layers bit for bit
+//	selkies-image-injector report           draw what a cache disk holds, as one HTML page
 //	selkies-image-injector eject [ID...]    take back what was registered
 //	selkies-image-injector version
 //
@@ -91,6 +92,7 @@ SELKIES_CACHE separates directories by colons. The command line wins.`,
 		newPlanCommand(&f),
 		newStatusCommand(&f),
 		newVerifyCommand(&f),
+		newReportCommand(&f),
 		newEjectCommand(&f),
 		newVersionCommand(&f),
 	)
