@@ -276,7 +276,9 @@ func testRebuild(t *testing.T, v *vm) {
 	})
 	t.Run("newer", func(t *testing.T) {
 		reg.Reset()
-		out := v.MustBuild(t, buildvm.Images(second, other), d.Block())
+		page := filepath.Join(t.TempDir(), "cache.html")
+		out := v.MustBuild(t, buildvm.Images(second, other), d.Block(), "report = \""+page+"\"")
+		checkReport(t, page, second, other)
 		if diff := cmp.Diff([]string{layerDescriptor(t, newer, 1).Digest.String()}, layerBlobs(t, reg, newer)); diff != "" {
 			t.Errorf("blobs pulled: %s", diff)
 		}
@@ -306,6 +308,26 @@ func testRebuild(t *testing.T, v *vm) {
 			}
 		})
 	})
+}
+
+// checkReport finds in the report of a build what only a build knows: that one image was
+// pulled and the other was there, what came before, and how full the disk is.
+func checkReport(t *testing.T, page, pulled, kept string) {
+	t.Helper()
+	data, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`(?s)>` + regexp.QuoteMeta(pulled) + `<.*?data-name="Build time" data-value="[1-9]\d*">.*?data-name="Change" data-value="new"`,
+		`(?s)>` + regexp.QuoteMeta(kept) + `<.*?data-name="Build time" data-value="0"><small>was there</small></td>.*?data-name="Change" data-value="same"`,
+		`1 image is new, 0 have been updated, 1 is gone and 1 is as it was`,
+		`aria-label="2\d\d MB in all: [1-9]`, // the disk has 256 MiB
+	} {
+		if !regexp.MustCompile(want).Match(data) {
+			t.Errorf("the report lacks %s", want)
+		}
+	}
 }
 
 // TestProgress has a registry so slow that the build tells how far it is.

@@ -67,6 +67,11 @@ type Config struct {
 	Verify bool `mapstructure:"verify"`
 	// Where to write a copy of the layer manifest on the Packer host.
 	ManifestOutput string `mapstructure:"manifest_output"`
+	// Where to write a report on the Packer host, such as `cache.html`: one HTML page that
+	// shows images, layers and what they share, what has changed since the disk's last
+	// build, how long each image took, and what still fits. See
+	// [The report](#the-report).
+	Report string `mapstructure:"report"`
 	// Credentials for a registry; may be repeated. Registries without such a block
 	// use the Packer host's Docker configuration and credential helpers, and for
 	// Google's registries the application default credentials. Credentials reach

@@ -60,6 +60,7 @@ type FlatConfig struct {
 	Prune               *bool              `mapstructure:"prune" cty:"prune" hcl:"prune"`
 	Verify              *bool              `mapstructure:"verify" cty:"verify" hcl:"verify"`
 	ManifestOutput      *string            `mapstructure:"manifest_output" cty:"manifest_output" hcl:"manifest_output"`
+	Report              *string            `mapstructure:"report" cty:"report" hcl:"report"`
 	RegistryAuth        []FlatRegistryAuth `mapstructure:"registry_auth" cty:"registry_auth" hcl:"registry_auth"`
 	ExecuteCommand      *string            `mapstructure:"execute_command" cty:"execute_command" hcl:"execute_command"`
 	MaxPullAttempts     *int               `mapstructure:"max_pull_attempts" cty:"max_pull_attempts" hcl:"max_pull_attempts"`
@@ -98,6 +99,7 @@ func (*FlatConfig) HCL2Spec() map[string]hcldec.Spec {
 		"prune":                      &hcldec.AttrSpec{Name: "prune", Type: cty.Bool, Required: false},
 		"verify":                     &hcldec.AttrSpec{Name: "verify", Type: cty.Bool, Required: false},
 		"manifest_output":            &hcldec.AttrSpec{Name: "manifest_output", Type: cty.String, Required: false},
+		"report":                     &hcldec.AttrSpec{Name: "report", Type: cty.String, Required: false},
 		"registry_auth":              &hcldec.BlockListSpec{TypeName: "registry_auth", Nested: hcldec.ObjectSpec((*FlatRegistryAuth)(nil).HCL2Spec())},
 		"execute_command":            &hcldec.AttrSpec{Name: "execute_command", Type: cty.String, Required: false},
 		"max_pull_attempts":          &hcldec.AttrSpec{Name: "max_pull_attempts", Type: cty.Number, Required: false},

@@ -63,6 +63,7 @@ func (p *Provisioner) Provision(ctx context.Context, ui packersdk.Ui, comm packe
 			{"recording the layer manifest", b.record},
 			{"pruning", b.prune},
 			{"verifying the disk", b.verifyDisk},
+			{"writing the report", b.report},
 			{"releasing the disk", b.release},
 		}...)
 	}
@@ -98,6 +99,7 @@ type build struct {
 
 	earlier     *manifest.Manifest
 	earlierData []byte
+	former      *manifest.Manifest // earlier, also when images have made room since
 	// mayRemove says which names of images may be taken out of the store.
 	mayRemove func(name string) bool
 	// crowded is true when what is to be pulled fits only without what is no longer listed.
@@ -206,6 +208,7 @@ func (b *build) readEarlier(ctx context.Context) (err error) {
 	if b.disk == nil || !b.disk.blank {
 		b.earlier, b.earlierData, err = readManifest(ctx, b.vm, b.root, b.say)
 	}
+	b.former = b.earlier
 	b.mayRemove = func(string) bool { return true }
 	if b.disk == nil {
 		b.mayRemove = recordedNames(b.earlier)
@@ -297,7 +300,7 @@ func (b *build) record(ctx context.Context) error {
 		return err
 	}
 	if b.config.ManifestOutput != "" {
-		if err := copyManifest(b.config.ManifestOutput, b.manifest); err != nil {
+		if err := writeLocal("manifest_output", b.config.ManifestOutput, b.manifest); err != nil {
 			return err
 		}
 	}

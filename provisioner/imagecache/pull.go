@@ -14,6 +14,8 @@ import (
 	"github.com/docker/docker/api/types/image"
 	"github.com/docker/go-units"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/htmlreport"
 )
 
 // puller brings images into the daemon's store.
@@ -61,7 +63,8 @@ func (p *puller) pull(ctx context.Context, w *wanted) error {
 		if id != w.id() {
 			return fmt.Errorf("docker took another image from its index than the one for %s, %s for %s; list it as %s", platforms.Format(p.platform), id, w.id(), w.refs[0].digested(w.image.Manifest.Digest))
 		}
-		p.patience.say("pulled %s: %s in %s", w, units.HumanSize(float64(p.progress.downloaded(w))), time.Since(started).Round(100*time.Millisecond))
+		w.pulled = htmlreport.Pull{Took: time.Since(started), Bytes: p.progress.downloaded(w)}
+		p.patience.say("pulled %s: %s in %s", w, units.HumanSize(float64(w.pulled.Bytes)), w.pulled.Took.Round(100*time.Millisecond))
 	}
 	for _, ref := range w.refs {
 		if t := ref.tag(); t != "" {

@@ -212,13 +212,13 @@ func writeManifest(ctx context.Context, r *vm, root string, m, earlier *manifest
 	return data, nil
 }
 
-// copyManifest writes the copy on the Packer host.
-func copyManifest(name string, data []byte) error {
+// writeLocal writes a file on the Packer host, which an option names.
+func writeLocal(option, name string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-		return fmt.Errorf("writing manifest_output: %w", err)
+		return fmt.Errorf("writing %s: %w", option, err)
 	}
 	if err := atomicwriter.WriteFile(name, data, 0o644); err != nil {
-		return fmt.Errorf("writing manifest_output: %w", err)
+		return fmt.Errorf("writing %s: %w", option, err)
 	}
 	return nil
 }

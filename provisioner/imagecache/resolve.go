@@ -19,6 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/selkies-project/packer-plugin-selkies/htmlreport"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -33,6 +34,7 @@ type wanted struct {
 	remote v1.Image
 	chain  []digest.Digest
 	blobs  []ocispec.Descriptor
+	pulled htmlreport.Pull // zero if the store had it
 }
 
 // id is what Docker's graph-driver store calls the image.

@@ -8,6 +8,8 @@ import (
 
 	"github.com/docker/go-units"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/selkies-project/packer-plugin-selkies/htmlreport"
 )
 
 // unpackedFactor is how many bytes on the disk a compressed one is taken to become, since
@@ -17,15 +19,21 @@ const unpackedFactor = 3
 
 // freeBytes is what root may still write to the file system that holds a directory.
 func freeBytes(ctx context.Context, r *vm, dir string) (int64, error) {
-	out, err := r.run(ctx, "stat", "--file-system", "--format=%f %S", dir)
+	space, err := diskSpace(ctx, r, dir)
+	return space.Free, err
+}
+
+// diskSpace is how large the file system is that holds a directory.
+func diskSpace(ctx context.Context, r *vm, dir string) (htmlreport.Disk, error) {
+	out, err := r.run(ctx, "stat", "--file-system", "--format=%b %f %S", dir)
 	if err != nil {
-		return 0, fmt.Errorf("asking for the free space of %s: %w", dir, err)
+		return htmlreport.Disk{}, fmt.Errorf("asking for the free space of %s: %w", dir, err)
 	}
-	var blocks, size int64
-	if _, err := fmt.Sscan(string(out), &blocks, &size); err != nil {
-		return 0, fmt.Errorf("asking for the free space of %s: %w", dir, err)
+	var blocks, free, size int64
+	if _, err := fmt.Sscan(string(out), &blocks, &free, &size); err != nil {
+		return htmlreport.Disk{}, fmt.Errorf("asking for the free space of %s: %w", dir, err)
 	}
-	return blocks * size, nil
+	return htmlreport.Disk{Size: blocks * size, Free: free * size}, nil
 }
 
 // checkRoom fails when pull compressed bytes certainly do not fit into room, and warns
