@@ -11,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
 // marks are what a block of commands says that no test runs.
@@ -21,11 +23,14 @@ var marks = []string{"needs Google Cloud", "needs a cluster"}
 var commands = []struct{ begin, file, text string }{
 	{"make test", ".ci/run", "exec make test"},
 	{"make test-unit", "GNUmakefile", "\ntest-unit:"},
+	{"make e2e-setup", "GNUmakefile", "\ntest: e2e-setup "},
 	{"make generate", "GNUmakefile", " generate-check "},
 	{"make lint", "GNUmakefile", " lint "},
 	{"make injector", "e2e/systemd/boot_test.go", `host.Build(ctx, "./injector"`},
 	{"make injector-image", "e2e/cluster/image_test.go", `"run", "./injector/image"`},
 	{"make reproducible", "e2e/supply/supply_test.go", "tools/reproducible.sh"},
+	{"gpg --verify packer-plugin-selkies_v", "e2e/provisioner/release_test.go", `"--verify", sums+".sig", sums`},
+	{"sha256sum --check --ignore-missing packer-plugin-selkies_v", "e2e/provisioner/release_test.go", `"sha256sum", "--check"`},
 	{"make sbom", "e2e/supply/supply_test.go", `"sbom"`},
 	{"go test -tags e2e -run '^$' -bench Idle ./e2e/cluster/", "e2e/cluster/idle_test.go", "func BenchmarkIdle("},
 	{"mount -o ro,noload LABEL=selkies-cache /mnt/disks/images", "e2e/machine/machine_test.go", "mount -o ro,noload"},
@@ -200,7 +205,7 @@ func pages(t *testing.T) []page {
 		names[i] = path.Join("docs", n)
 	}
 	var all []page
-	for _, n := range append(names, "README.md", "CONTRIBUTING.md", "SECURITY.md") {
+	for _, n := range append(names, "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md") {
 		data, err := os.ReadFile(filepath.Join("..", n))
 		if err != nil {
 			t.Fatal(err)
@@ -249,4 +254,16 @@ func blocks(text string) [][]string {
 		paragraph = !fenced && strings.TrimSpace(line) != "" && (paragraph || !indented)
 	}
 	return all
+}
+
+// TestChangelog has the version that the source has at the top.
+func TestChangelog(t *testing.T) {
+	data, err := os.ReadFile("../CHANGELOG.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	newest := regexp.MustCompile(`(?m)^## \[(.*?)\] - `).FindStringSubmatch(string(data))
+	if newest == nil || newest[1] != version.Version {
+		t.Errorf("the newest version is %q, want %s, version/version.go's", newest, version.Version)
+	}
 }

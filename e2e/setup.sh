@@ -25,9 +25,9 @@ instances=/proc/sys/fs/inotify/max_user_instances
 
 # libseccomp, a C compiler and pkg-config are for runc, the compiler for the race detector
 # as well, libnbd for disks that lose their power, strace for what the injector opens, chromium
-# for the report; the rest is run directly.
+# for the report, gnupg for releases; the rest is run directly.
 packages="systemd-container debootstrap util-linux iproute2 openssh-client ca-certificates strace
-	gcc libc6-dev pkg-config libseccomp-dev libnbd-bin chromium"
+	gcc libc6-dev pkg-config libseccomp-dev libnbd-bin chromium gnupg"
 missing=
 for p in $packages; do
 	[ "$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing="$missing $p"

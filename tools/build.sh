@@ -20,7 +20,7 @@ if [ ! -d "$out" ]; then
 	tmp=$(mktemp -d "$cache/tools/.build.XXXXXX")
 	trap 'rm -rf "$tmp"' EXIT INT TERM
 	echo "building $name from its Go module (once; kept in $out)" >&2
-	tags= cgo=0
+	tags='' cgo=0
 	# runc's seccomp filter is libseccomp.
 	[ "$name" != runc ] || { tags=seccomp cgo=1; }
 	(cd "$dir" && CGO_ENABLED=$cgo GOFLAGS=-mod=readonly go build -trimpath -buildvcs=false \

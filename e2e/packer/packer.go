@@ -14,19 +14,24 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
-// Packer is a Packer that has the plugin and nothing else.
+// Packer is a Packer that has the plugin at most.
 type Packer struct {
 	program string
 	dir     string
 }
 
+// Bare is a Packer without a plugin that keeps all it has in dir.
+func Bare(ctx context.Context, dir string) (*Packer, error) {
+	tools, err := host.Tool(ctx, "packer")
+	return &Packer{program: filepath.Join(tools, "packer"), dir: dir}, err
+}
+
 // New installs the plugin, a file, for a Packer that keeps all it has in dir.
 func New(ctx context.Context, plugin, dir string) (*Packer, error) {
-	tools, err := host.Tool(ctx, "packer")
+	p, err := Bare(ctx, dir)
 	if err != nil {
 		return nil, err
 	}
-	p := &Packer{program: filepath.Join(tools, "packer"), dir: dir}
 	install := p.Command(ctx, "plugins", "install", "--path", plugin, "github.com/selkies-project/selkies")
 	if _, err := host.Output(install); err != nil {
 		return nil, fmt.Errorf("installing the plugin: %w", err)

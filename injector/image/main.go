@@ -4,6 +4,7 @@
 //
 //	go run ./injector/image                     into build/injector-image, an OCI layout
 //	go run ./injector/image -push REGISTRY/REPOSITORY:TAG
+//	go run ./injector/image -version 1.2.3      the image of a release
 //
 // A push uses the credentials of Docker's configuration. A registry on loopback is
 // spoken to in plain HTTP. The reference by digest of what was built goes to stdout.
@@ -35,6 +36,8 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
+const module = "github.com/selkies-project/packer-plugin-selkies"
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -48,6 +51,7 @@ func run(ctx context.Context, args []string) error {
 	flags := flag.NewFlagSet("image", flag.ContinueOnError)
 	output := flags.String("output", "build/injector-image", "`directory` of the OCI layout, replaced; empty for none")
 	push := flags.String("push", "", "`reference` to push to")
+	release := flags.String("version", "", "`version` of a release, which the injector then reports; else the source's")
 	platforms := flags.String("platforms", "linux/amd64,linux/arm64", "`list` of platforms, separated by commas")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -63,7 +67,7 @@ func run(ctx context.Context, args []string) error {
 			return err
 		}
 	}
-	index, err := build(ctx, strings.Split(*platforms, ","))
+	index, err := build(ctx, *release, strings.Split(*platforms, ","))
 	if err != nil {
 		return err
 	}
@@ -89,10 +93,14 @@ func run(ctx context.Context, args []string) error {
 }
 
 // build compiles the injector for each platform and puts an image around it.
-func build(ctx context.Context, platforms []string) (v1.ImageIndex, error) {
+func build(ctx context.Context, release string, platforms []string) (v1.ImageIndex, error) {
 	from, err := describeSource(ctx)
 	if err != nil {
 		return nil, err
+	}
+	ldflags := "-s -w"
+	if release != "" {
+		from.version, ldflags = release, releaseFlags(release)
 	}
 	tmp, err := os.MkdirTemp("", "injector-image-")
 	if err != nil {
@@ -106,7 +114,7 @@ func build(ctx context.Context, platforms []string) (v1.ImageIndex, error) {
 			return nil, err
 		}
 		file := filepath.Join(tmp, strconv.Itoa(len(binaries)))
-		if err := compile(ctx, *platform, file); err != nil {
+		if err := compile(ctx, *platform, ldflags, file); err != nil {
 			return nil, fmt.Errorf("compiling for %s: %w", p, err)
 		}
 		contents, err := os.ReadFile(file)
@@ -120,12 +128,19 @@ func build(ctx context.Context, platforms []string) (v1.ImageIndex, error) {
 
 // compile builds the injector without anything in it that tells where and from which
 // kind of checkout: the image's labels say which commit it is.
-func compile(ctx context.Context, p v1.Platform, file string) error {
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", file,
-		"github.com/selkies-project/packer-plugin-selkies/injector")
+func compile(ctx context.Context, p v1.Platform, ldflags, file string) error {
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags="+ldflags, "-o", file,
+		module+"/injector")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS="+p.OS, "GOARCH="+p.Architecture)
 	cmd.Stderr = os.Stderr
 	return cmd.Run()
+}
+
+// releaseFlags are the linker's flags of .goreleaser.yml: the program in the image is that
+// of the release's archive, byte for byte.
+func releaseFlags(release string) string {
+	core, prerelease, _ := strings.Cut(release, "-")
+	return fmt.Sprintf("-s -w -X %[1]s/version.Version=%[2]s -X %[1]s/version.VersionPrerelease=%[3]s", module, core, prerelease)
 }
 
 // describeSource says what is built. Outside of a Git checkout it needs
