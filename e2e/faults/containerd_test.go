@@ -242,7 +242,7 @@ func TestContainerd(t *testing.T) {
 				if state == inject {
 					command = eject
 				}
-				f := pick(r, ctrdFaults)
+				f := draw(r, ctrdFaults)
 				what := n.suffer(t, r, f, command)
 				if f.heal != nil {
 					f.heal(t, n)

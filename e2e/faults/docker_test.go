@@ -236,7 +236,7 @@ func TestDocker(t *testing.T) {
 	n.start(t)
 	n.learn(t)
 	state := eject
-	rounds(t, share(60), func(t *testing.T, r *rand.Rand) {
+	rounds(t, share(100), func(t *testing.T, r *rand.Rand) {
 		command := eject
 		if state == eject {
 			command = pick(r, []string{injectRunning, injectStopped})
@@ -268,7 +268,7 @@ func TestDocker(t *testing.T) {
 func (n *dockerNode) suffer(t *testing.T, r *rand.Rand, command string) (dockerFault, string) {
 	t.Helper()
 	for {
-		f := pick(r, dockerFaults)
+		f := draw(r, dockerFaults)
 		if f.prepare != nil {
 			f.prepare(t, n)
 		}

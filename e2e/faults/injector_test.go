@@ -127,3 +127,12 @@ func runInjector(t *testing.T, m *machine.Machine, runtime string, args ...strin
 
 // pick is one of a list.
 func pick[T any](r *rand.Rand, list []T) T { return list[r.IntN(len(list))] }
+
+// draw is one of a list of faults, every third time its first: a killed injector is what
+// happens the most.
+func draw[T any](r *rand.Rand, faults []T) T {
+	if r.IntN(3) == 0 {
+		return faults[0]
+	}
+	return pick(r, faults)
+}
