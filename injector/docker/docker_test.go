@@ -267,6 +267,9 @@ func TestCommit(t *testing.T) {
 	if err := r.addMetadata(lost.metadata); err != nil {
 		t.Fatal(err)
 	}
+	if b, err := os.ReadFile(r.diffIDFile(blob)); err != nil || digest.Digest(b) != disks[0].Manifest.Layers[0].DiffID {
+		t.Errorf("blob %s leads to layer %q, %v", blob, b, err)
+	}
 	if left := r.missing(c.metadata); len(left.Sources)+len(left.DiffIDs) > 0 {
 		t.Errorf("of the distribution metadata %v is lost", left)
 	}
