@@ -6,12 +6,13 @@
 //
 // All APIs are on one address: URL is the endpoint of Google's Go clients
 // (option.WithEndpoint), URL + "/compute/v1/" that of the googlecompute builder
-// (custom_endpoints).
+// (custom_endpoints). The metadata server is there too.
 package gcp
 
 import (
 	"bytes"
 	"context"
+	"crypto/rsa"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -79,6 +80,7 @@ type Server struct {
 	calls      []string
 	lastID     uint64
 	forward    time.Duration // of the clock
+	keys       []*rsa.PublicKey
 }
 
 // Start starts a server.
@@ -112,6 +114,7 @@ func Start(config Config) (*Server, error) {
 	s.serveOperations()
 	s.serveLocations()
 	s.serveClusters()
+	s.serveCredentials()
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, &Error{Code: http.StatusNotImplemented, Reason: "notImplemented",
 			Message: fmt.Sprintf("package gcp has no %s %s: add it beside the methods of the same resource", r.Method, r.URL.Path)})

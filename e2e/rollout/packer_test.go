@@ -80,12 +80,43 @@ func TestPacker(t *testing.T) {
 		t.Error("Packer's output has the access token")
 	}
 	c.waitObjects(append(c.three(zoneA, 1), c.three(zoneB, 1)...)...)
+	c.findsCredentials()
 
 	// Errors are Packer's to tell, in one line.
 	c.Deny("compute.disks.list")
 	out, err = packer("build")
 	if want := "listing disks: Required 'compute.disks.list' permission for 'projects/p'; the permission compute.disks.list is missing, grant roles/compute.storageAdmin (403)"; err == nil || !strings.Contains(out, want) {
 		t.Errorf("Packer does not say %q: %v\n%s", want, err, out)
+	}
+}
+
+// findsCredentials has Packer do the same with the credentials that it finds, in place of a
+// token: those of the machine or the pod, and a service account's key.
+func (c *cloud) findsCredentials() {
+	c.t.Helper()
+	key := filepath.Join(c.t.TempDir(), "key.json")
+	if err := os.WriteFile(key, c.Key(c.t), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+	for env, call := range map[string]string{
+		"GCE_METADATA_HOST=" + strings.TrimPrefix(c.URL, "http://"): "metadata.token ",
+		"GOOGLE_APPLICATION_CREDENTIALS=" + key:                     "oauth2.token ",
+	} {
+		before := len(c.Calls())
+		cmd := c.rollBack("build", 1)
+		cmd.Args[slices.Index(cmd.Args, "access_token="+c.token)] = "access_token="
+		// The user's own are not found.
+		cmd.Env = append(cmd.Env, "HOME="+c.t.TempDir(), "GOOGLE_APPLICATION_CREDENTIALS=", env)
+		out, err := host.Output(cmd)
+		if err != nil {
+			c.t.Errorf("%s: %v\n%s", env, err, out)
+		}
+		if strings.Contains(out, c.token) {
+			c.t.Errorf("%s: Packer's output has the access token", env)
+		}
+		if !slices.ContainsFunc(c.Calls()[before:], func(done string) bool { return strings.HasPrefix(done, call) }) {
+			c.t.Errorf("%s: Packer has not asked there for a token: %q", env, c.Calls()[before:])
+		}
 	}
 }
 
