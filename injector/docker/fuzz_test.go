@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -149,6 +150,56 @@ func FuzzDataRoot(f *testing.F) {
 		write(t, filepath.Join(proc, "root", configFile), string(config))
 		if root, err := dataRoot(proc); err == nil && root == "" {
 			t.Fatal("no data root")
+		}
+	})
+}
+
+// FuzzDistribution adds distribution metadata to what dockerd has, and takes it back.
+func FuzzDistribution(f *testing.F) {
+	blob, diffID := digest.FromString("blob"), digest.FromString("layer")
+	f.Add([]byte(`[{"Digest":"`+blob.String()+`","SourceRepository":"docker.io/library/a","HMAC":""}]`), []byte(diffID))
+	f.Add([]byte(`[{"Digest":"x","SourceRepository":"\n","HMAC":"y"},{}]`), []byte("x"))
+	f.Add([]byte(`[null,`), []byte{})
+	f.Add([]byte(`{}`), []byte("sha256:"))
+	s := newStore(f)
+	ours := newMetadata()
+	ours.DiffIDs[blob] = diffID
+	ours.addSource(diffID, blobSource{Digest: blob, SourceRepository: "docker.io/library/b"})
+	f.Fuzz(func(t *testing.T, sources, of []byte) {
+		write(t, s.sourcesFile(diffID), string(sources))
+		write(t, s.diffIDFile(blob), string(of))
+		before := s.readSources(diffID)
+		if err := s.addMetadata(s.missing(ours)); err != nil {
+			t.Fatal(err)
+		}
+		if left := s.missing(ours); len(left.DiffIDs) > 0 || len(left.Sources) > 0 && len(before) < maxSources {
+			t.Fatalf("%+v is still missing", left)
+		}
+		if err := s.removeMetadata(ours); err != nil {
+			t.Fatal(err)
+		}
+		for _, src := range s.readSources(diffID) {
+			if !slices.Contains(before, src) {
+				t.Fatalf("%+v has come and stays", src)
+			}
+		}
+	})
+}
+
+// FuzzImageChain reads an image's config for its layers.
+func FuzzImageChain(f *testing.F) {
+	diffID := digest.FromString("layer").String()
+	f.Add([]byte(`{"rootfs":{"diff_ids":["` + diffID + `","` + diffID + `"]}}`))
+	f.Add([]byte(`{"rootfs":{"diff_ids":["x"]}}`))
+	f.Add([]byte(`{"rootfs":{"diff_ids":[""]}}`))
+	f.Add([]byte(`{"rootfs":null}`))
+	s, id := newStore(f), digest.FromString("image")
+	f.Fuzz(func(t *testing.T, config []byte) {
+		write(t, s.imageContent(id), string(config))
+		if top, err := s.imageChain(id); err == nil && top != "" {
+			if _, err := s.chain(top); err != nil {
+				t.Fatal(err)
+			}
 		}
 	})
 }

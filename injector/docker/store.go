@@ -257,6 +257,11 @@ func (s store) imageChain(id digest.Digest) (digest.Digest, error) {
 	if len(config.RootFS.DiffIDs) == 0 {
 		return "", nil
 	}
+	for _, d := range config.RootFS.DiffIDs {
+		if err := d.Validate(); err != nil {
+			return "", fmt.Errorf("reading image %s: layer %q: %w", id, d, err)
+		}
+	}
 	return identity.ChainID(config.RootFS.DiffIDs), nil
 }
 

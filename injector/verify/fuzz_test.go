@@ -7,8 +7,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/vbatts/tar-split/tar/storage"
 )
 
@@ -117,4 +119,43 @@ func sameStream(a, b []byte) bool {
 		}
 	}
 	return bytes.Equal(flat(a), flat(b))
+}
+
+// FuzzResume goes on from what a file says is proved: it begins anew where it says nothing
+// of this cache, and what is noted is read again.
+func FuzzResume(f *testing.F) {
+	cache, chain := digest.FromString("cache"), digest.FromString("chain")
+	f.Add([]byte(cache.String() + "\n" + chain.String() + "\n"))
+	f.Add([]byte(cache.String() + "\n" + chain.String()[:40]))
+	f.Add([]byte(chain.String() + "\n" + chain.String() + "\n"))
+	f.Add([]byte(cache.String() + "\n" + strings.Repeat("x", 1<<17)))
+	f.Add([]byte("\x00\r\n\n"))
+	f.Fuzz(func(t *testing.T, file []byte) {
+		name := filepath.Join(t.TempDir(), "resume")
+		if err := os.WriteFile(name, file, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r, before, err := openResume(name, cache)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(before) > 0 && !bytes.HasPrefix(file, []byte(cache)) {
+			t.Fatalf("of another cache it takes %d layers", len(before))
+		}
+		if err := r.note("sha256:new"); err != nil {
+			t.Fatal(err)
+		}
+		r.close()
+		r, after, err := openResume(name, cache)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.close()
+		before["sha256:new"] = true
+		for chain := range before {
+			if !after[chain] {
+				t.Fatalf("%q was proved and is not", chain)
+			}
+		}
+	})
 }

@@ -33,18 +33,26 @@ func openResume(name string, cache digest.Digest) (*resume, map[digest.Digest]bo
 	}
 	proved := map[digest.Digest]bool{}
 	lines := bufio.NewScanner(f)
-	if lines.Scan() && lines.Text() == cache.String() {
-		for lines.Scan() {
-			proved[digest.Digest(lines.Text())] = true
-		}
+	ours := lines.Scan() && lines.Text() == cache.String()
+	for ours && lines.Scan() {
+		proved[digest.Digest(lines.Text())] = true
+	}
+	err = lines.Err()
+	if errors.Is(err, bufio.ErrTooLong) { // no line of ours
+		ours, err = false, nil
+		clear(proved)
+	}
+	switch {
+	case err != nil:
+	case ours:
 		// Ends a line that was cut off.
 		_, err = fmt.Fprintln(f)
-	} else {
+	default:
 		if err = f.Truncate(0); err == nil {
 			_, err = fmt.Fprintln(f, cache)
 		}
 	}
-	if err := errors.Join(lines.Err(), err); err != nil {
+	if err != nil {
 		f.Close()
 		return nil, nil, fmt.Errorf("noting what is proved in %s: %w", name, err)
 	}

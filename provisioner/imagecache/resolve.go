@@ -161,6 +161,11 @@ func (w *wanted) complete(desc *remote.Descriptor, platform ocispec.Platform) er
 	if c.OS != platform.OS || c.Architecture != platform.Architecture {
 		return fmt.Errorf("it is for platform %s/%s, not %s; set platform or choose another image", c.OS, c.Architecture, platforms.Format(platform))
 	}
+	for i, layer := range m.Layers {
+		if err := layer.Digest.Validate(); err != nil || layer.Size < 0 {
+			return fmt.Errorf("its manifest's layer %d, digest %q of %d bytes, is none; push it again", i, layer.Digest, layer.Size)
+		}
+	}
 	w.image.Manifest = descriptor(desc.MediaType, desc.Manifest)
 	w.image.Config = descriptor(types.MediaType(m.Config.MediaType), config)
 	w.blobs = m.Layers
@@ -208,6 +213,9 @@ func choose(index []byte, platform ocispec.Platform) (digest.Digest, error) {
 	}
 	if best == nil {
 		return "", fmt.Errorf("it is for %s, not for platform %s; set platform or choose another image", strings.Join(has, ", "), platforms.Format(platform))
+	}
+	if err := best.Digest.Validate(); err != nil {
+		return "", fmt.Errorf("reading the image's index: digest %q: %w", best.Digest, err)
 	}
 	return best.Digest, nil
 }
