@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -218,7 +219,7 @@ func TestEnded(t *testing.T) {
 				c := newRecords(t)
 				hold := make(chan struct{})
 				c.Inject(gcp.Fault{Call: "*", After: n, Hold: hold})
-				b := c.startBuild(t, named, "")
+				b := startBuild(t, c.command(t, named, ""))
 				b.waitFor(t, "the call", func() error {
 					if done := len(c.Calls()); done <= n {
 						return fmt.Errorf("%d of %d calls so far:\n%s", done, n+1, b.said(t))
@@ -249,7 +250,7 @@ func TestEnded(t *testing.T) {
 func TestInterrupt(t *testing.T) {
 	c := newRecords(t)
 	before := c.Resources()
-	b := c.startHeld(t, "instances.get", named)
+	b := c.startHeld(t, "instances.get", c.command(t, named, ""))
 	b.interrupt(t)
 	close(b.hold)
 	if err := b.wait(); err == nil {
@@ -264,7 +265,7 @@ func TestInterruptProvisioner(t *testing.T) {
 	before := c.Resources()
 	reg := registry.New(t, registry.Config{Latency: time.Second})
 	push(t, reg, "app:1", newLayer(t))
-	b := c.startBuild(t, dataDisk(""), fmt.Sprintf("provisioner \"selkies-image-cache\" {\nimages = [%q]\n%s\n}", reg.Addr+"/app:1", cacheDisk))
+	b := startBuild(t, c.command(t, dataDisk(""), fmt.Sprintf("provisioner \"selkies-image-cache\" {\nimages = [%q]\n%s\n}", reg.Addr+"/app:1", cacheDisk)))
 	// After the first request, for the manifest, comes one for the layer, a second later.
 	b.waitSaid(t, "on the build VM fills")
 	reg.Reset()
@@ -281,29 +282,54 @@ func TestInterruptProvisioner(t *testing.T) {
 	c.wantLeft(t, before, nil, b.said(t))
 }
 
-// TestKill has the machine that Packer runs on go away in the middle of a build. The
-// VM ends when its time is up; its disks stay until the next build deletes them.
+// TestKill has the machine that Packer runs on go away in the middle of a build of the
+// template. A run right after it leaves the VM, which could be that of a build that goes
+// on, and says how to delete it. When the CronJob's next run is due the VM has ended, and
+// that run deletes its disks.
 func TestKill(t *testing.T) {
-	c := newRecords(t)
-	before := c.Resources()
-	b := c.startHeld(t, "instances.get", named)
+	c := newRecordsWithBroker(t, zone)
+	b := c.startHeld(t, "instances.get", c.template(t))
 	b.kill(t)
 	_ = b.wait()
 	close(b.hold)
-	c.wantLeft(t, before, []string{boot, data, vm}, b.said(t))
-	c.Forward(time.Hour)
-	c.wantLeft(t, before, []string{boot, data}, b.said(t))
+	left := c.builders()
+	if len(left) != 3 { // two disks as well
+		t.Fatalf("it leaves %q:\n%s", left, b.said(t))
+	}
+	vm := path.Base(left[2])
 
-	c.Forward(time.Hour)
-	out := c.mustBuild(t, strings.ReplaceAll(named, "1700000001", "1700000002"), fmt.Sprintf(`
-  post-processor "selkies-image-cache" {
-    zones               = [%q]
-    skip_roll_out       = true
-    builder_disk_prefix = "build-"
-    access_token        = %q
-    custom_endpoints    = { compute = "%s/compute/v1/" }
-  }`, zone, c.token, c.URL))
-	c.wantLeft(t, before, []string{"projects/broker/global/images/selkies-image-cache-1700000002", "projects/broker/zones/us-central1-a/disks/selkies-image-cache-us-central1-a-1700000002"}, out)
+	// What comes after the builder in a run; nothing can log in to the VM of a whole one.
+	afterBuild := func(image string) string {
+		c.AddImage(project, &computepb.Image{Name: &image, Family: new("selkies-image-cache"), DiskSizeGb: new(int64(20))})
+		return strings.Join(strings.Fields(c.run(t, "-var", "rollback_to="+image)), " ")
+	}
+	out := afterBuild("selkies-image-cache-1700000001")
+	if want := "If none goes on, delete it: gcloud compute instances delete " + vm + " --project=broker --zone=us-central1-a --delete-disks=all"; !strings.Contains(out, want) {
+		t.Errorf("Packer does not say %q", want)
+	}
+	if diff := cmp.Diff(left, c.builders()); diff != "" {
+		t.Errorf("the run beside it changed (-before +after):\n%s", diff)
+	}
+
+	settings, err := os.ReadFile(filepath.Join(examples, "settings.env"))
+	if err != nil || !strings.Contains(string(settings), "\nSCHEDULE=0 */8 * * *\n") {
+		t.Fatalf("the CronJob is not for every 8 hours: %v\n%s", err, settings)
+	}
+	c.Forward(8 * time.Hour)
+	if diff := cmp.Diff(left[:2], c.builders()); diff != "" {
+		t.Errorf("after 8 hours (-want +got):\n%s", diff)
+	}
+	if out := afterBuild("selkies-image-cache-1700000002"); strings.Contains(out, vm+" has had") {
+		t.Error("Packer says that the VM is there")
+	}
+	if got := c.builders(); len(got) > 0 {
+		t.Errorf("the next run leaves %q", got)
+	}
+}
+
+// builders are the disks and VMs of the template's builder.
+func (c *cloud) builders() []string {
+	return slices.DeleteFunc(c.Resources(), func(r string) bool { return !strings.Contains(r, "/selkies-image-cache-build-") })
 }
 
 // descendants are a process and all that came of it.
@@ -340,11 +366,11 @@ type runningBuild struct {
 }
 
 // startHeld starts a build and returns when it waits for a call.
-func (c *cloud) startHeld(t *testing.T, call, options string) *runningBuild {
+func (c *cloud) startHeld(t *testing.T, call string, cmd *exec.Cmd) *runningBuild {
 	t.Helper()
 	hold := make(chan struct{})
 	c.Inject(gcp.Fault{Call: call, Hold: hold})
-	b := c.startBuild(t, options, "")
+	b := startBuild(t, cmd)
 	b.hold = hold
 	b.waitFor(t, "the call of "+call, func() error {
 		if !slices.ContainsFunc(c.Calls(), func(done string) bool { return strings.HasPrefix(done, call+" ") }) {
@@ -356,9 +382,9 @@ func (c *cloud) startHeld(t *testing.T, call, options string) *runningBuild {
 }
 
 // startBuild starts a build.
-func (c *cloud) startBuild(t *testing.T, options, steps string) *runningBuild {
+func startBuild(t *testing.T, cmd *exec.Cmd) *runningBuild {
 	t.Helper()
-	b := &runningBuild{cmd: c.command(t, options, steps), out: filepath.Join(t.TempDir(), "out"), ended: make(chan struct{})}
+	b := &runningBuild{cmd: cmd, out: filepath.Join(t.TempDir(), "out"), ended: make(chan struct{})}
 	f, err := os.Create(b.out)
 	if err != nil {
 		t.Fatal(err)

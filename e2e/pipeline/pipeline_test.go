@@ -185,9 +185,8 @@ func (c *cloud) addBroker(zones []string) {
 // cached are the images of the cache.
 var cached = []string{"stable:1", "app:1"}
 
-// run runs the example template as it is, with variables only, and returns what Packer
-// said.
-func (c *cloud) run(t *testing.T, args ...string) string {
+// template makes a packer build of the example template as it is, with variables only.
+func (c *cloud) template(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
 	template, err := filepath.Abs(filepath.Join(examples, "image-cache.pkr.hcl"))
 	if err != nil {
@@ -202,7 +201,13 @@ func (c *cloud) run(t *testing.T, args ...string) string {
 		"-var", "images=" + hclList(refs...), "-var", "injector_image=" + world.registry.Addr + "/injector:1"}, args...)
 	cmd := packerCommand(t.Context(), append(args, template)...)
 	cmd.Dir = t.TempDir()
-	out, err := cmd.CombinedOutput()
+	return cmd
+}
+
+// run runs such a build and returns what Packer said.
+func (c *cloud) run(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := c.template(t, args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("packer build: %v\n%s", err, out)
 	}

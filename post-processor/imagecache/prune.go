@@ -1,6 +1,7 @@
 package imagecache
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -254,11 +255,15 @@ func (r *run) deleteBuilderDisks(ctx context.Context) error {
 		return nil
 	}
 	disks, err := r.listDisks(ctx, fmt.Sprintf(`name eq "%s.*"`, prefix), func(d *computepb.Disk) bool {
-		return strings.HasPrefix(d.GetName(), prefix) && d.GetZone() != "" && d.GetLabels()[labelName] == "" && len(d.GetUsers()) == 0 && d.GetStatus() == "READY"
+		return strings.HasPrefix(d.GetName(), prefix) && d.GetZone() != "" && d.GetLabels()[labelName] == "" && d.GetStatus() == "READY"
 	})
 	if err != nil {
 		return fmt.Errorf("listing the builder's disks: %w", gcp.Explain(err))
 	}
+	for _, d := range disks {
+		r.tellOfBuilder(d)
+	}
+	disks = slices.DeleteFunc(disks, func(d *computepb.Disk) bool { return len(d.GetUsers()) > 0 })
 	if len(disks) == 0 {
 		return nil
 	}
@@ -282,6 +287,20 @@ func (r *run) deleteBuilderDisks(ctx context.Context) error {
 		}
 	}
 	return join(errs)
+}
+
+// tellOfBuilder tells, once, of each VM that has a disk of the builder. The build of this
+// run has none any more, and whether another one goes on nobody but its Packer knows.
+func (r *run) tellOfBuilder(d *computepb.Disk) {
+	for _, user := range d.GetUsers() {
+		vm := lastElement(user)
+		if slices.Contains(r.builders, vm) {
+			continue
+		}
+		r.builders = append(r.builders, vm)
+		r.say("VM %s has had disk %s of the builder since %s: another build goes on, or was killed. If none goes on, delete it: gcloud compute instances delete %s --project=%s --zone=%s --delete-disks=all",
+			vm, d.GetName(), cmp.Or(d.GetLastAttachTimestamp(), d.GetCreationTimestamp()), vm, r.config.ProjectID, lastElement(d.GetZone()))
+	}
 }
 
 // lastUse is when a disk was last made, attached or detached.

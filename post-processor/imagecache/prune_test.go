@@ -1,10 +1,12 @@
 package imagecache
 
 import (
+	"bytes"
 	"testing"
 	"time"
 
 	"cloud.google.com/go/compute/apiv1/computepb"
+	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/gcp"
@@ -89,5 +91,22 @@ func TestBoots(t *testing.T) {
 		if got := r.boots(g); got != want {
 			t.Errorf("%s: got %v, want %v", image, got, want)
 		}
+	}
+}
+
+// TestTellOfBuilder has a VM with two disks of the builder.
+func TestTellOfBuilder(t *testing.T) {
+	var out bytes.Buffer
+	r := &run{config: &Config{ProjectID: "p"}, ui: &packersdk.BasicUi{Writer: &out}}
+	for _, name := range []string{"build-1", "build-1-data"} {
+		r.tellOfBuilder(&computepb.Disk{
+			Name: &name, Zone: new("https://www.googleapis.com/compute/v1/projects/p/zones/us-central1-a"), LastAttachTimestamp: new("2026-01-01T00:00:00Z"),
+			Users: []string{"https://www.googleapis.com/compute/v1/projects/p/zones/us-central1-a/instances/vm"},
+		})
+	}
+	const want = "VM vm has had disk build-1 of the builder since 2026-01-01T00:00:00Z: another build goes on, or was killed. " +
+		"If none goes on, delete it: gcloud compute instances delete vm --project=p --zone=us-central1-a --delete-disks=all\n"
+	if out.String() != want {
+		t.Errorf("it says\n%swant\n%s", &out, want)
 	}
 }

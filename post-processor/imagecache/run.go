@@ -35,6 +35,7 @@ type run struct {
 	others     []*cluster    // not rolled out to, that may use disks all the same
 	pruning    error         // what went wrong in the last step
 	zones      []string      // that get a disk
+	builders   []string      // VMs that were told of
 
 	sizesMu sync.Mutex
 	sizes   map[string]int64 // of the disks, by zone, in GB
