@@ -122,6 +122,9 @@ func runInjector(t *testing.T, m *machine.Machine, runtime string, args ...strin
 	if i.wait(t) != 0 {
 		t.Fatalf("%v: %s", args, i.stderr.String())
 	}
+	if said := i.stderr.String(); said != "" {
+		t.Logf("%v: %s", args, said)
+	}
 	return time.Since(start)
 }
 
