@@ -46,6 +46,8 @@ func startInjector(t *testing.T, m *machine.Machine, runtime string, args ...str
 func newInjection(m *machine.Machine, runtime string, args ...string) (*injection, error) {
 	i := &injection{ended: make(chan struct{})}
 	i.cmd = m.Command(context.Background(), program, append([]string{"--runtime", runtime}, args...)...)
+	// The race detector sleeps a second at the end, in which nothing is left to strike.
+	i.cmd.Env = append(i.cmd.Env, "GORACE=atexit_sleep_ms=0")
 	i.cmd.Stderr = &i.stderr
 	if err := i.cmd.Start(); err != nil {
 		return nil, err
