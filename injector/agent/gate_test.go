@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"math"
 	"testing"
 	"time"
 
@@ -24,6 +25,11 @@ func TestDue(t *testing.T) {
 		"hard bound":           {30 * time.Second, 0, 90 * time.Second},
 		"hard bound, late":     {time.Hour, 0, 0},
 		"another clock's time": {-time.Hour, firstPass, deadline},
+		"clock a century slow": {-100 * 365 * 24 * time.Hour, firstPass, deadline},
+		"clock a century fast": {100 * 365 * 24 * time.Hour, firstPass, firstPass},
+		"the far future":       {-math.MaxInt64, firstPass, deadline},
+		"the far past":         {math.MaxInt64, firstPass, firstPass},
+		"the far past, bound":  {math.MaxInt64, 0, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			start := time.Now()

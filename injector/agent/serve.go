@@ -13,8 +13,9 @@ import (
 type health struct {
 	// ready is whether the gate is open and a pass has ended since. It says nothing of
 	// images: a node without a disk must not hold up a roll-out to all the others.
-	ready   atomic.Bool
-	overdue atomic.Int64 // Unix time after which the loop is stuck
+	ready atomic.Bool
+	// due is when the loop is stuck. It has a monotonic reading, since the clock may jump.
+	due atomic.Pointer[time.Time]
 }
 
 // leastStuck is more than any pass takes: a look at a device that hangs, and a
@@ -23,7 +24,14 @@ const leastStuck = 10 * time.Minute
 
 // beat says that the loop is at work.
 func (h *health) beat(interval time.Duration) {
-	h.overdue.Store(time.Now().Add(max(leastStuck, 3*interval)).Unix())
+	due := time.Now().Add(max(leastStuck, 3*interval))
+	h.due.Store(&due)
+}
+
+// live answers whether the loop, which has beaten, is at work.
+func (h *health) live(w http.ResponseWriter, _ *http.Request) {
+	overdue := time.Since(*h.due.Load())
+	answer(w, overdue < 0, "ok", fmt.Sprintf("stuck: a pass should have ended %v ago", overdue.Round(time.Second)))
 }
 
 // serve serves the probes and the metrics, once the address is free: while one
@@ -41,10 +49,7 @@ func (a *Agent) serve(ctx context.Context) {
 	a.serving = true
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", a.metrics.handler())
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
-		overdue := time.Since(time.Unix(a.health.overdue.Load(), 0))
-		answer(w, overdue < 0, "ok", fmt.Sprintf("stuck: a pass should have ended %v ago", overdue.Round(time.Second)))
-	})
+	mux.HandleFunc("GET /healthz", a.health.live)
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		answer(w, a.health.ready.Load(), "ok", "the gate is shut or the first pass has not ended; see the log or the node's condition")
 	})
