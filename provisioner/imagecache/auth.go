@@ -126,9 +126,9 @@ func (r *registries) isInsecure(host string) bool {
 
 func (r *registries) transport(host string) http.RoundTripper {
 	if r.isInsecure(host) {
-		return r.insecureTransport
+		return impatient{r.insecureTransport}
 	}
-	return remote.DefaultTransport
+	return impatient{remote.DefaultTransport}
 }
 
 func (r *registries) options(ctx context.Context, host string) []remote.Option {

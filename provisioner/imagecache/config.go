@@ -85,7 +85,8 @@ type Config struct {
 	ExecuteCommand string `mapstructure:"execute_command"`
 	// How often the pull of an image, or with `keep_blobs` the copy of a layer, is tried
 	// before it counts as failed; the pause between two attempts grows from 1 to 30
-	// seconds. Defaults to 5.
+	// seconds. An attempt ends when nothing comes from the registry for 5 minutes.
+	// Defaults to 5.
 	MaxPullAttempts int `mapstructure:"max_pull_attempts"`
 	// Also keep the compressed layers as the registry serves them, in
 	// `selkies-image-cache/blobs` on the disk. A node whose Docker uses the

@@ -26,6 +26,8 @@ type progress struct {
 
 	lastTime  time.Time
 	lastBytes int64
+
+	toldAt time.Time // when Docker last told of a pull
 }
 
 type blobProgress struct {
@@ -116,6 +118,7 @@ func (p *progress) moved(d digest.Digest, n int64) {
 func (p *progress) event(w *wanted, e event) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.toldAt = time.Now()
 	b := p.blobs[p.find(w).byID[e.ID]]
 	if b == nil {
 		return

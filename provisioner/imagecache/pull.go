@@ -102,6 +102,12 @@ type event struct {
 }
 
 func (p *puller) pullOnce(ctx context.Context, w *wanted) error {
+	ctx, stop := p.progress.watch(ctx)
+	defer stop()
+	return stalled(ctx, p.pullWatched(ctx, w))
+}
+
+func (p *puller) pullWatched(ctx context.Context, w *wanted) error {
 	auth, err := p.registries.header(ctx, w.refs[0])
 	if err != nil {
 		return err

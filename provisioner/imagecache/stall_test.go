@@ -1,0 +1,84 @@
+package imagecache
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// TestWatch has Docker tell of one of two pulls, and then of none.
+func TestWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProgress("pulling", time.Now())
+		a, stopA := p.watch(t.Context())
+		b, stopB := p.watch(t.Context())
+		defer stopB()
+		for range 3 {
+			time.Sleep(stallLimit - time.Second)
+			p.event(&wanted{}, event{Status: "Downloading"})
+			synctest.Wait()
+			if a.Err() != nil || b.Err() != nil {
+				t.Fatal("a pull was given up while another one moves")
+			}
+		}
+		stopA()
+		time.Sleep(stallLimit)
+		synctest.Wait()
+		if err := stalled(b, b.Err()); !errors.Is(err, errStalled) || !mayPass(err) {
+			t.Errorf("given up with %v", err)
+		}
+		if err := stalled(a, a.Err()); !errors.Is(err, context.Canceled) {
+			t.Errorf("a pull that has ended gives %v", err)
+		}
+	})
+}
+
+type answers func(*http.Request) (*http.Response, error)
+
+func (a answers) RoundTrip(req *http.Request) (*http.Response, error) { return a(req) }
+
+// TestImpatient asks registries that answer slowly, stop in the middle, and never answer.
+func TestImpatient(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		body, w := io.Pipe()
+		client := &http.Client{Transport: impatient{answers(func(req *http.Request) (*http.Response, error) {
+			if req.URL.Path == "/silent" {
+				<-req.Context().Done()
+				return nil, req.Context().Err()
+			}
+			context.AfterFunc(req.Context(), func() { w.CloseWithError(req.Context().Err()) })
+			time.Sleep(stallLimit - time.Second)
+			return &http.Response{StatusCode: http.StatusOK, Body: body}, nil
+		})}}
+		if resp, err := client.Get("http://example.com/silent"); !errors.Is(err, errStalled) {
+			t.Errorf("no answer gives %v, %v", resp, err)
+		}
+		resp, err := client.Get("http://example.com/slow")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		go func() {
+			for range 3 {
+				time.Sleep(stallLimit - time.Second)
+				w.Write([]byte("x")) //nolint:errcheck // what is read is looked at
+			}
+		}()
+		// What is done between two reads is not the registry's fault.
+		b := make([]byte, 1)
+		for range 3 {
+			if _, err := resp.Body.Read(b); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(2 * stallLimit)
+		}
+		start := time.Now()
+		if _, err := resp.Body.Read(b); !errors.Is(err, errStalled) || time.Since(start) != stallLimit {
+			t.Errorf("after %v: %v", time.Since(start), err)
+		}
+	})
+}
