@@ -7,7 +7,8 @@ import (
 )
 
 // TestDependencies guards the dependency graph: the injector runs on every node
-// and carries no Packer, the layer manifest and the report of it carry neither half.
+// and carries no Packer, the layer manifest, the report of it and the access trace carry
+// neither half.
 func TestDependencies(t *testing.T) {
 	const self = "github.com/selkies-project/packer-plugin-selkies"
 	for pkg, forbidden := range map[string][]string{
@@ -24,6 +25,12 @@ func TestDependencies(t *testing.T) {
 			"github.com/docker/docker",
 			self + "/injector",
 			self + "/provisioner",
+		},
+		self + "/trace": {
+			"github.com/hashicorp/",
+			"github.com/containerd/",
+			"github.com/docker/docker",
+			"github.com/google/go-containerregistry",
 		},
 		self + "/injector": {
 			"github.com/hashicorp/",

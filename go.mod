@@ -43,7 +43,7 @@ require (
 	golang.org/x/oauth2 v0.37.0 // tests: the token that the stand-in for Google's APIs takes
 	golang.org/x/sync v0.24.0 // errgroup
 	golang.org/x/sys v0.49.0 // open_tree, move_mount, setns
-	golang.org/x/time v0.16.0 // the rate at which the agent verifies
+	golang.org/x/time v0.16.0 // the rate at which the agent verifies and reads ahead
 	google.golang.org/api v0.311.0 // credentials and endpoints of Google's clients
 	google.golang.org/grpc v1.85.0 // the CRI's client connection
 	google.golang.org/protobuf v1.36.12 // tests: the stand-in speaks Google's messages

@@ -14,7 +14,8 @@ import (
 )
 
 func newInjectCommand(f *flags) *cobra.Command {
-	return &cobra.Command{
+	var ahead readAheadFlags
+	cmd := &cobra.Command{
 		Use:   "inject",
 		Short: "Register everything on the cache disks, once",
 		Long: `Register every image of the cache disks with the node's container runtime.
@@ -24,17 +25,26 @@ start: a running dockerd is stopped and started through systemd, and only if
 something is missing. What the node has wins: an image that is there under the
 same name is left alone and reported.
 
-A second run changes nothing. A run that was killed is completed by the next.`,
+A second run changes nothing. A run that was killed is completed by the next.
+
+With --read-ahead it reads meanwhile what the starts of the images are going to read, by
+the access traces that the disk has, and ends when that has been read too.`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return inject(cmd, f, false)
+			return inject(cmd, f, false, ahead)
 		},
 	}
+	ahead.register(cmd.Flags(), false)
+	return cmd
 }
 
-// inject registers the disks, or with dryRun says what that would do.
-func inject(cmd *cobra.Command, f *flags, dryRun bool) error {
-	return withDisks(cmd.Context(), f, func(rt runtime, disks []*cachedisk.Disk) error {
+// inject registers the disks, or with dryRun says what that would do, and reads ahead
+// meanwhile.
+func inject(cmd *cobra.Command, f *flags, dryRun bool, ahead readAheadFlags) error {
+	return withDisks(cmd.Context(), f, func(rt runtime, disks []*cachedisk.Disk) (err error) {
+		read := make(chan error, 1)
+		go func() { read <- ahead.read(cmd.Context(), f, disks) }()
+		defer func() { err = errors.Join(err, <-read) }()
 		if !dryRun {
 			for _, d := range disks {
 				if err := agent.ForgetEjected(f.hostRoot, d.ID); err != nil {

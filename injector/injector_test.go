@@ -35,6 +35,9 @@ func TestWrongUsage(t *testing.T) {
 		"other algorithm":      {[]string{"eject", "sha512:12ab"}, `cache ID "sha512:12ab"`},
 		"report to nowhere":    {[]string{"report"}, "--html is missing; name the file to write"},
 		"report of two":        {[]string{"report", "--html", "x", "a", "b"}, "accepts at most 1 arg"},
+		"trace of nothing":     {[]string{"trace"}, "accepts 1 arg(s), received 0"},
+		"trace of no image":    {[]string{"trace", "Bad:::ref"}, `reference "Bad:::ref": invalid reference format`},
+		"read-ahead-bytes":     {[]string{"inject", "--read-ahead-bytes", "-1"}, "invalid argument"},
 		"reference":            {[]string{"plan", "debian:12", "Bad:::ref"}, `reference "Bad:::ref": invalid reference format`},
 	} {
 		t.Run(name, func(t *testing.T) {

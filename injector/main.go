@@ -8,6 +8,7 @@
 //	selkies-image-injector status           what is registered, and whether its disk is readable
 //	selkies-image-injector verify           prove the disks' layers bit for bit
 //	selkies-image-injector report           draw what a cache disk holds, as one HTML page
+//	selkies-image-injector trace IMAGE      record what a start of an image reads, on the build VM
 //	selkies-image-injector eject [ID...]    take back what was registered
 //	selkies-image-injector version
 //
@@ -93,6 +94,7 @@ SELKIES_CACHE separates directories by colons. The command line wins.`,
 		newStatusCommand(&f),
 		newVerifyCommand(&f),
 		newReportCommand(&f),
+		newTraceCommand(&f),
 		newEjectCommand(&f),
 		newVersionCommand(&f),
 	)

@@ -25,7 +25,7 @@ and the node have it:
 		Args: usage(checkReferences),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			if len(refs) == 0 {
-				return inject(cmd, f, true)
+				return inject(cmd, f, true, readAheadFlags{})
 			}
 			return plan(cmd, f, refs)
 		},

@@ -13,7 +13,8 @@ import (
 
 func newRunCommand(f *flags) *cobra.Command {
 	var c agent.Config
-	var verifyRate bytesPerSecond
+	var verifyRate byteCount
+	var ahead readAheadFlags
 	cmd := &cobra.Command{
 		Use:   "run",
 		Short: "Run on a node for good: inject, then open the gate, watch, heal and report",
@@ -28,6 +29,9 @@ stays removed until the next start. With Docker, which tells of no changes to it
 store, images are registered at start and when a disk comes; a running dockerd is
 restarted only as inject would.
 
+What the starts of images read, by the access traces that the disk has, is read ahead
+once a boot, the images first that pods wait for.
+
 Logs at level info by default. SIGTERM ends it at once and changes nothing on the
 node.`,
 		Args: usage(cobra.NoArgs),
@@ -37,6 +41,7 @@ node.`,
 			}
 			c.Caches, c.HostRoot, c.Log = f.caches, f.hostRoot, f.log
 			c.Open, c.VerifyRate = opener(f), int64(verifyRate)
+			c.ReadAhead, c.ReadAheadBytes, c.ReadAheadRate = ahead.on, int64(ahead.bytes), int64(ahead.rate)
 			if err := c.Validate(); err != nil {
 				return usageError{err}
 			}
@@ -54,6 +59,7 @@ node.`,
 	fs.DurationVar(&c.GoneAfter, "gone-after", agent.DefaultGoneAfter, "how long a disk may be unreadable before its images are taken back")
 	fs.DurationVar(&c.CheckInterval, "check-interval", agent.DefaultCheckInterval, "time from one look at the disks to the next")
 	fs.Var(&verifyRate, "verify-rate", "prove the disks' layers in the background, reading as many `bytes` a second, as in 20MB; needs CAP_DAC_READ_SEARCH; 0 proves none")
+	ahead.register(fs, true)
 	fs.StringVar(&c.MetricsAddress, "metrics-address", agent.DefaultMetricsAddress, "`address` of /metrics, /healthz and /readyz; empty for none")
 	return cmd
 }

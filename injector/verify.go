@@ -18,7 +18,7 @@ import (
 
 func newVerifyCommand(f *flags) *cobra.Command {
 	var opt verify.Options
-	var limit bytesPerSecond
+	var limit byteCount
 	cmd := &cobra.Command{
 		Use:   "verify",
 		Short: "Prove the cache disks' layers bit for bit",
@@ -80,19 +80,19 @@ func (f *flags) verify(ctx context.Context, d *cachedisk.Disk, opt verify.Option
 	return r, err
 }
 
-// bytesPerSecond is a flag.
-type bytesPerSecond int64
+// byteCount is a flag for bytes, or bytes a second.
+type byteCount int64
 
-func (b *bytesPerSecond) String() string { return units.HumanSize(float64(*b)) }
-func (b *bytesPerSecond) Type() string   { return "bytes" }
+func (b *byteCount) String() string { return units.HumanSize(float64(*b)) }
+func (b *byteCount) Type() string   { return "bytes" }
 
 // Set takes a number with a unit or without.
-func (b *bytesPerSecond) Set(s string) error {
+func (b *byteCount) Set(s string) error {
 	n, err := units.FromHumanSize(s)
 	if err == nil && n < 0 {
 		err = errors.New("it is negative")
 	}
-	*b = bytesPerSecond(n)
+	*b = byteCount(n)
 	return err
 }
 

@@ -206,8 +206,8 @@ func fewValues(data []byte) error {
 	return nil
 }
 
-// validRelative reports what is wrong with a path that must stay below the disk.
-func validRelative(p string) error {
+// ValidPath reports what is wrong with a path that must stay below the disk.
+func ValidPath(p string) error {
 	switch {
 	case p == "":
 		return fmt.Errorf("is empty")

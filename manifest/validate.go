@@ -48,7 +48,7 @@ func (m *Manifest) Validate() error {
 		return fmt.Errorf("store.driver is %.100q, not %.100q", m.Store.Driver, DriverOverlay2)
 	}
 	// The disk's root itself ("") would be an overlay2 directory at its top.
-	if err := validRelative(m.Store.Root); err != nil {
+	if err := ValidPath(m.Store.Root); err != nil {
 		return fmt.Errorf("store.root %w", err)
 	}
 	layers, err := m.validateLayers()
@@ -86,7 +86,7 @@ func (m *Manifest) validateLayers() (map[digest.Digest]Layer, error) {
 		if _, ok := byChain[l.ChainID]; ok {
 			return fail("chainID %s is there twice", l.ChainID)
 		}
-		if err := validRelative(l.Directory); err != nil {
+		if err := ValidPath(l.Directory); err != nil {
 			return fail("directory %w", err)
 		}
 		if strings.Contains(l.Directory, "/") || l.Directory == "." {

@@ -21,12 +21,17 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// TestRun registers, opens the gate and ends on SIGTERM, which harms nothing.
+// TestRun registers, reads ahead, opens the gate and ends on SIGTERM, which harms nothing.
 func TestRun(t *testing.T) {
+	disk := traced(t)
 	onEach(t, func(t *testing.T, n *node) {
-		n.attach(t)
+		n.MountDisk(t, disk, cacheDir, "ro,noload")
+		if got := n.busybox(t); got > 0 {
+			t.Errorf("%d bytes of busybox are in memory before", got)
+		}
 		a := n.start(t)
 		n.waitReady(t)
+		n.checkReadAhead(t, a)
 		for _, ref := range world.refs {
 			if line := fmt.Sprintf("%s: %d/%[2]d layers (100%%) from the cache", ref, layersOf(t, ref)); !strings.Contains(a.log.String(), line) {
 				t.Errorf("the log does not say %q", line)
@@ -69,6 +74,12 @@ func TestRun(t *testing.T) {
 		for _, args := range [][]string{{"status"}, {"plan"}, {"plan", world.refs[0]}} {
 			if out := n.Output(t, slices.Concat(env, args)...); !strings.Contains(out, world.refs[0]) {
 				t.Errorf("%v: %s", args, out)
+			}
+		}
+		out := n.Output(t, "sh", "-ec", program+" inject --runtime containerd --cache "+cacheDir+" --read-ahead --log-level info 2>&1")
+		for _, line := range []string{`msg="read ahead" image=` + world.refs[0] + " bytes=65.54kB left=0B files=1 ", `msg="not read ahead" image=` + world.refs[1]} {
+			if !strings.Contains(out, line) {
+				t.Errorf("inject does not say %q: %s", line, out)
 			}
 		}
 		n.Refused(t, 2, []string{"env", "SELKIES_RUNTIME=podman", program, "status"}, "podman")

@@ -27,8 +27,18 @@ func NewDisk(image string, size int64) error {
 // AttachLoop makes a loop device of the file image. The kernel detaches it when it
 // is closed, also by the end of the process, and no longer mounted anywhere.
 func AttachLoop(image string, readOnly bool) (*Loop, error) {
+	return attachLoop(image, readOnly, 0)
+}
+
+// AttachDirectLoop is AttachLoop for a file that is not to be kept in the page cache a
+// second time: only so are several requests under way at once.
+func AttachDirectLoop(image string, readOnly bool) (*Loop, error) {
+	return attachLoop(image, readOnly, unix.LO_FLAGS_DIRECT_IO)
+}
+
+func attachLoop(image string, readOnly bool, flags uint32) (*Loop, error) {
 	mode := os.O_RDWR
-	config := unix.LoopConfig{Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR}}
+	config := unix.LoopConfig{Info: unix.LoopInfo64{Flags: unix.LO_FLAGS_AUTOCLEAR | flags}}
 	if readOnly {
 		mode = os.O_RDONLY
 		config.Info.Flags |= unix.LO_FLAGS_READ_ONLY

@@ -27,6 +27,7 @@ import (
 	"errors"
 	"runtime"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -58,6 +59,7 @@ type Agent struct {
 	health  health
 	changes *changes
 	proofs  *proofs
+	reading sync.Mutex // held while a disk is read ahead
 	wanted  func(context.Context) []string
 
 	// runtime is open while it is watched.
@@ -71,6 +73,8 @@ type Agent struct {
 	registered    *report.Inject
 	registerError error
 	generations   map[digest.Digest]*generation
+	// readBegun are the disks that are, or were, read ahead.
+	readBegun map[digest.Digest]bool
 	// there are the image names that the last registration left on the node, removed those
 	// that others removed, ejected those that the agent removed in its last pass.
 	there, removed, ejected map[string]bool
@@ -129,6 +133,7 @@ func newAgent(c Config) (*Agent, error) {
 		there:       map[string]bool{},
 		removed:     map[string]bool{},
 		ejected:     map[string]bool{},
+		readBegun:   map[digest.Digest]bool{},
 	}
 	a.wanted = func(context.Context) []string { return nil }
 	if c.Kubernetes {
@@ -136,7 +141,13 @@ func newAgent(c Config) (*Agent, error) {
 		if a.node, err = newNode(c); err != nil {
 			return nil, err
 		}
-		a.wanted = a.node.wantedImages
+		// The node tells once, and there are two that ask.
+		var once sync.Once
+		var images []string
+		a.wanted = func(ctx context.Context) []string {
+			once.Do(func() { images = a.node.wantedImages(ctx) })
+			return images
+		}
 	}
 	return a, nil
 }
@@ -166,6 +177,7 @@ func (a *Agent) pass(ctx context.Context) {
 		err = a.openRuntime(ctx)
 	}
 	diskErr := a.findDisks()
+	a.readAhead(ctx)
 	if err == nil {
 		err = a.takeBack(ctx)
 		if a.pending != "" {

@@ -58,6 +58,12 @@ type Config struct {
 	// VerifyRate is how many bytes a second are read to prove the disks' layers, in the
 	// background; 0 proves none.
 	VerifyRate int64
+	// ReadAhead reads the access traces of the disks' images ahead: of one disk no more than
+	// ReadAheadBytes, 0 for what readahead.DefaultBytes says, and ReadAheadRate bytes a
+	// second, 0 for no limit.
+	ReadAhead      bool
+	ReadAheadBytes int64
+	ReadAheadRate  int64
 	// MetricsAddress is where /healthz, /readyz and /metrics are served; empty is nowhere.
 	MetricsAddress string
 
