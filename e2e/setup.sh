@@ -24,10 +24,10 @@ instances=/proc/sys/fs/inotify/max_user_instances
 [ "$(cat $instances)" -ge 1024 ] || echo 1024 >$instances || say "fs.inotify.max_user_instances could not be raised to 1024"
 
 # libseccomp, a C compiler and pkg-config are for runc, the compiler for the race detector
-# as well, libnbd for disks that lose their power, strace for what the injector opens, chromium
-# for the report, gnupg for releases; the rest is run directly.
+# as well, libnbd and nbdkit for disks that lose their power or are slow, strace for what the
+# injector opens, chromium for the report, gnupg for releases; the rest is run directly.
 packages="systemd-container debootstrap util-linux iproute2 openssh-client ca-certificates strace
-	gcc libc6-dev pkg-config libseccomp-dev libnbd-bin chromium gnupg"
+	gcc libc6-dev pkg-config libseccomp-dev libnbd-bin nbdkit chromium gnupg"
 missing=
 for p in $packages; do
 	[ "$(dpkg-query -W -f '${db:Status-Status}' "$p" 2>/dev/null)" = installed ] || missing="$missing $p"

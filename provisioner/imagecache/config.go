@@ -1,5 +1,5 @@
 //go:generate packer-sdc struct-markdown
-//go:generate packer-sdc mapstructure-to-hcl2 -type Config,Catalog,Disk,RegistryAuth
+//go:generate packer-sdc mapstructure-to-hcl2 -type Config,Catalog,Disk,RegistryAuth,Trace
 
 package imagecache
 
@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"os"
 	"path"
 	"regexp"
 	"strings"
@@ -99,6 +100,13 @@ type Config struct {
 	// `disk`, set `insecure-registries` of the VM's own daemon as well.
 	InsecureRegistries []string `mapstructure:"insecure_registries"`
 
+	// Starts an image once and records what that reads, so that nodes can read it ahead;
+	// may be repeated. See [The `trace` block](#the-trace-block).
+	Trace []Trace `mapstructure:"trace"`
+	// The `selkies-image-injector` for the build VM's platform, a file on the Packer host.
+	// Needed for `trace`: it is uploaded for the time of each trace and not left behind.
+	Injector string `mapstructure:"injector"`
+
 	references []reference
 	catalogs   []*catalog
 	platform   ocispec.Platform
@@ -144,6 +152,22 @@ type Disk struct {
 	Format string `mapstructure:"format"`
 	// Docker's data root, relative to the root of the disk. Defaults to `docker`.
 	DockerRoot string `mapstructure:"docker_root"`
+}
+
+// Trace starts a container of an image on the build VM.
+type Trace struct {
+	// One of the images of this build, as it stands in the list or, for one that a catalog
+	// finds, with its tag.
+	Image string `mapstructure:"image" required:"true"`
+	// What the container runs in place of the image's `CMD`. It should do what a start on a
+	// node does, up to the moment when a user can work. By default what the image says.
+	Command []string `mapstructure:"command"`
+	// For how many seconds the start is watched, 1 to 600, if the container does not end
+	// earlier; it is stopped then. Defaults to 30.
+	Seconds int `mapstructure:"seconds"`
+
+	// name is one that the image has in the layer manifest.
+	name string
 }
 
 // RegistryAuth holds the credentials for one registry.
@@ -197,6 +221,7 @@ func (c *Config) prepare(raws ...any) error {
 	check(c.preparePlatform())
 	check(c.prepareDisk())
 	check(c.prepareRegistries())
+	check(c.prepareTraces())
 	if c.Concurrency < 1 || c.Concurrency > maxConcurrency {
 		check(fmt.Errorf("concurrency is %d; choose 1 to %d", c.Concurrency, maxConcurrency))
 	}
@@ -222,6 +247,9 @@ func (c *Config) setDefaults() {
 	c.MaxPullAttempts = cmp.Or(c.MaxPullAttempts, 5)
 	if c.Prune == config.TriUnset {
 		c.Prune = config.TriTrue
+	}
+	for i := range c.Trace {
+		c.Trace[i].Seconds = cmp.Or(c.Trace[i].Seconds, 30)
 	}
 	if c.Disk != nil {
 		c.Disk.MountPoint = cmp.Or(c.Disk.MountPoint, defaultMountPoint)
@@ -340,6 +368,42 @@ func (c *Config) prepareRegistries() error {
 		if r == "" || strings.Contains(r, "/") {
 			errs = packersdk.MultiErrorAppend(errs, fmt.Errorf("insecure_registries[%d]: %q is not host[:port]", i, r))
 		}
+	}
+	if errs != nil {
+		return errs
+	}
+	return nil
+}
+
+func (c *Config) prepareTraces() error {
+	if len(c.Trace) == 0 {
+		return nil
+	}
+	var errs *packersdk.MultiError
+	fail := func(format string, a ...any) {
+		errs = packersdk.MultiErrorAppend(errs, fmt.Errorf(format, a...))
+	}
+	if c.Injector == "" {
+		fail("trace needs injector: the selkies-image-injector for %s, a file on the Packer host", c.Platform)
+	} else if fi, err := os.Stat(c.Injector); err != nil {
+		fail("injector: %w", err)
+	} else if !fi.Mode().IsRegular() {
+		fail("injector %q is not a regular file", c.Injector)
+	}
+	seen := map[string]bool{}
+	for i, t := range c.Trace {
+		ref, err := parseReference(fmt.Sprintf("trace[%d].image", i), t.Image)
+		switch {
+		case err != nil:
+			fail("%w", err)
+			continue
+		case t.Seconds < 1 || t.Seconds > 600:
+			fail("trace[%d].seconds is %d; choose 1 to 600", i, t.Seconds)
+		case seen[ref.key()]:
+			fail("trace[%d].image: %q has a trace block before", i, t.Image)
+		}
+		seen[ref.key()] = true
+		c.Trace[i].name = ref.key()
 	}
 	if errs != nil {
 		return errs

@@ -66,6 +66,8 @@ type FlatConfig struct {
 	MaxPullAttempts     *int               `mapstructure:"max_pull_attempts" cty:"max_pull_attempts" hcl:"max_pull_attempts"`
 	KeepBlobs           *bool              `mapstructure:"keep_blobs" cty:"keep_blobs" hcl:"keep_blobs"`
 	InsecureRegistries  []string           `mapstructure:"insecure_registries" cty:"insecure_registries" hcl:"insecure_registries"`
+	Trace               []FlatTrace        `mapstructure:"trace" cty:"trace" hcl:"trace"`
+	Injector            *string            `mapstructure:"injector" cty:"injector" hcl:"injector"`
 }
 
 // FlatMapstructure returns a new FlatConfig.
@@ -105,6 +107,8 @@ func (*FlatConfig) HCL2Spec() map[string]hcldec.Spec {
 		"max_pull_attempts":          &hcldec.AttrSpec{Name: "max_pull_attempts", Type: cty.Number, Required: false},
 		"keep_blobs":                 &hcldec.AttrSpec{Name: "keep_blobs", Type: cty.Bool, Required: false},
 		"insecure_registries":        &hcldec.AttrSpec{Name: "insecure_registries", Type: cty.List(cty.String), Required: false},
+		"trace":                      &hcldec.BlockListSpec{TypeName: "trace", Nested: hcldec.ObjectSpec((*FlatTrace)(nil).HCL2Spec())},
+		"injector":                   &hcldec.AttrSpec{Name: "injector", Type: cty.String, Required: false},
 	}
 	return s
 }
@@ -163,6 +167,33 @@ func (*FlatRegistryAuth) HCL2Spec() map[string]hcldec.Spec {
 		"server":   &hcldec.AttrSpec{Name: "server", Type: cty.String, Required: false},
 		"username": &hcldec.AttrSpec{Name: "username", Type: cty.String, Required: false},
 		"password": &hcldec.AttrSpec{Name: "password", Type: cty.String, Required: false},
+	}
+	return s
+}
+
+// FlatTrace is an auto-generated flat version of Trace.
+// Where the contents of a field with a `mapstructure:,squash` tag are bubbled up.
+type FlatTrace struct {
+	Image   *string  `mapstructure:"image" required:"true" cty:"image" hcl:"image"`
+	Command []string `mapstructure:"command" cty:"command" hcl:"command"`
+	Seconds *int     `mapstructure:"seconds" cty:"seconds" hcl:"seconds"`
+}
+
+// FlatMapstructure returns a new FlatTrace.
+// FlatTrace is an auto-generated flat version of Trace.
+// Where the contents a fields with a `mapstructure:,squash` tag are bubbled up.
+func (*Trace) FlatMapstructure() interface{ HCL2Spec() map[string]hcldec.Spec } {
+	return new(FlatTrace)
+}
+
+// HCL2Spec returns the hcl spec of a Trace.
+// This spec is used by HCL to read the fields of Trace.
+// The decoded values from this spec will then be applied to a FlatTrace.
+func (*FlatTrace) HCL2Spec() map[string]hcldec.Spec {
+	s := map[string]hcldec.Spec{
+		"image":   &hcldec.AttrSpec{Name: "image", Type: cty.String, Required: false},
+		"command": &hcldec.AttrSpec{Name: "command", Type: cty.List(cty.String), Required: false},
+		"seconds": &hcldec.AttrSpec{Name: "seconds", Type: cty.Number, Required: false},
 	}
 	return s
 }

@@ -91,6 +91,13 @@ func TestPrepare(t *testing.T) {
 		{"registry_auth twice", with("registry_auth", []map[string]string{
 			{"server": "docker.io", "username": "u", "password": "p"}, {"server": "https://index.docker.io/v1/", "username": "u", "password": "p"},
 		}), "registry_auth[1]: server "},
+		{"trace", with("injector", write("injector", ""), "trace", []map[string]any{{"image": "debian"}, {"image": "debian:12", "command": []string{"a"}, "seconds": 600}}), ""},
+		{"trace without injector", with("trace", []map[string]any{{"image": "debian:12"}}), "trace needs injector: the selkies-image-injector for linux/amd64"},
+		{"no injector there", with("injector", filepath.Join(dir, "none"), "trace", []map[string]any{{"image": "debian:12"}}), "injector: stat "},
+		{"injector is a directory", with("injector", dir, "trace", []map[string]any{{"image": "debian:12"}}), "is not a regular file"},
+		{"trace of nothing", with("injector", write("injector", ""), "trace", []map[string]any{{}}), `trace[0].image: ""`},
+		{"trace twice", with("injector", write("injector", ""), "trace", []map[string]any{{"image": "debian"}, {"image": "debian:latest"}}), `trace[1].image: "debian:latest" has a trace block before`},
+		{"trace too long", with("injector", write("injector", ""), "trace", []map[string]any{{"image": "debian", "seconds": 601}}), "trace[0].seconds is 601"},
 		{"insecure_registries", with("insecure_registries", []string{"http://a"}), `insecure_registries[0]: "http://a"`},
 		{"unknown option", with("imges", "a"), "imges"},
 	}

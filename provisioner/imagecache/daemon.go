@@ -24,6 +24,10 @@ const (
 	// up to version 23 it makes a key that identifies it.
 	dockerConfig = "/etc/docker"
 
+	// containerdState is where the VM's containerd has its socket, and where the shims of
+	// any containerd have theirs.
+	containerdState = "/run/containerd"
+
 	// An unmount of a build that was cut off writes back what the VM's memory holds.
 	unmountTimeout = 10 * time.Minute
 )
@@ -164,7 +168,7 @@ func (d *cacheDisk) startDaemon(ctx context.Context, c *Config) (host string, er
 		"--property=LimitNOFILE=1048576", "--property=TasksMax=infinity",
 		// Where dockerd sees no containerd it starts one of its own below its roots,
 		// and the VM's keeps no trace of it.
-		"--property=InaccessiblePaths=-/run/containerd",
+		"--property=TemporaryFileSystem="+containerdState,
 		// That one would make an empty /opt/containerd, and dockerd a key.
 		"--property=ReadOnlyPaths=-/opt",
 		"--property=TemporaryFileSystem="+dockerConfig,

@@ -214,7 +214,7 @@ func (d *cacheDisk) holds(ctx context.Context) (string, error) {
 // makeMountPoint makes the mount point, and starts the lifeline that undoes what follows.
 func (d *cacheDisk) makeMountPoint(ctx context.Context) error {
 	var made []string
-	for _, dir := range []string{d.config.MountPoint, dockerConfig} {
+	for _, dir := range []string{d.config.MountPoint, dockerConfig, containerdState} {
 		dirs, err := missing(ctx, d.vm, dir)
 		if err != nil {
 			return err

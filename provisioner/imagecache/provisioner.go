@@ -62,6 +62,7 @@ func (p *Provisioner) Provision(ctx context.Context, ui packersdk.Ui, comm packe
 			{"keeping layer blobs", b.keepBlobs},
 			{"recording the layer manifest", b.record},
 			{"pruning", b.prune},
+			{"tracing", b.trace},
 			{"verifying the disk", b.verifyDisk},
 			{"writing the report", b.report},
 			{"releasing the disk", b.release},
@@ -199,6 +200,9 @@ func (b *build) connectDocker(ctx context.Context, host string) (err error) {
 		if b.root, b.store.Root, err = storeDisk(mounts, b.engine.info.DockerRootDir); err != nil {
 			return err
 		}
+	}
+	if err := b.removeTraced(ctx); err != nil {
+		return err
 	}
 	b.say("Docker %s on the build VM fills %s", b.store.EngineVersion, path.Join(b.root, b.store.Root))
 	return nil
