@@ -47,8 +47,8 @@ func TestEncode(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	for name, c := range map[string]struct {
-		break_ func(*Trace)
-		want   string
+		spoil func(*Trace)
+		want  string
 	}{
 		"schema":     {func(t *Trace) { t.SchemaVersion = 2 }, "schemaVersion is 2"},
 		"image":      {func(t *Trace) { t.Image = "sha256:../../x" }, `image is "sha256:../../x"`},
@@ -67,7 +67,7 @@ func TestValidate(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tr := example()
-			c.break_(tr)
+			c.spoil(tr)
 			err := tr.Validate()
 			if err == nil || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "\n") {
 				t.Errorf("error is %v, want %q in one line", err, c.want)

@@ -30,7 +30,7 @@ func Resident(file string, offset, length int64) (int64, error) {
 	if err != nil {
 		return 0, fmt.Errorf("mapping %s: %w", file, err)
 	}
-	defer unix.Munmap(m)
+	defer func() { _ = unix.Munmap(m) }()
 	page := os.Getpagesize()
 	pages := make([]byte, (len(m)+page-1)/page)
 	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&m[0])), uintptr(len(m)), uintptr(unsafe.Pointer(&pages[0])))

@@ -143,7 +143,7 @@ func TestRefused(t *testing.T) {
 			write(t, d, tr.Image, encode(t, &other))
 			return nil
 		}, "it is that of image sha256:"},
-		"a link": {func(t *testing.T, d *cachedisk.Disk, tr *trace.Trace) error {
+		"a link": {func(_ *testing.T, d *cachedisk.Disk, tr *trace.Trace) error {
 			file := filepath.Join(d.Dir, trace.Path(tr.Image))
 			return errors.Join(os.Rename(file, file+".json"), os.Symlink(file+".json", file))
 		}, "not a regular file"},
@@ -159,11 +159,11 @@ func TestRefused(t *testing.T) {
 		"no such file": {func(_ *testing.T, d *cachedisk.Disk, _ *trace.Trace) error {
 			return os.Remove(filepath.Join(layer(d, 0), "bin/file0"))
 		}, "no such file"},
-		"a file that is a link": {func(t *testing.T, d *cachedisk.Disk, _ *trace.Trace) error {
+		"a file that is a link": {func(_ *testing.T, d *cachedisk.Disk, _ *trace.Trace) error {
 			file := filepath.Join(layer(d, 0), "bin/file0")
 			return errors.Join(os.Remove(file), os.Symlink("/etc/shadow", file))
 		}, "not a regular file"},
-		"a directory that is a link": {func(t *testing.T, d *cachedisk.Disk, _ *trace.Trace) error {
+		"a directory that is a link": {func(_ *testing.T, d *cachedisk.Disk, _ *trace.Trace) error {
 			dir := filepath.Join(layer(d, 1), "bin")
 			return errors.Join(os.RemoveAll(dir), os.Symlink(filepath.Join(layer(d, 0), "bin"), dir))
 		}, "a symbolic link leads there"},

@@ -79,7 +79,7 @@ func (f *file) residency(fd int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Munmap(m)
+	defer func() { _ = unix.Munmap(m) }()
 	pages := make([]byte, (f.size+pageSize-1)/pageSize)
 	_, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&m[0])), uintptr(len(m)), uintptr(unsafe.Pointer(&pages[0])))
 	if errno != 0 {
