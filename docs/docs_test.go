@@ -54,7 +54,7 @@ var commands = []struct{ begin, file, text string }{
 // byHand are commands that no test runs, though they need no more than others do.
 var byHand = []string{
 	"make demo",
-	"make bench",     // its parts have tests
+	"make bench",     // its parts have tests, and so have the figures in the documents
 	"make fuzz",      // its seeds are unit tests
 	"make vulncheck", // asks vuln.go.dev
 	"make dev",       // tests install the plugin into a folder of their own

@@ -191,8 +191,8 @@ func (b *big) figures() []figure {
 	for _, w := range b.ways {
 		f = append(f,
 			figure{name: w.name, unit: seconds, runs: w.got, ratios: []ratio{{"pull", 0, w.got.over(pull.got)}}},
-			figure{name: "  and started", unit: seconds, runs: w.started, ratios: []ratio{{"pull and started", 0, w.started.over(pull.started)}}},
-			figure{name: "  and a page drawn by the browser", unit: seconds, runs: w.drawn, ratios: []ratio{{"pull and drawn", 0, w.drawn.over(pull.drawn)}}},
+			figure{name: w.name + " and started", unit: seconds, runs: w.started, ratios: []ratio{{"pull and started", 0, w.started.over(pull.started)}}},
+			figure{name: w.name + ", started, and a page drawn by the browser", unit: seconds, runs: w.drawn, ratios: []ratio{{"pull and drawn", 0, w.drawn.over(pull.drawn)}}},
 		)
 	}
 	return append(f, figure{name: "cp -a of all layers on the disk", unit: seconds, runs: b.copied,
