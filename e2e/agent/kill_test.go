@@ -3,6 +3,7 @@
 package agent_test
 
 import (
+	"flag"
 	"math/rand/v2"
 	"os"
 	"strings"
@@ -14,9 +15,13 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
+var seed = flag.Uint64("seed", rand.Uint64(), "of the moments at which TestKill ends the agent")
+
 // TestKill ends the agent at random moments, by SIGKILL and by SIGTERM, which leaves no
 // lease: the next one ends where an undisturbed one would.
 func TestKill(t *testing.T) {
+	t.Logf("-seed=%d", *seed)
+	r := rand.New(rand.NewPCG(*seed, 0))
 	n := newNode(t, machine.Upstream)
 	n.attach(t)
 	a := n.start(t)
@@ -30,7 +35,7 @@ func TestKill(t *testing.T) {
 		n.Output(t, program, "eject", "--runtime=containerd")
 		a := n.start(t)
 		n.waitMetric(t, "gate_open", atLeast(0))
-		time.Sleep(time.Duration(rand.Int64N(int64(took)))) // the moment, not a wait
+		time.Sleep(time.Duration(r.Int64N(int64(took)))) // the moment, not a wait
 		if i%2 == 0 {
 			a.kill(t)
 		} else {
@@ -43,7 +48,7 @@ func TestKill(t *testing.T) {
 			t.Fatalf("ended and started again: %s", diff)
 		}
 		n.noLeases(t)
-		n.runs(t, world.refs[rand.IntN(chains)])
+		n.runs(t, world.refs[r.IntN(chains)])
 		a.stop(t)
 	}
 }

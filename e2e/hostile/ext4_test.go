@@ -73,6 +73,48 @@ func contentAt(t *testing.T, image, path string, offset int64) int64 {
 	return block*size + offset%size
 }
 
+var inodeTable = regexp.MustCompile(`Group +(\d+): .*inode table at (\d+)`)
+
+// inodeWith is the number of the inode that a byte of the image is part of, 0 if none.
+func inodeWith(t *testing.T, image string, at int64) int64 {
+	t.Helper()
+	f, err := os.Open(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var super [1024]byte
+	if _, err := f.ReadAt(super[:], 1024); err != nil {
+		t.Fatal(err)
+	}
+	perGroup := int64(binary.LittleEndian.Uint32(super[40:])) // s_inodes_per_group
+	size := int64(binary.LittleEndian.Uint16(super[88:]))     // s_inode_size
+	for _, m := range inodeTable.FindAllStringSubmatch(debugfs(t, image, "stats"), -1) {
+		group, _ := strconv.ParseInt(m[1], 10, 64)
+		block, _ := strconv.ParseInt(m[2], 10, 64)
+		if in := at - block*blockSize(t, image); in >= 0 && in < perGroup*size {
+			return group*perGroup + in/size + 1
+		}
+	}
+	return 0
+}
+
+// ownerOf is the number of the inode that a block belongs to, 0 if none.
+func ownerOf(t *testing.T, image string, block int64) (inode int64) {
+	t.Helper()
+	_, line, _ := strings.Cut(debugfs(t, image, fmt.Sprintf("icheck %d", block)), "\n")
+	_, _ = fmt.Sscanf(line, "%d %d", &block, &inode) // or "<block not found>"
+	return inode
+}
+
+// pathOf is a path of an inode, relative to the disk's root, "" if it has none.
+func pathOf(t *testing.T, image string, inode int64) string {
+	t.Helper()
+	_, line, _ := strings.Cut(debugfs(t, image, fmt.Sprintf("ncheck %d", inode)), "\n")
+	_, path, _ := strings.Cut(strings.TrimSpace(line), "\t")
+	return strings.TrimLeft(path, "/")
+}
+
 var attributeBlock = regexp.MustCompile(`File ACL: (\d+)`)
 
 // attributesAt is where the block with a file's attributes is in the image.
