@@ -162,6 +162,11 @@ func (s *session) attach(n *node, d *disk) (*attached, error) {
 		return nil, err
 	}
 	s.cleanup = append(s.cleanup, loop.Close)
+	return s.attachLoop(n, d, loop)
+}
+
+// attachLoop attaches a cache disk that is on a loop device.
+func (s *session) attachLoop(n *node, d *disk, loop *host.Loop) (*attached, error) {
 	name := filepath.Base(loop.Path)
 	a := &attached{disk: d, node: n, dir: "/mnt/disks/" + name, loop: loop}
 	if err := n.AttachDisk(loop.Path, name); err != nil {
@@ -170,7 +175,7 @@ func (s *session) attach(n *node, d *disk) (*attached, error) {
 	if _, err := n.Run(s.ctx, "mkdir", "-p", a.dir); err != nil {
 		return nil, err
 	}
-	_, err = n.Run(s.ctx, "mount", "-o", "ro,noload", loop.Path, a.dir)
+	_, err := n.Run(s.ctx, "mount", "-o", "ro,noload", loop.Path, a.dir)
 	return a, err
 }
 
