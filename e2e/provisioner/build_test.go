@@ -33,6 +33,7 @@ import (
 
 	"github.com/docker/go-units"
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -542,26 +543,28 @@ func TestKeepBlobs(t *testing.T) {
 	d.Mount(t, func(dir string) { checkBlobs(t, dir, m) })
 }
 
-// TestInsecureRegistry pulls in plain HTTP from an address that is not loopback.
+// TestInsecureRegistry pulls in plain HTTP from an address that is not loopback, if it may.
+// With addresses like this one go-containerregistry would do so unasked.
 func TestInsecureRegistry(t *testing.T) {
 	v := world.debian
-	// A documentation address, given to the loopback device.
-	const ip = "192.0.2.77"
+	const ip, user, password = "10.255.77.77", "robot", "battery-staple"
 	v.Output(t, "ip", "address", "add", ip+"/32", "dev", "lo")
 	t.Cleanup(func() { v.Run(context.Background(), "ip", "address", "delete", ip+"/32", "dev", "lo") })
-	reg := registry.New(t, registry.Config{Addr: ip + ":0"})
-	parsed, err := name.ParseReference(reg.Addr+"/app:1", name.Insecure)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := remote.Write(parsed, newImage(t, layer(t, map[string]int{"a": 1000}))); err != nil {
+	reg := registry.New(t, registry.Config{Addr: ip + ":0", Username: user, Password: password})
+	auth := remote.WithAuth(&authn.Basic{Username: user, Password: password})
+	if err := remote.Write(parse(t, reg.Addr+"/app:1"), newImage(t, layer(t, map[string]int{"a": 1000})), auth); err != nil {
 		t.Fatal(err)
 	}
 	d := newDisk(t, v, 64)
-	if out, err := v.Build(t, buildvm.Images(reg.Addr+"/app:1"), d.Block()); err == nil || !strings.Contains(errorLine(t, out), "set insecure_registries") {
+	options := []string{buildvm.Images(reg.Addr + "/app:1"), d.Block(), registryAuth(reg.Addr, user, password)}
+	before := reg.Count()
+	if out, err := v.Build(t, options...); err == nil || !strings.Contains(errorLine(t, out), "set insecure_registries") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
-	v.MustBuild(t, buildvm.Images(reg.Addr+"/app:1"), d.Block(), `insecure_registries = ["`+reg.Addr+`"]`)
+	if diff := cmp.Diff(before, reg.Count()); diff != "" {
+		t.Errorf("the registry was asked in plain HTTP: %s", diff)
+	}
+	v.MustBuild(t, append(options, `insecure_registries = ["`+reg.Addr+`"]`)...)
 }
 
 // TestOwnDaemon fills the store of the VM's own Docker, and leaves alone what it

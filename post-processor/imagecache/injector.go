@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/hashicorp/packer-plugin-sdk/useragent"
 
+	"github.com/selkies-project/packer-plugin-selkies/internal/tlsonly"
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
@@ -31,7 +32,7 @@ func (r *run) pinInjector(ctx context.Context) error {
 	ref, platform := c.injector, *c.platform
 	ctx, cancel := context.WithTimeout(ctx, registryTimeout)
 	defer cancel()
-	desc, err := remote.Get(ref, remote.WithContext(ctx), remote.WithUserAgent(useragent.String(version.String())),
+	desc, err := remote.Get(ref, remote.WithContext(ctx), remote.WithTransport(tlsonly.Transport), remote.WithUserAgent(useragent.String(version.String())),
 		remote.WithAuthFromKeychain(authn.NewMultiKeychain(authn.DefaultKeychain, c.Keychain(ctx))))
 	if err != nil {
 		return fmt.Errorf("injector_image %s: %w", ref, explainRegistry(err))

@@ -13,6 +13,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/google"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
+
+	"github.com/selkies-project/packer-plugin-selkies/internal/tlsonly"
 )
 
 // registries is how the Packer host reaches registries and what it proves itself
@@ -128,7 +130,7 @@ func (r *registries) transport(host string) http.RoundTripper {
 	if r.isInsecure(host) {
 		return impatient{r.insecureTransport}
 	}
-	return impatient{remote.DefaultTransport}
+	return impatient{tlsonly.Transport}
 }
 
 func (r *registries) options(ctx context.Context, host string) []remote.Option {

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/selkies-project/packer-plugin-selkies/htmlreport"
+	"github.com/selkies-project/packer-plugin-selkies/internal/tlsonly"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -262,6 +263,9 @@ func explainRegistry(err error) error {
 	}
 	if _, ok := errors.AsType[*net.OpError](err); ok {
 		return fmt.Errorf("%w; the Packer host reads manifests itself, so it needs a way to the registry too: set HTTPS_PROXY there, or insecure_registries if it speaks plain HTTP", err)
+	}
+	if errors.Is(err, tlsonly.ErrPlainHTTP) {
+		return fmt.Errorf("%w; set insecure_registries", err)
 	}
 	return err
 }
