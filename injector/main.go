@@ -43,10 +43,15 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/internal/coredump"
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
 func main() {
+	// The agent's memory holds the token of its service account.
+	if err := coredump.Forbid(); err != nil {
+		os.Exit(exitStatus(err))
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := newCommand().ExecuteContext(ctx)
 	stop()

@@ -166,6 +166,8 @@ func (d *cacheDisk) startDaemon(ctx context.Context, c *Config) (host string, er
 		"--property=RuntimeDirectory="+runtimeDirectory,
 		"--property=TimeoutStartSec=90", "--property=TimeoutStopSec=15",
 		"--property=LimitNOFILE=1048576", "--property=TasksMax=infinity",
+		// It has credentials in memory.
+		"--property=LimitCORE=0",
 		// Where dockerd sees no containerd it starts one of its own below its roots,
 		// and the VM's keeps no trace of it.
 		"--property=TemporaryFileSystem="+containerdState,
