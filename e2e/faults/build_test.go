@@ -11,8 +11,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -158,19 +160,23 @@ type buildFault struct {
 	// strike comes at a random moment, and says errNotRunning where there is nothing to
 	// strike then.
 	strike func(t *testing.T, u *build, r *rand.Rand) error
-	heal   func(t *testing.T, u *build)
+	// passive is true of a fault that strikes only a build that fails by it.
+	passive bool
+	// mute is true of what leaves nobody to say what is wrong.
+	mute bool
+	heal func(t *testing.T, u *build)
 }
 
 var buildFaults = []buildFault{
-	{kind: "Packer killed", strike: func(_ *testing.T, u *build, _ *rand.Rand) error {
+	{kind: "Packer killed", mute: true, strike: func(_ *testing.T, u *build, _ *rand.Rand) error {
 		return syscall.Kill(-u.cmd.Process.Pid, syscall.SIGKILL)
 	}},
-	{kind: "provisioner killed", strike: killPlugin},
+	{kind: "provisioner killed", mute: true, strike: killPlugin},
 	{kind: "sshd killed", strike: killSSHD, heal: func(t *testing.T, u *build) { u.vm.Output(t, "systemctl", "restart", "ssh.service") }},
 	{kind: "dockerd of a build killed", strike: killUnit("selkies-image-cache-dockerd.service")},
-	{kind: "disk full, build VM", fill: fillDisk, room: 4 << 20},
-	{kind: "inodes used up, build VM", fill: fillInodes, room: 256},
-	{kind: "registry stopped", strike: func(_ *testing.T, u *build, _ *rand.Rand) error { return u.reg.Stop() },
+	{kind: "disk full, build VM", fill: fillDisk, room: 4 << 20, passive: true},
+	{kind: "inodes used up, build VM", fill: fillInodes, room: 256, passive: true},
+	{kind: "registry stopped", passive: true, strike: func(_ *testing.T, u *build, _ *rand.Rand) error { return u.reg.Stop() },
 		heal: func(t *testing.T, u *build) {
 			if err := u.reg.Start(); err != nil {
 				t.Fatal(err)
@@ -194,7 +200,8 @@ func killPlugin(_ *testing.T, u *build, _ *rand.Rand) error {
 			return err
 		}
 		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
-		if group, err := syscall.Getpgid(pid); err != nil || group != u.cmd.Process.Pid || !strings.Contains(string(cmdline), "packer-plugin-selkies") {
+		name, _, _ := strings.Cut(string(cmdline), "\x00")
+		if group, err := syscall.Getpgid(pid); err != nil || group != u.cmd.Process.Pid || !strings.HasPrefix(filepath.Base(name), "packer-plugin-selkies") {
 			continue
 		}
 		if err := syscall.Kill(pid, syscall.SIGKILL); err == nil {
@@ -209,8 +216,7 @@ func killPlugin(_ *testing.T, u *build, _ *rand.Rand) error {
 
 // killSSHD kills those of open sessions too.
 func killSSHD(_ *testing.T, u *build, _ *rand.Rand) error {
-	_, err := u.vm.Signal(syscall.SIGKILL, "sshd")
-	return err
+	return killed(u.vm.Machine, "sshd")
 }
 
 func killUnit(unit string) func(*testing.T, *build, *rand.Rand) error {
@@ -270,6 +276,7 @@ func TestBuild(t *testing.T) {
 func (b *builds) suffer(t *testing.T, r *rand.Rand, f buildFault, from string) (*build, string) {
 	t.Helper()
 	for {
+		var disturbed atomic.Int64
 		d := buildvm.OpenDisk(t, b.vm, b.copyOf(t, from))
 		var options []string
 		what := f.kind
@@ -288,12 +295,12 @@ func (b *builds) suffer(t *testing.T, r *rand.Rand, f buildFault, from string) (
 				r := <-faults
 				defer func() { faults <- r }()
 				if r.Float64() < share {
+					disturbed.Add(1)
 					return f.disturb
 				}
 				return ""
 			})
-			// Neither Docker nor the registry's client ends a download that stalls: Packer
-			// does, where it is told to.
+			// The provisioner gives a download that stalls five minutes, Packer what it is told to.
 			options = append(options, fmt.Sprintf("timeout = %q", (4*b.took).Round(time.Second)))
 		}
 		u := b.start(t, d, options...)
@@ -312,10 +319,20 @@ func (b *builds) suffer(t *testing.T, r *rand.Rand, f buildFault, from string) (
 		u.wait(t, what)
 		b.reg.Disturb(nil)
 		b.waitClean(t, what, u)
-		if struck {
-			t.Logf("%s: exit status %d", what, u.cmd.ProcessState.ExitCode())
+		status := u.cmd.ProcessState.ExitCode()
+		if status != 0 && !f.mute {
+			u.checkError(t, what)
+		}
+		if f.disturb != "" {
+			struck = disturbed.Load() > 0
+		}
+		if struck && (!f.passive || status != 0) {
+			t.Logf("%s: exit status %d", what, status)
 			total.fault(f.kind)
 			return u, what
+		}
+		if f.heal != nil {
+			f.heal(t, u)
 		}
 	}
 }
@@ -344,6 +361,28 @@ func (u *build) wait(t *testing.T, what string) {
 	}
 	if out := u.out.String(); strings.Contains(out, "panic:") {
 		t.Errorf("%s: the build says:\n%s", what, out)
+	}
+}
+
+// checkError wants one line of error, which names an image, the disk or the VM.
+func (u *build) checkError(t *testing.T, what string) {
+	t.Helper()
+	out := u.out.String()
+	_, rest, ok := strings.Cut(out, "\n--> null.vm: ")
+	line, more, _ := strings.Cut(rest, "\n")
+	if next, _, _ := strings.Cut(more, "\n"); !ok || next != "" {
+		t.Errorf("%s: the build did not end with one line of error:\n%s", what, out)
+		return
+	}
+	if err := host.CheckLine(line); err != nil {
+		t.Errorf("%s: %v", what, err)
+	}
+	if strings.Contains(out, "Cancelling provisioner after a timeout") {
+		return // which Packer says instead
+	}
+	names := append([]string{u.disk.Device, "disk", "build VM"}, u.refs...)
+	if !slices.ContainsFunc(names, func(name string) bool { return strings.Contains(line, name) }) {
+		t.Errorf("%s: %q names no image, no disk and not the VM", what, line)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -33,10 +34,16 @@ type crowd struct {
 	n    *ctrdNode
 	conn *grpc.ClientConn
 
+	// taking counts what takes images away: begun and ended.
+	taking struct{ begun, ended atomic.Int64 }
+
 	mu    sync.Mutex
 	done  map[string]int
 	wrong []string
 }
+
+// least is what has to have happened in any run.
+var least = []string{inject, eject, "garbage collected", "images pulled", "images removed", "pods run"}
 
 // count notes what was done, or said.
 func (c *crowd) count(what string) {
@@ -49,6 +56,20 @@ func (c *crowd) fail(format string, a ...any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.wrong = append(c.wrong, fmt.Sprintf(format, a...))
+}
+
+// whole says if everything has happened.
+func (c *crowd) whole() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !slices.ContainsFunc(least, func(what string) bool { return c.done[what] == 0 })
+}
+
+// take runs what takes images away.
+func (c *crowd) take(f func()) {
+	c.taking.begun.Add(1)
+	defer c.taking.ended.Add(1)
+	f()
 }
 
 // TestConcurrent lets injectors, garbage collection and what kubelet does work on the
@@ -83,7 +104,10 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 	}
 	n.learn(t)
 
+	start := time.Now()
 	ctx, cancel := context.WithTimeout(n.context(t), duration)
+	defer cancel()
+	longest, cancel := context.WithTimeout(n.context(t), duration+stepLimit)
 	defer cancel()
 	var wg sync.WaitGroup
 	for i, member := range []func(ctx context.Context, r *rand.Rand, i int){
@@ -91,13 +115,17 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 	} {
 		r := rand.New(rand.NewPCG(*seed, uint64(i)))
 		wg.Go(func() {
-			for ctx.Err() == nil {
+			for ctx.Err() == nil || longest.Err() == nil && !c.whole() {
 				member(context.WithoutCancel(ctx), r, i)
 			}
 		})
 	}
 	wg.Wait()
+	duration = time.Since(start).Round(time.Second)
 	t.Logf("in %v: %v", duration, c.summary())
+	if !c.whole() {
+		t.Errorf("not all of %q happened", least)
+	}
 	for _, w := range c.wrong {
 		t.Error(w)
 	}
@@ -153,7 +181,7 @@ func (c *crowd) injects(_ context.Context, _ *rand.Rand, _ int) { c.run(inject, 
 
 func (c *crowd) ejects(_ context.Context, r *rand.Rand, _ int) {
 	time.Sleep(time.Duration(r.Int64N(int64(2 * time.Second))))
-	c.run(eject, "remove the container first")
+	c.take(func() { c.run(eject, "remove the container first") })
 }
 
 func (c *crowd) collects(ctx context.Context, r *rand.Rand, _ int) {
@@ -172,17 +200,23 @@ func (c *crowd) collects(ctx context.Context, r *rand.Rand, _ int) {
 func (c *crowd) kubelet(ctx context.Context, r *rand.Rand, i int) {
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
-	ref := pick(r, world.refs)
-	if r.IntN(2) == 0 {
-		if _, err := cri.NewImageServiceClient(c.conn).PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil {
-			c.said(ctx, "pulling "+ref, err)
+	ref, taken := pick(r, world.refs), c.taking.ended.Load()
+	service, spec := cri.NewImageServiceClient(c.conn), &cri.ImageSpec{Image: ref}
+	there, err := service.ImageStatus(ctx, &cri.ImageStatusRequest{Image: spec})
+	if err != nil {
+		c.said(ctx, "asking for "+ref, err, taken)
+		return
+	}
+	if there.Image == nil || r.IntN(2) == 0 {
+		if _, err := service.PullImage(ctx, &cri.PullImageRequest{Image: spec}); err != nil {
+			c.said(ctx, "pulling "+ref, err, taken)
 			return
 		}
 		c.count("images pulled")
 	}
 	p, err := pods.Run(ctx, c.conn, fmt.Sprintf("pod-%d", i), ref, nil)
 	if err != nil {
-		c.said(ctx, "running "+ref, err)
+		c.said(ctx, "running "+ref, err, taken)
 		return
 	}
 	tree, err := pods.Tree(ctx, c.n.Machine, c.n.ctrd, p.Container)
@@ -195,8 +229,10 @@ func (c *crowd) kubelet(ctx context.Context, r *rand.Rand, i int) {
 	}
 	c.count("pods run")
 	if r.IntN(3) == 0 {
-		if err := c.removeImage(ctx, ref); err != nil {
-			c.fail("%v", err)
+		c.take(func() { err = c.removeImage(ctx, ref) })
+		if err != nil {
+			c.fail("removing %s: %v", ref, err)
+			return
 		}
 		c.count("images removed")
 	}
@@ -207,21 +243,21 @@ func (c *crowd) removeImage(ctx context.Context, ref string) error {
 	return err
 }
 
-// said sorts the errors of pulls and runs: an image that another member removes is not
-// there any more, which kubelet answers by trying again.
-func (c *crowd) said(ctx context.Context, what string, err error) {
+// said sorts the errors of pulls and runs: an image that another member has taken away
+// since taken had ended is not there any more, which kubelet answers by trying again. At
+// any other time it would be half there.
+func (c *crowd) said(ctx context.Context, what string, err error, taken int64) {
 	if ctx.Err() != nil {
 		c.fail("%s hangs: %v", what, errors.Join(err, ctx.Err()))
 		return
 	}
-	if strings.Contains(err.Error(), "not found") || strings.Contains(err.Error(), "does not exist") {
-		c.count(what[:strings.Index(what, " ")] + " an image that was removed meanwhile")
-		if strings.HasPrefix(what, "pulling") {
-			c.count("pull: " + err.Error())
-		}
+	missing := strings.Contains(err.Error(), "not found") || strings.Contains(err.Error(), "does not exist")
+	if !missing || c.taking.begun.Load() == taken {
+		c.fail("%s: %v", what, err)
 		return
 	}
-	c.fail("%s: %v", what, err)
+	verb, _, _ := strings.Cut(what, " ")
+	c.count(verb + " an image that was removed meanwhile")
 }
 
 // compare compares what a container sees with what it sees after a pull.

@@ -286,8 +286,11 @@ func (n *ctrdNode) struck(t *testing.T, r *rand.Rand, f ctrdFault, command strin
 	if err := f.strike(t, n, r, i); err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
-	t.Logf("%s: exit status %d", what, i.wait(t))
-	total.fault(f.kind)
+	status := i.wait(t)
+	t.Logf("%s: exit status %d", what, status)
+	if !f.passive || status != 0 {
+		total.fault(f.kind)
+	}
 	return what, true
 }
 

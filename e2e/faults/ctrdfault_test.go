@@ -29,6 +29,8 @@ type ctrdFault struct {
 	// unreadable is true of a fault after which the disk of what is registered has to
 	// be mounted anew.
 	unreadable bool
+	// passive is true of a fault that strikes only a run that fails by it.
+	passive bool
 }
 
 var ctrdFaults = []ctrdFault{
@@ -37,16 +39,16 @@ var ctrdFaults = []ctrdFault{
 	{kind: "containerd and injector killed", strike: killBoth, heal: restartContainerd},
 	{kind: "containerd stopped for a moment", strike: stopContainerd},
 	{kind: "lease expired, as when the clock jumps a day ahead", strike: expireLease},
-	{kind: "disk full, containerd", strike: onStore(fillDisk, 512<<10), heal: emptyStore},
-	{kind: "inodes used up, containerd", strike: onStore(fillInodes, 64), heal: emptyStore},
+	{kind: "disk full, containerd", passive: true, strike: onStore(fillDisk, 512<<10), heal: emptyStore},
+	{kind: "inodes used up, containerd", passive: true, strike: onStore(fillInodes, 64), heal: emptyStore},
 	{
-		kind: "cache disk fails every read, containerd", unreadable: true,
+		kind: "cache disk fails every read, containerd", unreadable: true, passive: true,
 		prepare: func(t *testing.T, n *ctrdNode) { n.ownCache(t) },
 		strike:  func(_ *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error { return n.failCache() },
 		heal:    func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
 	},
 	{
-		kind:   "cache disk unmounted, containerd",
+		kind: "cache disk unmounted, containerd", passive: true,
 		strike: func(t *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error { return n.unmountCache(t) },
 		heal:   func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
 	},

@@ -167,6 +167,8 @@ type dockerFault struct {
 	unreadable bool
 	// daemon is true of a fault that ends dockerd.
 	daemon bool
+	// passive is true of a fault that strikes only a run that fails by it.
+	passive bool
 }
 
 var errNotRunning = errors.New("not running")
@@ -181,8 +183,7 @@ var dockerFaults = []dockerFault{
 		return i.kill()
 	}},
 	{kind: "containerd killed, docker", daemon: true, strike: func(_ *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error {
-		_, err := n.Signal(syscall.SIGKILL, "containerd")
-		return err
+		return killed(n.Machine, "containerd")
 	}, heal: func(t *testing.T, n *dockerNode) {
 		n.Output(t, "systemctl", "start", "containerd.service")
 		// dockerd tries again after a while only. Of one that is stopped nobody asks.
@@ -193,24 +194,29 @@ var dockerFaults = []dockerFault{
 			done
 			exit 1`)
 	}},
-	{kind: "disk full, docker", strike: onDockerStore(fillDisk, 512<<10), heal: emptyDockerStore},
-	{kind: "inodes used up, docker", strike: onDockerStore(fillInodes, 64), heal: emptyDockerStore},
+	{kind: "disk full, docker", passive: true, strike: onDockerStore(fillDisk, 512<<10), heal: emptyDockerStore},
+	{kind: "inodes used up, docker", passive: true, strike: onDockerStore(fillInodes, 64), heal: emptyDockerStore},
 	{
-		kind: "cache disk fails every read, docker", unreadable: true,
+		kind: "cache disk fails every read, docker", unreadable: true, passive: true,
 		prepare: func(t *testing.T, n *dockerNode) { n.ownCache(t) },
 		strike:  func(_ *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error { return n.failCache() },
 		heal:    func(t *testing.T, n *dockerNode) { n.replaceCache(t) },
 	},
 	{
-		kind:   "cache disk unmounted, docker",
+		kind: "cache disk unmounted, docker", passive: true,
 		strike: func(t *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error { return n.unmountCache(t) },
 		heal:   func(t *testing.T, n *dockerNode) { n.replaceCache(t) },
 	},
 }
 
 func killDockerd(_ *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error {
-	killed, err := n.Signal(syscall.SIGKILL, "dockerd")
-	if err == nil && killed == 0 {
+	return killed(n.Machine, "dockerd")
+}
+
+// killed kills every process of the name, and says errNotRunning where there is none.
+func killed(m *machine.Machine, name string) error {
+	n, err := m.Signal(syscall.SIGKILL, name)
+	if err == nil && n == 0 {
 		err = errNotRunning
 	}
 	return err
@@ -280,7 +286,9 @@ func (n *dockerNode) suffer(t *testing.T, r *rand.Rand, command string) (dockerF
 			status := i.wait(t)
 			if err == nil {
 				t.Logf("%s: exit status %d", what, status)
-				total.fault(f.kind)
+				if !f.passive || status != 0 {
+					total.fault(f.kind)
+				}
 				return f, what
 			}
 			if !errors.Is(err, errNotRunning) {

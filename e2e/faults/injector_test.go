@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
@@ -100,8 +101,21 @@ func (i *injection) end() (status int, err error) {
 		return -1, nil
 	}
 	status = i.cmd.ProcessState.ExitCode()
-	if status != 0 && (status != 1 || said == "") {
+	if status == 0 {
+		return 0, nil
+	}
+	if status != 1 || said == "" {
 		return status, fmt.Errorf("%v: exit status %d: %s", i.cmd.Args, status, said)
+	}
+	for line := range strings.Lines(said) {
+		if err := host.CheckLine(strings.TrimSuffix(line, "\n")); err != nil {
+			return status, fmt.Errorf("%v: %w", i.cmd.Args, err)
+		}
+	}
+	// Before the error may come lines of the log.
+	lines := strings.Split(strings.TrimSuffix(said, "\n"), "\n")
+	if !strings.HasPrefix(lines[len(lines)-1], "selkies-image-injector: ") {
+		return status, fmt.Errorf("%v fails without an error: %s", i.cmd.Args, said)
 	}
 	return status, nil
 }

@@ -16,7 +16,6 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -82,7 +81,7 @@ func TestMain(m *testing.M) {
 			return 1, fmt.Errorf("building a cache disk: %w", err)
 		}
 		status = m.Run()
-		total.print()
+		total.print(status)
 		return status, nil
 	})
 }
@@ -249,15 +248,20 @@ func (c *tally) tree() {
 	c.trees++
 }
 
-func (c *tally) print() {
+// print prints it as a table of Markdown, for the README.
+func (c *tally) print(status int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	sum := 0
-	var b strings.Builder
+	var rows strings.Builder
 	for _, kind := range slices.Sorted(maps.Keys(c.faults)) {
-		fmt.Fprintf(&b, "%6d  %s\n", c.faults[kind], kind)
+		fmt.Fprintf(&rows, "| %s | %d |\n", kind, c.faults[kind])
 		sum += c.faults[kind]
 	}
-	fmt.Fprintf(os.Stdout, "%s%6d  faults in all, and %v of everything at once; %d end states and %d image trees compared; seed %d\n",
-		b.String(), sum, c.crowd, c.states, c.trees, *seed)
+	lost := "see above"
+	if status == 0 {
+		lost = "nothing"
+	}
+	fmt.Printf("| faults, -seed=%d | |\n|---|---|\n%s| in all | %d |\n| everything at once | %v |\n| end states compared | %d |\n| image trees compared | %d |\n| lost | %s |\n",
+		*seed, rows.String(), sum, c.crowd, c.states, c.trees, lost)
 }

@@ -13,13 +13,13 @@ import (
 	"strings"
 	"testing"
 	"time"
-	"unicode"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -39,8 +39,8 @@ func (tr trace) checkRefused(t *testing.T, words ...string) {
 	if more != "" {
 		t.Errorf("more than one line on stderr: %q", tr.stderr)
 	}
-	if strings.ContainsFunc(line, func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar }) {
-		t.Errorf("a terminal does not show %q as it is", line)
+	if err := host.CheckLine(line); err != nil {
+		t.Error(err)
 	}
 	for _, w := range words {
 		if !strings.Contains(line, w) {
