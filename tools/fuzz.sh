@@ -6,7 +6,8 @@ set -eu
 time=$1
 wanted=${2:-.}
 log=$(mktemp)
-trap 'rm -f "$log"' EXIT INT TERM
+trap 'rm -f "$log"' EXIT
+trap 'exit 1' INT TERM
 
 packages=$(go list ./...)
 targets=0 executions=0 failed=
