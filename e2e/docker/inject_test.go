@@ -290,15 +290,41 @@ func checkLayers(t *testing.T, what string, img v1.Image) {
 
 // TestEjectClean takes back what was registered on a node that never pulled.
 func TestEjectClean(t *testing.T) {
-	n := newNode(t, releases[0].docker)
-	before := n.store(t)
-	n.attach(t, world.first.image, cacheDir)
-	n.inject(t)
-	r := n.eject(t)
-	if r.Layers != len(world.first.manifest.Layers) || len(r.Kept) != 0 {
-		t.Errorf("%d layers taken back and %v kept, want %d and nothing", r.Layers, r.Kept, len(world.first.manifest.Layers))
+	for _, release := range releases {
+		t.Run(release.name, func(t *testing.T) {
+			n := newNode(t, release.docker)
+			before := n.store(t)
+			n.attach(t, world.first.image, cacheDir)
+			n.inject(t)
+			r := n.eject(t)
+			if r.Layers != len(world.first.manifest.Layers) || len(r.Kept) != 0 {
+				t.Errorf("%d layers taken back and %v kept, want %d and nothing", r.Layers, r.Kept, len(world.first.manifest.Layers))
+			}
+			same(t, "after eject", before, n.store(t))
+
+			n.inject(t)
+			n.unfinish(t)
+			if r := n.eject(t); len(r.Kept) != 0 {
+				t.Errorf("%v is kept", r.Kept)
+			}
+			same(t, "after eject of what was not finished", before, n.store(t))
+		})
 	}
-	same(t, "after eject", before, n.store(t))
+}
+
+// unfinish leaves of an inject what one leaves that is cut off while it registers
+// layers: none of its images, and of the layers those that others lie on.
+func (n *node) unfinish(t *testing.T) {
+	t.Helper()
+	n.stop(t)
+	n.Output(t, "sh", "-ec", `cd /var/lib/docker/image/overlay2
+		mkdir -p selkies-image-cache/staging/layerdb
+		for layer in layerdb/sha256/*; do
+			grep -qs "${layer##*/}" layerdb/sha256/*/parent || echo "$layer"
+		done | xargs mv -t selkies-image-cache/staging/layerdb
+		rm imagedb/content/sha256/*
+		printf '{"Repositories":{}}' >repositories.json`)
+	n.start(t)
 }
 
 // TestSaveKeepsLayers saves an image that has a layer twice. Moby 29 does not release

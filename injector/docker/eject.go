@@ -60,6 +60,9 @@ func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.E
 	if err := e.removeImages(ctx); err != nil {
 		return e.rep, err
 	}
+	if err := e.removeOrphans(ctx); err != nil {
+		return e.rep, err
+	}
 	after, err := r.ownLayers()
 	if err != nil {
 		return e.rep, err
@@ -69,6 +72,9 @@ func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.E
 		if err := e.retire(rec, after); err != nil {
 			return e.rep, err
 		}
+	}
+	if err := os.RemoveAll(r.staging()); err != nil {
+		return e.rep, fmt.Errorf("removing what an interrupted inject prepared: %w", err)
 	}
 	// Only empty ones go.
 	os.Remove(r.stateDir())
@@ -285,6 +291,9 @@ func (e *ejection) retire(rec *record, left map[digest.Digest]string) error {
 			e.keep("cache %s: %d of its layers are used by other images, the build cache or an earlier docker save; remove the images, prune the cache, or restart docker and inject, and then eject again", report.Short(rec.CacheID), kept)
 		}
 		return nil
+	}
+	if err := e.clearUnfinished(rec); err != nil {
+		return err
 	}
 	if err := e.handOverMetadata(rec); err != nil {
 		return err
