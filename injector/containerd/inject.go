@@ -177,8 +177,8 @@ func (s *survey) needs(d *cachedisk.Disk, jobs []*job) bool {
 		slices.ContainsFunc(jobs, func(j *job) bool { return j.disk == d && !j.done() })
 }
 
-// all registers the images and reports each. Without containerd, or after an
-// interrupt, there is no report.
+// all registers the images and reports each. Without containerd, with one that does not
+// answer, or after an interrupt, there is no report.
 func (n *run) all(ctx context.Context, jobs []*job) ([]report.Image, error) {
 	n.bottom = sync.OnceValue(func() error {
 		_, err := n.r.commit(ctx, n.id, bottomName, "", nil, syncDir)
@@ -193,7 +193,7 @@ func (n *run) all(ctx context.Context, jobs []*job) ([]report.Image, error) {
 		if err != nil {
 			err = fmt.Errorf("image %s: %w", report.Title(jobs[i].image.Names), err)
 		}
-		if ctx.Err() != nil || errdefs.IsUnavailable(err) {
+		if ctx.Err() != nil || errdefs.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded) {
 			return err
 		}
 		n.opt.Report(done[i])
