@@ -1,7 +1,9 @@
 package main
 
 import (
+	"os"
 	"os/exec"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -53,5 +55,27 @@ func TestDependencies(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestReasons wants a reason beside each direct dependency in go.mod.
+func TestReasons(t *testing.T) {
+	data, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	direct := 0
+	for _, m := range regexp.MustCompile(`(?m)^(?:require |\t)(\S+ v\S+)(.*)$`).FindAllStringSubmatch(string(data), -1) {
+		comment := strings.TrimSpace(m[2])
+		if comment == "// indirect" {
+			continue
+		}
+		direct++
+		if len(strings.TrimPrefix(comment, "// ")) < 5 {
+			t.Errorf("go.mod does not say what %s is for", m[1])
+		}
+	}
+	if direct < 20 {
+		t.Errorf("found %d direct dependencies", direct)
 	}
 }

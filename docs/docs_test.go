@@ -23,6 +23,8 @@ var marks = []string{"needs Google Cloud", "needs a cluster"}
 var commands = []struct{ begin, file, text string }{
 	{"make test", ".ci/run", "exec make test"},
 	{"make test-unit", "GNUmakefile", "\ntest-unit:"},
+	{"make test-faults", "GNUmakefile", " test-e2e test-faults "},      // fewer
+	{"make test-flips", "e2e/hostile/flip_test.go", "func TestFlips("}, // fewer
 	{"make e2e-setup", "GNUmakefile", "\ntest: e2e-setup "},
 	{"make generate", "GNUmakefile", " generate-check "},
 	{"make lint", "GNUmakefile", " lint "},
@@ -54,7 +56,8 @@ var commands = []struct{ begin, file, text string }{
 // byHand are commands that no test runs, though they need no more than others do.
 var byHand = []string{
 	"make demo",
-	"make bench",     // its parts have tests, and so have the figures in the documents
+	"make bench", // its parts have tests, and so have the figures in the documents
+	"make bench-docs",
 	"make fuzz",      // its seeds are unit tests
 	"make vulncheck", // asks vuln.go.dev
 	"make dev",       // tests install the plugin into a folder of their own
@@ -95,8 +98,13 @@ func TestCommands(t *testing.T) {
 	}
 }
 
+// begins reports whether a line begins with one of the texts, a command of make with the
+// whole of its target.
 func begins(line string, with []string) bool {
-	return slices.ContainsFunc(with, func(w string) bool { return strings.HasPrefix(line, w) })
+	return slices.ContainsFunc(with, func(w string) bool {
+		rest, ok := strings.CutPrefix(line, w)
+		return ok && (!strings.HasPrefix(w, "make ") || rest == "" || rest[0] == ' ')
+	})
 }
 
 // joined are the commands of a block, each on one line.

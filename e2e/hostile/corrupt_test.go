@@ -30,9 +30,13 @@ func TestCorrupt(t *testing.T) {
 			image := cachedisk.Copied(t, world.disk)
 			flip(t, image, tt.at(t, image), 3)
 			attach(t, image)
-			tr := runTraced(t, "inject", "--runtime", "containerd", "--cache", cacheDir)
-			tr.checkRefused(t, append(tt.words, "build the disk again")...)
-			tr.checkAccesses(t, mayLock)
+			for _, runtime := range runtimes {
+				t.Run(runtime, func(t *testing.T) {
+					tr := runTraced(t, "inject", "--runtime", runtime, "--cache", cacheDir)
+					tr.checkRefused(t, append(tt.words, "build the disk again")...)
+					tr.checkAccesses(t, mayLock)
+				})
+			}
 		})
 	}
 	t.Run("superblock", func(t *testing.T) {

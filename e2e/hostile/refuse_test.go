@@ -23,6 +23,9 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
+// runtimes are what the disks are offered to.
+var runtimes = []string{"containerd", "docker"}
+
 // What a refusal may take, on a machine that does other things too.
 const (
 	maxTime   = time.Minute
@@ -57,6 +60,22 @@ func leadsOut(file, to string) func(dir string) error {
 	return func(dir string) error {
 		name := filepath.Join(dir, file)
 		return errors.Join(os.RemoveAll(name), os.Symlink(filepath.Join(outside, to), name))
+	}
+}
+
+// pipe replaces a file of the disk by a named pipe.
+func pipe(file string) func(dir string) error {
+	return func(dir string) error {
+		name := filepath.Join(dir, file)
+		return errors.Join(os.RemoveAll(name), unix.Mkfifo(name, 0o644))
+	}
+}
+
+// device replaces a file of the disk by a device, of type S_IFCHR or S_IFBLK.
+func device(file string, kind, major, minor uint32) func(dir string) error {
+	return func(dir string) error {
+		name := filepath.Join(dir, file)
+		return errors.Join(os.RemoveAll(name), unix.Mknod(name, kind|0o644, int(unix.Mkdev(major, minor))))
 	}
 }
 
@@ -120,14 +139,8 @@ func TestRefused(t *testing.T) {
 		// To escape.
 		{"manifest outside", leadsOut(manifest.Path, manifest.Path), []string{manifest.Path, "not a regular file"}},
 		{"manifest's directory outside", leadsOut(manifest.Dir, manifest.Dir), []string{manifest.Path, "symbolic link"}},
-		{"manifest a pipe", func(dir string) error {
-			name := filepath.Join(dir, manifest.Path)
-			return errors.Join(os.Remove(name), unix.Mkfifo(name, 0o644))
-		}, []string{manifest.Path, "not a regular file"}},
-		{"manifest a device", func(dir string) error {
-			name := filepath.Join(dir, manifest.Path)
-			return errors.Join(os.Remove(name), unix.Mknod(name, unix.S_IFCHR|0o644, int(unix.Mkdev(1, 5))))
-		}, []string{manifest.Path, "not a regular file"}},
+		{"manifest a pipe", pipe(manifest.Path), []string{manifest.Path, "not a regular file"}},
+		{"manifest a device", device(manifest.Path, unix.S_IFCHR, 1, 5), []string{manifest.Path, "not a regular file"}},
 		{"store outside", leadsOut("docker", ""), []string{"layer sha256:", "symbolic link"}},
 		{"store outside, relatively", func(dir string) error {
 			return errors.Join(os.Rename(filepath.Join(dir, "docker"), filepath.Join(dir, "moved")), os.Symlink("../../.."+outside, filepath.Join(dir, "docker")))
@@ -135,10 +148,7 @@ func TestRefused(t *testing.T) {
 		{"graph driver outside", leadsOut("docker/overlay2", ""), []string{"layer sha256:", "symbolic link"}},
 		{"layer outside", leadsOut(filepath.Dir(layerPath(l, "")), ""), []string{l.ChainID.String(), l.Directory, "symbolic link"}},
 		{"layer's files outside", leadsOut(layerPath(l, ""), "diff"), []string{l.ChainID.String(), l.Directory, "not a directory"}},
-		{"layer's files a device", func(dir string) error {
-			name := filepath.Join(dir, layerPath(l, ""))
-			return errors.Join(os.RemoveAll(name), unix.Mknod(name, unix.S_IFBLK|0o644, int(unix.Mkdev(7, 0))))
-		}, []string{l.ChainID.String(), "not a directory"}},
+		{"layer's files a device", device(layerPath(l, ""), unix.S_IFBLK, 7, 0), []string{l.ChainID.String(), "not a directory"}},
 		{"absolute root", edited(func(m *manifest.Manifest) { m.Store.Root = outside }), []string{"store.root", `"/srv/outside" is absolute`}},
 		{"root outside", edited(func(m *manifest.Manifest) { m.Store.Root = "../../.." + outside }), []string{"store.root", "not a clean relative path"}},
 		{"directory outside", edited(func(m *manifest.Manifest) { m.Layers[1].Directory = "../../../../.." + outside }), []string{"layers[1]", "directory"}},
@@ -175,9 +185,13 @@ func TestRefused(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			attach(t, cachedisk.Changed(t, world.disk, tt.spoil))
 			before := registered(t)
-			tr := runTraced(t, "inject", "--runtime", "containerd", "--cache", cacheDir)
-			tr.checkRefused(t, append(tt.words, cacheDir, "build the disk again")...)
-			tr.checkAccesses(t, mayLock)
+			for _, runtime := range runtimes {
+				t.Run(runtime, func(t *testing.T) {
+					tr := runTraced(t, "inject", "--runtime", runtime, "--cache", cacheDir)
+					tr.checkRefused(t, append(tt.words, cacheDir, "build the disk again")...)
+					tr.checkAccesses(t, mayLock)
+				})
+			}
 			if after := registered(t); after != before {
 				t.Errorf("was %s, is %s", before, after)
 			}
@@ -201,25 +215,29 @@ func TestRefusedFiles(t *testing.T) {
 	slices.Sort(blobs)
 	blob := filepath.Join(manifest.BlobsDir, "sha256", blobs[0])
 	for _, tt := range []struct {
-		name, file, to string
-		command        []string
-		words          []string
+		name    string
+		spoil   func(dir string) error
+		command []string
+		words   []string
 	}{
-		{"headers, inject into Docker", split, "secret", []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
-		{"layerdb, inject into Docker", filepath.Dir(split), "", []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "symbolic link"}},
-		{"headers, verify", split, "secret", []string{"verify", "--log-level", "warn"}, []string{l.Directory, "not a regular file"}},
-		{"a file of a layer, verify", layerPath(l, "odd/first"), "secret", []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd/first"`}},
-		{"a directory of a layer, verify", layerPath(l, "odd"), "diff", []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd`}},
-		{"blob, verify", blob, "secret", []string{"verify", "--log-level", "warn"}, []string{"is damaged", blobs[0]}},
+		{"headers, inject into Docker", leadsOut(split, "secret"), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
+		{"headers a pipe, inject into Docker", pipe(split), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
+		{"headers a device, inject into Docker", device(split, unix.S_IFCHR, 1, 5), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
+		{"layerdb, inject into Docker", leadsOut(filepath.Dir(split), ""), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "symbolic link"}},
+		{"headers, verify", leadsOut(split, "secret"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, "not a regular file"}},
+		{"a file of a layer, verify", leadsOut(layerPath(l, "odd/first"), "secret"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd/first"`}},
+		{"a directory of a layer, verify", leadsOut(layerPath(l, "odd"), "diff"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd`}},
+		{"blob, verify", leadsOut(blob, "secret"), []string{"verify", "--log-level", "warn"}, []string{"is damaged", blobs[0]}},
 		// Last: the others' images are registered then.
-		{"blob, inject into containerd", blob, "secret", []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
+		{"blob, inject into containerd", leadsOut(blob, "secret"), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
+		{"blob a pipe, inject into containerd", pipe(blob), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			attach(t, cachedisk.Changed(t, world.disk, leadsOut(tt.file, tt.to)))
+			attach(t, cachedisk.Changed(t, world.disk, tt.spoil))
 			tr := runTraced(t, append(tt.command, "--cache", cacheDir)...)
 			tr.checkRefused(t, append(tt.words, "build the disk again")...)
 			write := mayLock
-			if tt.name == "blob, inject into containerd" {
+			if strings.HasPrefix(tt.name, "blob") && tt.command[0] == "inject" {
 				write = mayWrite
 				defer world.node.Output(t, injector, "eject", "--runtime", "containerd")
 			}
@@ -244,7 +262,7 @@ func TestHarmless(t *testing.T) {
 			leadsOut("docker/image/overlay2/imagedb", "")(root))...)
 	})
 	attach(t, image)
-	for _, runtime := range []string{"containerd", "docker"} {
+	for _, runtime := range runtimes {
 		t.Run(runtime, func(t *testing.T) {
 			tr := runTraced(t, "inject", "--runtime", runtime, "--cache", cacheDir)
 			if tr.status != 0 || tr.stderr != "" {

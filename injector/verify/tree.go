@@ -267,7 +267,7 @@ func (n *node) compare(f *file) []string {
 		if kind != unix.S_IFDIR {
 			differ("is no directory")
 		}
-		return diffs
+		return append(diffs, n.compareXattrs(f, kind)...)
 	}
 	h := n.hdr
 	if want, ok := kinds[h.Typeflag]; h.Typeflag != tar.TypeLink && (!ok || kind != want) {
@@ -319,7 +319,10 @@ func bound(t time.Time) time.Time {
 
 func (n *node) compareXattrs(f *file, kind uint32) []string {
 	var diffs []string
-	want := xattrs(n.hdr)
+	var want map[string]string
+	if n.hdr != nil {
+		want = xattrs(n.hdr)
+	}
 	for name, value := range want {
 		got, ok := f.xattrs[name]
 		// The kernel takes user attributes on files and directories only; Docker goes on.

@@ -603,3 +603,26 @@ func TestTree(t *testing.T) {
 		})
 	}
 }
+
+// TestOverlayAttributes has those that would lead overlayfs to other files, and those that it
+// writes by itself.
+func TestOverlayAttributes(t *testing.T) {
+	tr := tree{}
+	tr.add(&tar.Header{Name: "implied/file", Typeflag: tar.TypeReg})
+	for _, name := range []string{".", "implied", "implied/file"} {
+		for attribute, reported := range map[string]bool{
+			"trusted.overlay.redirect": true, "trusted.overlay.metacopy": true, "trusted.overlay.verity": true,
+			"trusted.overlay.origin": false, "trusted.overlay.impure": false, "trusted.overlay.nlink": false,
+		} {
+			f := &file{xattrs: map[string]string{attribute: "/elsewhere"}}
+			f.st.Mode = unix.S_IFREG
+			if tr[name].dir() {
+				f.st.Mode = unix.S_IFDIR
+			}
+			said := strings.Join(tr[name].compare(f), "; ")
+			if strings.Contains(said, "has "+attribute+", which is not in the layer") != reported {
+				t.Errorf("%s with %s: %q", name, attribute, said)
+			}
+		}
+	}
+}
