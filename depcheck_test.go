@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
@@ -77,5 +78,25 @@ func TestReasons(t *testing.T) {
 	}
 	if direct < 20 {
 		t.Errorf("found %d direct dependencies", direct)
+	}
+}
+
+// TestActions wants GitHub's own actions in the workflows, each by its commit: tags move.
+func TestActions(t *testing.T) {
+	files, err := filepath.Glob(".github/workflows/*.yml")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("found %v, %v", files, err)
+	}
+	pinned := regexp.MustCompile(`^actions/[a-z-]+@[0-9a-f]{40} # v\d`)
+	for _, name := range files {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(data)) {
+			if _, action, ok := strings.Cut(line, "uses: "); ok && !pinned.MatchString(action) {
+				t.Errorf("%s: %s is not one of actions/ by its commit", name, strings.TrimSpace(action))
+			}
+		}
 	}
 }
