@@ -20,7 +20,8 @@ import (
 )
 
 // TestCredentials pulls with a password, wherever the Packer host has it from, and looks
-// for it, in plain and in the forms in which it travels, wherever it must not be.
+// for it, in plain and in the forms in which it travels, wherever it must not be; and for
+// the key that Packer logs in with.
 func TestCredentials(t *testing.T) {
 	v := world.debian
 	const user, password = "robot", "correct-horse-battery-staple-7391"
@@ -36,6 +37,7 @@ func TestCredentials(t *testing.T) {
 		// In the header's JSON the password begins at any of three offsets.
 		inBase64(password, 0), inBase64(password, 1), inBase64(password, 2),
 	}
+	needles = append(needles, privateLines(t, v.SSHKey)...)
 	option := registryAuth(reg.Addr, user, password)
 	for _, tt := range []struct {
 		name    string
@@ -164,9 +166,24 @@ func find(t *testing.T, needles [][]byte, where string, data []byte) {
 	t.Helper()
 	for _, n := range needles {
 		if bytes.Contains(data, n) {
-			t.Errorf("%s has the password as %q", where, n)
+			t.Errorf("%s has the secret %q", where, n)
 		}
 	}
+}
+
+// privateLines are the lines of a private key's file that no other key has.
+func privateLines(t *testing.T, file string) (lines [][]byte) {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := bytes.Split(bytes.TrimSpace(data), []byte("\n"))
+	if len(body) < 5 {
+		t.Fatalf("%s has %d lines", file, len(body))
+	}
+	// Without what PEM puts around them, and the line that begins with the format's name.
+	return body[2 : len(body)-1]
 }
 
 // inBase64 is what of s stands in base64 text whatever is around it, when skip bytes

@@ -3,6 +3,7 @@
 package rollout_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -69,7 +70,10 @@ func TestPacker(t *testing.T) {
 	if out, err := packer("validate"); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	out, err := packer("build")
+	log := filepath.Join(t.TempDir(), "log")
+	cmd := c.rollBack("build", 1)
+	cmd.Env = append(cmd.Env, "PACKER_LOG=1", "PACKER_LOG_PATH="+log)
+	out, err := host.Output(cmd)
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
@@ -78,6 +82,11 @@ func TestPacker(t *testing.T) {
 	}
 	if strings.Contains(out, c.token) {
 		t.Error("Packer's output has the access token")
+	}
+	if logged, err := os.ReadFile(log); err != nil || !bytes.Contains(logged, []byte("packer-plugin-selkies")) {
+		t.Errorf("Packer's log is %q, %v", logged, err)
+	} else if bytes.Contains(logged, []byte(c.token)) {
+		t.Error("Packer's log has the access token")
 	}
 	c.waitObjects(append(c.three(zoneA, 1), c.three(zoneB, 1)...)...)
 	c.findsCredentials()
