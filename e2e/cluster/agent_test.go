@@ -289,6 +289,10 @@ func TestAgent(t *testing.T) {
 		}
 	}
 
+	for _, n := range nodes {
+		checkAgentProcess(t, n)
+	}
+
 	// Without a registry, all but Always.
 	digest := byDigest(t, app)
 	if err := world.reg.Stop(); err != nil {

@@ -7,10 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -189,4 +193,55 @@ func runOnce(t *testing.T, n *cluster.Node, spec corev1.PodSpec, change func(*co
 	})
 	said := world.cluster.Output(t, "logs", "-n", agentNamespace, pod.Name)
 	return ended.Status.Phase == corev1.PodSucceeded, said
+}
+
+// checkAgentProcess compares what the kernel says of the running agent with
+// docs/privileges.md, and looks for the token of its account where it must not be.
+func checkAgentProcess(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	pid := strings.TrimSpace(n.Output(t, "pgrep", "-f", "[s]elkies-image-injector run"))
+	status := map[string]string{}
+	for line := range strings.Lines(n.Output(t, "cat", "/proc/"+pid+"/status")) {
+		key, value, _ := strings.Cut(line, ":")
+		status[key] = strings.TrimSpace(value)
+	}
+	capabilities := fmt.Sprintf("%016x", documentedCapabilities(t))
+	for key, want := range map[string]string{
+		"Seccomp": "2", "NoNewPrivs": "1", "Uid": "0\t0\t0\t0",
+		"CapEff": capabilities, "CapPrm": capabilities, "CapBnd": capabilities, "CapAmb": strings.Repeat("0", 16),
+	} {
+		if status[key] != want {
+			t.Errorf("%s: the agent's %s is %q, want %q", n.Name, key, status[key], want)
+		}
+	}
+
+	token := strings.TrimSpace(n.Output(t, "cat", "/proc/"+pid+"/root/var/run/secrets/kubernetes.io/serviceaccount/token"))
+	if len(token) < 100 {
+		t.Fatalf("the agent's token is %q", token)
+	}
+	// Its log as kubelet keeps it, and what it may write: notes, containerd's store.
+	out := n.Output(t, "sh", "-c", `grep -rlF -e "$0" /var/log/pods /run/selkies* /var/lib/containerd/io.containerd.metadata.v1.bolt 2>/dev/null || true`, token)
+	if out != "" {
+		t.Errorf("%s: the agent's token is in %s", n.Name, out)
+	}
+}
+
+// documentedCapabilities are those of docs/privileges.md, as the kernel's mask.
+func documentedCapabilities(t *testing.T) (mask uint64) {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(world.source, "docs/privileges.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	numbers := map[string]int{
+		"CAP_SYS_ADMIN": unix.CAP_SYS_ADMIN, "CAP_SYS_CHROOT": unix.CAP_SYS_CHROOT, "CAP_SYS_PTRACE": unix.CAP_SYS_PTRACE,
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| `(CAP_[A-Z_]+)` \\|").FindAllStringSubmatch(string(text), -1) {
+		number, ok := numbers[m[1]]
+		if !ok {
+			t.Fatalf("docs/privileges.md has %s, which is new to this test", m[1])
+		}
+		mask |= 1 << number
+	}
+	return mask
 }
