@@ -207,12 +207,21 @@ func (c *cloud) template(t *testing.T, args ...string) *exec.Cmd {
 // run runs such a build and returns what Packer said.
 func (c *cloud) run(t *testing.T, args ...string) string {
 	t.Helper()
-	out, err := c.template(t, args...).CombinedOutput()
+	cmd := c.template(t, args...)
+	log := filepath.Join(cmd.Dir, "log")
+	cmd.Env = append(cmd.Env, "PACKER_LOG=1", "PACKER_LOG_PATH="+log)
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("packer build: %v\n%s", err, out)
 	}
-	if strings.Contains(string(out), c.token) {
-		t.Error("the access token is in the output")
+	logged, err := os.ReadFile(log)
+	if err != nil || !strings.Contains(string(logged), "packer-plugin-selkies") {
+		t.Errorf("Packer's log is %q, %v", logged, err)
+	}
+	for where, text := range map[string]string{"output": string(out), "log": string(logged)} {
+		if strings.Contains(text, c.token) {
+			t.Errorf("the access token is in Packer's %s", where)
+		}
 	}
 	t.Logf("packer build:\n%s", out)
 	return string(out)
