@@ -5,12 +5,14 @@ package pipeline_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"cloud.google.com/go/compute/apiv1/computepb"
 	"github.com/google/go-cmp/cmp"
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -18,13 +20,14 @@ import (
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
 // broker is Selkies' namespace.
 const broker = "pod-broker-system"
 
 // TestCronJob installs the CronJob as Cloud Build does, and starts it by hand in the
-// ways that docs/pipeline.md has.
+// ways that docs/pipeline.md has. At last a node runs it.
 func TestCronJob(t *testing.T) {
 	world.Output(t, "create", "namespace", broker)
 	t.Cleanup(func() {
@@ -84,8 +87,10 @@ func TestCronJob(t *testing.T) {
 			}
 			args := strings.Split(strings.ReplaceAll(strings.Join(c.Args, " "), "/template/", files+"/"), " ")
 			validate(t, t.TempDir(), args, env)
+			kubectl(t, "kubectl delete job -n pod-broker-system "+tt.job)
 		})
 	}
+	runJobs(t)
 
 	for _, command := range []string{
 		"kubectl get jobs -n pod-broker-system",
@@ -100,6 +105,68 @@ func TestCronJob(t *testing.T) {
 	if cron.Spec.Suspend == nil || !*cron.Spec.Suspend {
 		t.Error("the CronJob is not suspended")
 	}
+}
+
+// runJobs has a node run jobs of the CronJob to their end, with the image that the
+// Dockerfile makes. Their settings are the CronJob's, but that they say where Google's APIs
+// are and the metadata server, whose account the pod is, and that no node gets a disk.
+func runJobs(t *testing.T) {
+	t.Helper()
+	c := newRecordsWithBroker(t, zone)
+	reg := registry.New(t, registry.Config{Addr: address() + ":0"}) // pods reach it
+	push(t, reg, "injector:1", newLayer(t))
+	dir := installed(t, map[string]string{"_IMAGE": world.registry.Addr + "/packer", "_INJECTOR_IMAGE": reg.Addr + "/injector:1"})
+	settings, err := os.OpenFile(filepath.Join(dir, "settings.env"), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = fmt.Fprintf(settings, `PKR_VAR_custom_endpoints={ compute = "%[1]s/compute/v1/", container = "%[1]s/" }
+PKR_VAR_node_selector={ cache = "nowhere" }
+GCE_METADATA_HOST=%[2]s
+`, c.URL, strings.TrimPrefix(c.URL, "http://"))
+	if err := errors.Join(err, settings.Close()); err != nil {
+		t.Fatal(err)
+	}
+	world.Output(t, "apply", "-k", dir)
+	packerImage(t, world.registry.Addr+"/packer:0b1c")
+	world.Node(t, cluster.NodeConfig{})
+
+	// No further than to the builder: a pod cannot log in to a VM here.
+	c.Deny("compute.disks.create")
+	kubectl(t, "kubectl create job --from=cronjob/update-image-cache -n pod-broker-system manual")
+	if out, want := runJob(t, "manual", batchv1.JobFailed), "Required 'compute.disks.create' permission"; !strings.Contains(out, want) {
+		t.Errorf("Packer does not say %q:\n%s", want, out)
+	}
+	c.Allow("compute.disks.create")
+
+	const image = "selkies-image-cache-1700000001"
+	c.AddImage(project, &computepb.Image{Name: new(image), Family: new("selkies-image-cache"), DiskSizeGb: new(int64(20))})
+	kubectl(t, byHand("roll-back", "PKR_VAR_rollback_to="+image))
+	if out, want := runJob(t, "roll-back", batchv1.JobComplete), "Image "+image+" is on 1 disks, in 1 clusters"; !strings.Contains(out, want) {
+		t.Errorf("Packer does not say %q:\n%s", want, out)
+	}
+}
+
+// runJob waits until a job has ended as it should, and returns what its pod printed.
+func runJob(t *testing.T, name string, end batchv1.JobConditionType) string {
+	t.Helper()
+	cluster.Wait(t, "the end of job "+name, func(ctx context.Context) error {
+		job, err := world.Client.BatchV1().Jobs(broker).Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return err
+		}
+		for _, c := range job.Status.Conditions {
+			if c.Status == corev1.ConditionTrue && (c.Type == batchv1.JobFailed || c.Type == batchv1.JobComplete) {
+				if c.Type != end {
+					t.Errorf("job %s is %s: %s", name, c.Type, c.Message)
+				}
+				return nil
+			}
+		}
+		pods, err := world.Kubectl(ctx, "describe", "pods", "-n", broker, "-l", batchv1.JobNameLabel+"="+name)
+		return errors.Join(errors.New(pods), err)
+	})
+	return world.Output(t, "logs", "-n", broker, "job/"+name)
 }
 
 // byHand is a command for a run with other settings than the CronJob's.

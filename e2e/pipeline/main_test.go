@@ -8,6 +8,7 @@ package pipeline_test
 import (
 	"context"
 	"fmt"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -186,10 +187,10 @@ func newRecords(t *testing.T) *cloud {
 	return start(t, gcp.Config{Token: "ya29.records"}, nil)
 }
 
-// newRecordsWithBroker starts one that has the real cluster.
+// newRecordsWithBroker starts one that has the real cluster, and that its pods reach.
 func newRecordsWithBroker(t *testing.T, zones ...string) *cloud {
 	t.Helper()
-	c := start(t, gcp.Config{Token: administrator(t)}, nil)
+	c := start(t, gcp.Config{Token: administrator(t), Addr: address() + ":0"}, nil)
 	c.addBroker(zones)
 	t.Cleanup(func() {
 		for _, args := range [][]string{{"daemonsets,persistentvolumeclaims", "-n", "selkies-image-cache"}, {"persistentvolumes"}} {
@@ -199,6 +200,15 @@ func newRecordsWithBroker(t *testing.T, zones ...string) *cloud {
 		}
 	})
 	return c
+}
+
+// address is that of the API server, at which pods reach other servers of this host too.
+func address() string {
+	u, err := url.Parse(world.config.Host)
+	if err != nil {
+		panic(err) // client-go has taken it
+	}
+	return u.Hostname()
 }
 
 func start(t *testing.T, config gcp.Config, h *hardware.Hardware) *cloud {
