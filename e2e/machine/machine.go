@@ -36,6 +36,9 @@ type Config struct {
 	Files map[string]string
 	// Binds are directories of the host that the machine sees: its path to the host's.
 	Binds map[string]string
+	// Packages are installed, nothing else that Debian can do without, instead of what
+	// nodes and build machines have, if it is not nil.
+	Packages []string
 }
 
 // Machine is a machine that has been booted. Its methods that run something fail
@@ -71,7 +74,10 @@ func Boot(ctx context.Context, config Config) (*Machine, error) {
 	if err := allowInotify(); err != nil {
 		return nil, err
 	}
-	base, err := baseRoot(ctx)
+	if config.Packages == nil {
+		config.Packages = packages
+	}
+	base, err := baseRoot(ctx, config.Packages)
 	if err != nil {
 		return nil, err
 	}

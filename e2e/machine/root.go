@@ -5,13 +5,17 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
-// packages are in every machine, besides Debian's essential ones.
+// bootable are in every machine, besides Debian's essential ones.
+var bootable = []string{"systemd", "systemd-sysv", "dbus"}
+
+// packages are those of a machine that names none.
 var packages = []string{
-	"systemd", "systemd-sysv", "dbus", "iproute2", "ca-certificates", "openssh-server",
+	"iproute2", "ca-certificates", "openssh-server",
 	"containerd", "runc", "docker.io", "iptables", "e2fsprogs", "busybox-static", "sudo",
 }
 
@@ -41,14 +45,20 @@ ExecStart=/bin/sh -c 'findmnt -n -t cgroup -o TARGET | while read -r d; do mount
 WantedBy=sysinit.target
 `
 
-func baseRoot(ctx context.Context) (string, error) {
-	return host.Root(ctx, packages, rootVersion, func(dir string) error {
+// baseRoot is a root with packages, besides those that it needs to boot.
+func baseRoot(ctx context.Context, packages []string) (string, error) {
+	return host.Root(ctx, slices.Concat(bootable, packages), rootVersion, func(dir string) error {
 		unit := filepath.Join(dir, "etc/systemd/system/writable-cgroups.service")
 		if err := os.WriteFile(unit, []byte(writableCgroups), 0o644); err != nil {
 			return err
 		}
-		if _, err := host.Output(exec.CommandContext(ctx, "systemctl", append([]string{"--root=" + dir, "disable"}, idle...)...)); err != nil {
-			return err
+		for _, name := range idle {
+			if _, err := os.Stat(filepath.Join(dir, "lib/systemd/system", name)); err != nil {
+				continue // of a package that is not there
+			}
+			if _, err := host.Output(exec.CommandContext(ctx, "systemctl", "--root="+dir, "disable", name)); err != nil {
+				return err
+			}
 		}
 		_, err := host.Output(exec.CommandContext(ctx, "systemctl", "--root="+dir, "enable", "writable-cgroups.service"))
 		return err
@@ -58,6 +68,6 @@ func baseRoot(ctx context.Context) (string, error) {
 // Busybox is the host's path of a statically linked busybox, which every test image
 // is made of.
 func Busybox(ctx context.Context) (string, error) {
-	root, err := baseRoot(ctx)
+	root, err := baseRoot(ctx, packages)
 	return filepath.Join(root, "bin/busybox"), err
 }
