@@ -25,6 +25,11 @@ var commands = []struct{ begin, file, text string }{
 	{"make test-unit", "GNUmakefile", "\ntest-unit:"},
 	{"make test-faults", "GNUmakefile", " test-e2e test-faults "},      // fewer
 	{"make test-flips", "e2e/hostile/flip_test.go", "func TestFlips("}, // fewer
+	{"make demo", "e2e/walk/walk_test.go", `"make demo"`},
+	{"make walk", "GNUmakefile", "\nwalk: "},
+	{"apt-get update && apt-get install -y git make", "e2e/walk/walk_test.go", `"../../README.md"`},
+	{"git clone https://github.com/selkies-project/packer-plugin-selkies", "e2e/walk/walk_test.go", "insteadOf"},
+	{"cd packer-plugin-selkies", "e2e/walk/walk_test.go", "pwd"},
 	{"make e2e-setup", "GNUmakefile", "\ntest: e2e-setup "},
 	{"make generate", "GNUmakefile", " generate-check "},
 	{"make lint", "GNUmakefile", " lint "},
@@ -55,7 +60,6 @@ var commands = []struct{ begin, file, text string }{
 
 // byHand are commands that no test runs, though they need no more than others do.
 var byHand = []string{
-	"make demo",
 	"make bench", // its parts have tests, and so have the figures in the documents
 	"make bench-docs",
 	"make fuzz",      // its seeds are unit tests
