@@ -33,6 +33,7 @@ var commands = []struct{ begin, file, text string }{
 	{"make e2e-setup", "GNUmakefile", "\ntest: e2e-setup "},
 	{"make generate", "GNUmakefile", " generate-check "},
 	{"make lint", "GNUmakefile", " lint "},
+	{"packer plugins install --path build/packer-plugin-selkies github.com/selkies-project/selkies", "e2e/packer/packer.go", `"plugins", "install", "--path", `},
 	{"make injector", "e2e/systemd/boot_test.go", `host.Build(ctx, "./injector"`},
 	{"make injector-image", "e2e/cluster/image_test.go", `"run", "./injector/image"`},
 	{"make reproducible", "e2e/supply/supply_test.go", "tools/reproducible.sh"},
