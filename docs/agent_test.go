@@ -141,7 +141,7 @@ var verbs = regexp.MustCompile(`%[-+#0-9.]*[a-zA-Z]`)
 func TestLogLines(t *testing.T) {
 	page := read(t, "docs/operations.md")
 	lines := 0
-	for _, dir := range []string{"injector", "injector/agent", "injector/containerd", "injector/docker", "injector/cachedisk"} {
+	for _, dir := range []string{"injector", "injector/agent", "injector/containerd", "injector/docker", "injector/cachedisk", "injector/readahead"} {
 		inspect(parse(t, dir), func(n ast.Node) {
 			call, ok := n.(*ast.CallExpr)
 			if !ok {
@@ -212,7 +212,7 @@ func format(e ast.Expr) string {
 func TestMessages(t *testing.T) {
 	var said strings.Builder
 	for _, dir := range []string{"injector", "injector/agent", "injector/cachedisk", "injector/containerd", "injector/docker", "injector/report", "manifest",
-		"provisioner/imagecache", "post-processor/imagecache", "gcp"} {
+		"provisioner/imagecache", "post-processor/imagecache", "gcp", "internal/tlsonly"} {
 		inspect(parse(t, dir), func(n ast.Node) {
 			if e, ok := n.(ast.Expr); ok && literal(e) != "" {
 				said.WriteString(verbs.ReplaceAllString(literal(e), "…") + "\n")

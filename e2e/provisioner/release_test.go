@@ -190,9 +190,15 @@ func onePlatform(t *testing.T, tree string) string {
 	if err := yaml.Unmarshal(data, &config); err != nil {
 		t.Fatal(err)
 	}
+	platforms := map[string]string{}
 	for _, build := range config["builds"].([]any) {
 		b := build.(map[string]any)
+		platforms[fmt.Sprint(b["id"])] = fmt.Sprint(b["goos"], b["goarch"])
 		b["goos"], b["goarch"] = []string{"linux"}, []string{"amd64"}
+	}
+	want := map[string]string{"plugin": "[darwin freebsd linux windows] [amd64 arm64]", "injector": "[linux] [amd64 arm64]"}
+	if diff := cmp.Diff(want, platforms); diff != "" {
+		t.Errorf("a release's platforms (-want +got):\n%s", diff)
 	}
 	if data, err = yaml.Marshal(config); err != nil {
 		t.Fatal(err)
@@ -280,6 +286,13 @@ func checkImage(t *testing.T, tree, dist string) {
 		want := archived(t, filepath.Join(dist, injector+".tar.gz"))["selkies-image-injector"]
 		if got := untar(t, files)["usr/local/bin/selkies-image-injector"]; !bytes.Equal(got, want) {
 			t.Errorf("the image's injector has %d bytes, the archive's %d; they differ", len(got), len(want))
+		}
+		program := filepath.Join(t.TempDir(), "selkies-image-injector")
+		if err := os.WriteFile(program, want, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if said, err := host.Output(exec.CommandContext(t.Context(), program, "version")); err != nil || strings.TrimSpace(said) != "1.2.3" {
+			t.Errorf("the injector's version is %q, %v", said, err)
 		}
 	}
 	if want := []string{"linux/amd64", "linux/arm64"}; !slices.Equal(platforms, want) {

@@ -102,6 +102,8 @@ func platformsIn(index v1.ImageIndex) ([]v1.Platform, error) {
 func explainRegistry(err error) error {
 	e, ok := errors.AsType[*transport.Error](err)
 	switch {
+	case errors.Is(err, tlsonly.ErrPlainHTTP):
+		return fmt.Errorf("asking the registry: %w; give it TLS, as nodes want it too", err)
 	case !ok:
 		return fmt.Errorf("asking the registry: %w; Packer has to reach it, too", err)
 	case e.StatusCode == http.StatusNotFound:
