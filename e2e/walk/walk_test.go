@@ -30,10 +30,10 @@ var (
 )
 
 func TestWalk(t *testing.T) {
-	m := newcomer(t)
+	m, env := newcomer(t), environment(t)
 	dir := "/root"
 	for _, command := range commands(t) {
-		ok := t.Run(command, func(t *testing.T) { dir = typed(t, m, dir, command) })
+		ok := t.Run(command, func(t *testing.T) { dir = typed(t, m, env, dir, command) })
 		if !ok {
 			return
 		}
@@ -189,11 +189,11 @@ func environment(t *testing.T) []string {
 
 // typed runs a line in a shell in dir, shows what it prints, and returns where it leaves
 // the user.
-func typed(t *testing.T, m *machine.Machine, dir, command string) string {
+func typed(t *testing.T, m *machine.Machine, env []string, dir, command string) string {
 	t.Helper()
 	const left = "/run/walk-dir"
 	cmd := m.Command(t.Context(), "bash", "-c", `cd "$0" && eval "$1" && pwd >"$2"`, dir, command, left)
-	cmd.Env = append(cmd.Env, environment(t)...)
+	cmd.Env = append(cmd.Env, env...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
 		t.Fatalf("%s: %v", command, err)
