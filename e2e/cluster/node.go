@@ -122,6 +122,8 @@ func (n *Node) kubeletConfig() map[string]any {
 		"cgroupsPerQOS":            false,
 		"enforceNodeAllocatable":   []string{},
 		"evictionHard":             map[string]string{},
+		// How full this machine's disk is says nothing of the nodes'. 100 is never.
+		"imageGCHighThresholdPercent": 100,
 		// How soon it is seen that a node is ready after a reboot; the other says how often
 		// a node is heard of without news, and is its default.
 		"nodeStatusUpdateFrequency": "1s",
