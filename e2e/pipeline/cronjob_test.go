@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -115,9 +117,10 @@ func TestCronJob(t *testing.T) {
 func runJobs(t *testing.T) {
 	t.Helper()
 	c := newRecordsWithBroker(t, zone)
-	reg := registry.New(t, registry.Config{Addr: address() + ":0"}) // pods reach it
+	reg := registry.New(t, registry.Config{})
 	push(t, reg, "injector:1", newLayer(t))
-	dir := installed(t, map[string]string{"_IMAGE": world.registry.Addr + "/packer", "_INJECTOR_IMAGE": reg.Addr + "/injector:1"})
+	addr, ca := registry.ServeTLS(t, address()+":0", nil, httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr})) // pods reach it
+	dir := installed(t, map[string]string{"_IMAGE": world.registry.Addr + "/packer", "_INJECTOR_IMAGE": addr + "/injector:1"})
 	settings, err := os.OpenFile(filepath.Join(dir, "settings.env"), os.O_APPEND|os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -130,7 +133,7 @@ GCE_METADATA_HOST=%[2]s
 		t.Fatal(err)
 	}
 	world.Output(t, "apply", "-k", dir)
-	packerImage(t, world.registry.Addr+"/packer:0b1c")
+	packerImage(t, world.registry.Addr+"/packer:0b1c", ca)
 	world.Node(t, cluster.NodeConfig{})
 
 	// No further than to the builder: a pod cannot log in to a VM here.

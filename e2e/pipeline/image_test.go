@@ -30,15 +30,16 @@ const bases = `
 mkdir -p /tmp/golang/bin /tmp/golang/etc /tmp/golang/tmp /tmp/golang/usr/local/bin /tmp/static/etc/ssl/certs /tmp/static/tmp
 for applet in $(busybox --list); do ln -s busybox /tmp/golang/bin/$applet; done
 cp --remove-destination /bin/busybox /tmp/golang/bin
-cp /etc/ssl/certs/ca-certificates.crt /tmp/static/etc/ssl/certs
+cat /etc/ssl/certs/ca-certificates.crt /root/ca.crt >/tmp/static/etc/ssl/certs/ca-certificates.crt
 echo root:x:0:0:root:/root:/bin/sh >/tmp/golang/etc/passwd
 chmod 1777 /tmp/static/tmp
 tar -C /tmp/golang -c . | docker import -c 'ENV PATH=/usr/local/go/bin:/usr/local/bin:/bin GOPATH=/go GOTOOLCHAIN=local GOPROXY=off' - golang:1.26-bookworm
 tar -C /tmp/static -c . | docker import -c 'ENV PATH=/usr/local/bin:/bin' - gcr.io/distroless/static-debian12
 `
 
-// packerImage has a real Docker build the Dockerfile and push the image.
-func packerImage(t *testing.T, image string) {
+// packerImage has a real Docker build the Dockerfile and push the image, which trusts ca
+// as well.
+func packerImage(t *testing.T, image string, ca []byte) {
 	t.Helper()
 	top, err := host.Source(t.Context())
 	if err != nil {
@@ -55,6 +56,9 @@ func packerImage(t *testing.T, image string) {
 		fmt.Fprintf(&mounts, `{"destination":"%[1]s","source":"/host%[1]s","type":"bind","options":["rbind"]},`, dir)
 	}
 	m := machine.New(t, machine.Config{Name: "docker", Binds: binds})
+	if err := m.WriteFile("/root/ca.crt", ca, 0o644); err != nil {
+		t.Fatal(err)
+	}
 	const runtime = "/usr/local/sbin/runc-with-go"
 	if err := m.WriteFile(runtime, fmt.Appendf(nil, runc, mounts.String()), 0o755); err != nil {
 		t.Fatal(err)

@@ -5,18 +5,9 @@ package provisioner_test
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	cryptorand "crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"log"
-	"math/big"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -735,7 +726,7 @@ func TestDaemonConfiguration(t *testing.T) {
 	t.Cleanup(func() { v.Run(context.Background(), "ip", "address", "delete", ip+"/32", "dev", "lo") })
 	reg := registry.New(t, registry.Config{})
 	pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
-	addr, ca := serveTLS(t, ip+":0", nil, httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr}))
+	addr, ca := registry.ServeTLS(t, ip+":0", nil, httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr}))
 	caFile := filepath.Join(t.TempDir(), "ca.crt")
 	if err := os.WriteFile(caFile, ca, 0o600); err != nil {
 		t.Fatal(err)
@@ -778,40 +769,6 @@ func TestDaemonConfiguration(t *testing.T) {
 	if out, err := build(); err == nil || !strings.Contains(errorLine(t, out), "proxyconnect") {
 		t.Errorf("packer build: %v\n%s", err, out)
 	}
-}
-
-// serveTLS serves h on an address of this machine with a certificate for it and for names,
-// which only ca vouches for.
-func serveTLS(t *testing.T, listen string, names []string, h http.Handler) (addr string, ca []byte) {
-	t.Helper()
-	l, err := net.Listen("tcp", listen)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert := &x509.Certificate{
-		SerialNumber: big.NewInt(1),
-		NotAfter:     time.Now().Add(time.Hour),
-		IPAddresses:  []net.IP{l.Addr().(*net.TCPAddr).IP},
-		DNSNames:     names,
-		IsCA:         true, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
-	}
-	der, err := x509.CreateCertificate(cryptorand.Reader, cert, cert, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &httptest.Server{
-		Listener: l,
-		TLS:      &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
-		Config:   &http.Server{Handler: h, ErrorLog: log.New(io.Discard, "", 0)},
-	}
-	server.StartTLS()
-	t.Cleanup(server.Close)
-	return l.Addr().String(), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
 func pushed(t *testing.T, reg *registry.Registry, ref string, image v1.Image) string {

@@ -34,7 +34,7 @@ func TestDockerHub(t *testing.T) {
 	v.Output(t, "ip", "address", "add", ip+"/32", "dev", "lo")
 	t.Cleanup(func() { v.Run(context.Background(), "ip", "address", "delete", ip+"/32", "dev", "lo") })
 	reg := registry.New(t, registry.Config{Username: user, Password: password})
-	_, ca := serveTLS(t, ip+":443", []string{"index.docker.io", "registry-1.docker.io"}, httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr}))
+	_, ca := registry.ServeTLS(t, ip+":443", []string{"index.docker.io", "registry-1.docker.io"}, httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr}))
 	dir := t.TempDir()
 	for name, data := range map[string][]byte{"ca.crt": ca, "hosts": []byte(hosts)} {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {

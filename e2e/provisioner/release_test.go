@@ -317,7 +317,7 @@ func releaseHost(t *testing.T, dist string) []string {
 		t.Errorf("packer init asked for %s %s%s", r.Method, r.Host, r.URL.Path)
 		http.NotFound(w, r)
 	})
-	addr, ca := serveTLS(t, "127.0.0.1:0", []string{"api.github.com", "github.com", "releases.hashicorp.com"}, mux)
+	addr, ca := registry.ServeTLS(t, "127.0.0.1:0", []string{"api.github.com", "github.com", "releases.hashicorp.com"}, mux)
 
 	proxy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodConnect {
