@@ -133,9 +133,17 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 		return
 	}
 
-	// All that kubelet would remove goes, and what was registered.
-	for _, ref := range world.refs {
-		if err := c.removeImage(n.context(t), ref); err != nil {
+	// All that kubelet would remove goes, by its ID, since a pulled image can have lost its
+	// tag to an eject; and what was registered.
+	list, err := cri.NewImageServiceClient(c.conn).ListImages(t.Context(), &cri.ListImagesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, image := range list.Images {
+		if slices.Contains(image.RepoTags, world.pause) {
+			continue
+		}
+		if err := c.removeImage(t.Context(), image.Id); err != nil {
 			t.Error(err)
 		}
 	}

@@ -56,6 +56,8 @@ func (n *dockerNode) start(t *testing.T) {
 // up starts Docker's units where they do not run.
 func (n *dockerNode) up(t *testing.T) {
 	t.Helper()
+	// Faults follow each other faster than systemd lets units start.
+	n.Output(t, "systemctl", "reset-failed")
 	n.Output(t, "systemctl", "start", "containerd.service", "docker.socket", "docker.service")
 }
 

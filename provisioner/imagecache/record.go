@@ -204,10 +204,10 @@ func writeManifest(ctx context.Context, r *vm, root string, m, earlier *manifest
 	}
 	name := path.Join(root, manifest.Path)
 	if _, err := r.run(ctx, "mkdir", "--parents", path.Dir(name)); err != nil {
-		return nil, fmt.Errorf("writing the layer manifest: %w", err)
+		return nil, fmt.Errorf("writing the layer manifest to the disk: %w", err)
 	}
 	if err := r.writeFile(ctx, name, bytes.NewReader(data)); err != nil {
-		return nil, fmt.Errorf("writing the layer manifest: %w", err)
+		return nil, fmt.Errorf("writing the layer manifest to the disk: %w", err)
 	}
 	return data, nil
 }
