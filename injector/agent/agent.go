@@ -141,13 +141,7 @@ func newAgent(c Config) (*Agent, error) {
 		if a.node, err = newNode(c); err != nil {
 			return nil, err
 		}
-		// The node tells once, and there are two that ask.
-		var once sync.Once
-		var images []string
-		a.wanted = func(ctx context.Context) []string {
-			once.Do(func() { images = a.node.wantedImages(ctx) })
-			return images
-		}
+		a.wanted = a.node.wantedImages
 	}
 	return a, nil
 }

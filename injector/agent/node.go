@@ -72,7 +72,9 @@ type node struct {
 	// node, as one takes over from the other, may not want the same.
 	written *flowcontrol.Backoff
 
-	wanted chan []string
+	// told is closed when wanted is known, which are the images that pods wait for.
+	told   chan struct{}
+	wanted []string
 }
 
 // desired is what the node is to say.
@@ -98,7 +100,7 @@ func newNode(c Config) (*node, error) {
 	n := &node{
 		name: c.NodeName, taint: c.StartupTaint, cachePD: c.CachePD, log: c.Log, client: client,
 		wake:    make(chan struct{}, 1),
-		wanted:  make(chan []string, 1),
+		told:    make(chan struct{}),
 		joined:  make(chan time.Time, 1),
 		written: flowcontrol.NewBackOff(firstDelay, lastDelay),
 	}
@@ -363,7 +365,7 @@ func (n *node) event(warning bool, reason, message string) {
 
 // askWanted asks, once, which images the pods of this node need.
 func (n *node) askWanted(ctx context.Context) {
-	defer close(n.wanted)
+	defer close(n.told)
 	pods, err := n.client.listPods(ctx, metav1.ListOptions{
 		FieldSelector:   fields.OneTermEqualSelector("spec.nodeName", n.name).String(),
 		ResourceVersion: "0", // from the API server's memory
@@ -372,7 +374,7 @@ func (n *node) askWanted(ctx context.Context) {
 		n.log.Warn("cannot list the node's pods; their images are not registered before the others", "error", err)
 		return
 	}
-	n.wanted <- imagesOf(pods)
+	n.wanted = imagesOf(pods)
 }
 
 // wantedImages are the images that pods wait for, if the API server tells soon.
@@ -380,8 +382,8 @@ func (n *node) wantedImages(ctx context.Context) []string {
 	timer := time.NewTimer(wantedTime)
 	defer timer.Stop()
 	select {
-	case images := <-n.wanted:
-		return images
+	case <-n.told:
+		return n.wanted
 	case <-timer.C:
 	case <-ctx.Done():
 	}

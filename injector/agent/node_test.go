@@ -4,8 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -232,4 +234,21 @@ func TestSaw(t *testing.T) {
 	see("a", "100", "101")
 	see("a", "102", "102")
 	see("b", "90", "90") // another node of that name
+}
+
+// TestWantedImages has two that ask, before and after the API server tells.
+func TestWantedImages(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &node{told: make(chan struct{})}
+		if got := n.wantedImages(t.Context()); got != nil {
+			t.Errorf("before: %q", got)
+		}
+		n.wanted = []string{"a"}
+		close(n.told)
+		for range 2 {
+			if got := n.wantedImages(t.Context()); !slices.Equal(got, n.wanted) {
+				t.Errorf("after: %q", got)
+			}
+		}
+	})
 }
