@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 
 	"github.com/docker/docker/api/types/image"
@@ -92,7 +93,7 @@ func (e *ejection) forgetUsed(layers map[digest.Digest]string) error {
 }
 
 func (e *ejection) adoptAndRemove(ctx context.Context, chain []digest.Digest) error {
-	config := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, RootFS: ocispec.RootFS{Type: "layers"}}
+	config := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH}, RootFS: ocispec.RootFS{Type: "layers"}}
 	for _, id := range slices.Backward(chain) {
 		diffID, err := readTrimmed(filepath.Join(e.layerdb(id), "diff"))
 		if err != nil {
@@ -112,12 +113,15 @@ func (e *ejection) adoptAndRemove(ctx context.Context, chain []digest.Digest) er
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(io.Discard, loaded.Body)
+	said, err := io.ReadAll(io.LimitReader(loaded.Body, 1000))
 	if err := errors.Join(err, loaded.Body.Close()); err != nil {
 		return err
 	}
-	_, err = e.cli.ImageRemove(ctx, digest.FromBytes(b).String(), image.RemoveOptions{})
-	return err
+	// dockerd tells of what goes wrong in the body only.
+	if _, err := e.cli.ImageRemove(ctx, digest.FromBytes(b).String(), image.RemoveOptions{}); err != nil {
+		return fmt.Errorf("%w; docker load said %q", err, said)
+	}
+	return nil
 }
 
 // layerless is an archive for docker load of an image whose layers it names and does not
