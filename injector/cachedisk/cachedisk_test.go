@@ -18,28 +18,6 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// newDisk makes a directory that looks like a cache disk.
-func newDisk(t *testing.T, dir string) *manifest.Manifest {
-	t.Helper()
-	data, err := os.ReadFile("../../manifest/testdata/manifest.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := manifest.Decode(data)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, l := range m.Layers {
-		if err := os.MkdirAll(filepath.Join(dir, m.LayerPath(l)), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := testdisk.WriteManifest(dir, m); err != nil {
-		t.Fatal(err)
-	}
-	return m
-}
-
 func TestOpen(t *testing.T) {
 	layer := func(dir string, m *manifest.Manifest) string { return filepath.Join(dir, m.LayerPath(m.Layers[1])) }
 	tests := map[string]struct {
@@ -118,7 +96,7 @@ func TestOpen(t *testing.T) {
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			m := newDisk(t, dir)
+			m := testdisk.Example(t, dir)
 			if err := tt.spoil(t, dir, m); err != nil {
 				t.Fatal(err)
 			}
@@ -151,7 +129,7 @@ func TestOpenUnprivileged(t *testing.T) {
 		return
 	}
 	dir := t.TempDir()
-	m := newDisk(t, dir)
+	m := testdisk.Example(t, dir)
 	store := filepath.Join(dir, m.Store.Root, manifest.DriverOverlay2)
 	if err := os.Chmod(store, 0); err != nil {
 		t.Fatal(err)
@@ -173,7 +151,7 @@ func TestFind(t *testing.T) {
 		}
 	}
 	gke := filepath.Join(host, "mnt/disks/gke-secondary-disks/a")
-	newDisk(t, gke)
+	testdisk.Example(t, gke)
 
 	disks, err := cachedisk.Find(nil, host)
 	if err != nil || len(disks) != 1 || disks[0].Dir != gke {
@@ -191,7 +169,7 @@ func TestFind(t *testing.T) {
 		t.Fatal(err)
 	}
 	// The same disk by two paths is one.
-	newDisk(t, filepath.Join(host, "cache"))
+	testdisk.Example(t, filepath.Join(host, "cache"))
 	if disks, err = cachedisk.Find(nil, host); err != nil || len(disks) != 1 {
 		t.Errorf("found %v, %v", disks, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	testdisk "github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
@@ -16,7 +17,7 @@ func TestProbe(t *testing.T) {
 	if err := cachedisk.Probe(dir); !errors.Is(err, fs.ErrNotExist) || errors.Is(err, cachedisk.ErrUnreadable) {
 		t.Errorf("without a manifest: %v", err)
 	}
-	newDisk(t, dir)
+	testdisk.Example(t, dir)
 	for range 2 {
 		if err := cachedisk.Probe(dir); err != nil {
 			t.Error(err)

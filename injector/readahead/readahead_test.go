@@ -25,22 +25,12 @@ import (
 // has a file of 300,000 bytes, and the layer on it one of 10,000.
 func newDisk(t *testing.T) (*cachedisk.Disk, *trace.Trace) {
 	t.Helper()
-	data, err := os.ReadFile("../../manifest/testdata/manifest.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := manifest.Decode(data)
-	if err != nil {
-		t.Fatal(err)
-	}
 	dir := t.TempDir()
+	m := testdisk.Example(t, dir)
 	for _, l := range m.Layers {
-		if err := os.MkdirAll(filepath.Join(dir, m.LayerPath(l), "bin"), 0o755); err != nil {
+		if err := os.Mkdir(filepath.Join(dir, m.LayerPath(l), "bin"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-	}
-	if err := testdisk.WriteManifest(dir, m); err != nil {
-		t.Fatal(err)
 	}
 	for n, size := range []int{300_000, 10_000} {
 		file := filepath.Join(dir, m.LayerPath(m.Layers[n]), "bin", fmt.Sprint("file", n))

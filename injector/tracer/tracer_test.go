@@ -10,7 +10,6 @@ import (
 
 	testdisk "github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
-	"github.com/selkies-project/packer-plugin-selkies/manifest"
 	"github.com/selkies-project/packer-plugin-selkies/trace"
 )
 
@@ -18,24 +17,12 @@ import (
 // those alone that a trace can name. That others are not there, and come, only a test on a
 // disk of its own can show: e2e/provisioner has it.
 func TestRecord(t *testing.T) {
-	data, err := os.ReadFile("../../manifest/testdata/manifest.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := manifest.Decode(data)
-	if err != nil {
-		t.Fatal(err)
-	}
 	dir := t.TempDir()
+	m := testdisk.Example(t, dir)
 	img := m.Images[1] // of two layers
 	lower, upper := filepath.Join(dir, m.LayerPath(m.Layers[0])), filepath.Join(dir, m.LayerPath(m.Layers[1]))
-	for _, l := range m.Layers {
-		if err := os.MkdirAll(filepath.Join(dir, m.LayerPath(l), "bin"), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
 	for _, err := range []error{
-		testdisk.WriteManifest(dir, m),
+		os.Mkdir(filepath.Join(lower, "bin"), 0o755),
 		os.WriteFile(filepath.Join(lower, "bin/large"), make([]byte, 3*pageSize+10), 0o755),
 		os.Link(filepath.Join(lower, "bin/large"), filepath.Join(lower, "bin/linked")),
 		os.WriteFile(filepath.Join(lower, "bin/new\nline"), make([]byte, 10), 0o755),
