@@ -53,7 +53,11 @@ func (c *call) start(t task) *computepb.Operation {
 	if request := c.FormValue("requestId"); request != "" {
 		c.requests[request] = op
 	}
-	c.work.Go(func() { c.run(op, t) })
+	c.underWay++
+	c.work.Go(func() {
+		defer c.ended()
+		c.run(op, t)
+	})
 	// A copy: the operation goes on while the answer is sent.
 	return proto.CloneOf(record)
 }

@@ -78,6 +78,8 @@ type Server struct {
 	denied     map[string]bool
 	needed     map[string]bool
 	calls      []string
+	underWay   int        // calls and operations
+	settled    *sync.Cond // underWay is 0
 	lastID     uint64
 	forward    time.Duration // of the clock
 	keys       []*rsa.PublicKey
@@ -107,6 +109,7 @@ func Start(config Config) (*Server, error) {
 		operations: map[string]*operation{}, requests: map[string]*operation{},
 		denied: map[string]bool{}, needed: map[string]bool{},
 	}
+	s.settled = sync.NewCond(&s.mu)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.serveImages()
 	s.serveDisks()
@@ -173,6 +176,25 @@ func (s *Server) Resources() []string {
 	return slices.Sorted(slices.Values(slices.Concat(s.images.names(), s.disks.names(), s.instances.names())))
 }
 
+// Settle waits for the calls that have come in so far and the operations that they start:
+// a client that is gone does not end them.
+func (s *Server) Settle() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.underWay > 0 {
+		s.settled.Wait()
+	}
+}
+
+// ended is called when a call or an operation that is counted in underWay has ended.
+func (s *Server) ended() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.underWay--; s.underWay == 0 {
+		s.settled.Broadcast()
+	}
+}
+
 // call is a request that is being answered.
 type call struct {
 	*Server
@@ -192,7 +214,9 @@ func (s *Server) handle(name, pattern string, handler func(*call) (proto.Message
 		s.mu.Lock()
 		s.calls = append(s.calls, name+" "+strings.TrimPrefix(r.URL.Path, "/compute/v1/"))
 		c := &call{Server: s, Request: r, body: body, fault: s.nextFault(name)}
+		s.underWay++
 		s.mu.Unlock()
+		defer s.ended()
 
 		answer, err := c.answer(handler)
 		if c.fault.LoseAnswer {
