@@ -41,6 +41,7 @@ var commands = []struct{ begin, file, text string }{
 	{"sha256sum --check --ignore-missing packer-plugin-selkies_v", "e2e/provisioner/release_test.go", `"sha256sum", "--check"`},
 	{"make sbom", "e2e/supply/supply_test.go", `"sbom"`},
 	{"go test -tags e2e -run '^$' -bench Idle ./e2e/cluster/", "e2e/cluster/idle_test.go", "func BenchmarkIdle("},
+	{"go test -tags e2e -run '^$' -bench PodStart -benchtime 20x ./e2e/cluster/", "e2e/cluster/podstart_test.go", "func BenchmarkPodStart("},
 	{"mount -o ro,noload LABEL=selkies-cache /mnt/disks/images", "e2e/machine/machine_test.go", "mount -o ro,noload"},
 	{"selkies-image-injector inject --cache", "e2e/systemd/boot_test.go", "selkies-image-injector"},
 	{"selkies-image-injector verify --cache", "e2e/docker/inject_test.go", `"verify"`},
