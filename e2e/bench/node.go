@@ -109,8 +109,7 @@ func (n *node) start(ctx context.Context, unpacks int) error {
 	n.unpacks = unpacks
 	if n.root == dockerRoot {
 		if configured {
-			_, err := n.Run(ctx, "systemctl", "start", "docker.service")
-			return err
+			return n.startDockerd(ctx)
 		}
 		return n.StartDocker(ctx, machine.Docker{Release: machine.Debian})
 	}
@@ -122,6 +121,20 @@ func (n *node) start(ctx context.Context, unpacks int) error {
 		return err
 	}
 	return n.awaitCRI(ctx)
+}
+
+func (n *node) startDockerd(ctx context.Context) error {
+	if err := n.forgetStarts(ctx); err != nil {
+		return err
+	}
+	_, err := n.Run(ctx, "systemctl", "start", "docker.service")
+	return err
+}
+
+// forgetStarts has systemd start units again that it has started often of late.
+func (n *node) forgetStarts(ctx context.Context) error {
+	_, err := n.Run(ctx, "systemctl", "reset-failed")
+	return err
 }
 
 // startTimeout is many times what containerd needs, on a slow machine too.

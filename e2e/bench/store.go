@@ -76,6 +76,9 @@ func (b *store) running(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := n.forgetStarts(ctx); err != nil {
+		return err
+	}
 	_, daemon, err := n.timed(ctx, "systemctl", "restart", "docker.service")
 	b.restart.took(took)
 	b.daemon.took(daemon)
@@ -123,7 +126,7 @@ func (b *store) freshStopped(ctx context.Context) error {
 // known to have been done.
 func (b *store) works(ctx context.Context) error {
 	n := b.disk.node
-	if _, err := n.Run(ctx, "systemctl", "start", "docker.service"); err != nil {
+	if err := n.startDockerd(ctx); err != nil {
 		return err
 	}
 	ref := b.disk.manifest.Images[len(b.disk.manifest.Images)-1].Names[0]
