@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path"
 	"path/filepath"
@@ -27,39 +28,56 @@ const maxValues = 250_000
 // Read reads and validates the layer manifest of the cache disk at dir. Errors
 // name the file, the field and the value; a missing file is fs.ErrNotExist.
 func Read(dir string) (*Manifest, error) {
-	data, err := readFile(dir)
-	if err != nil {
-		return nil, err
-	}
-	return decodeFile(dir, data)
+	m, _, err := ReadWithID(dir)
+	return m, err
 }
 
-// ReadID reads the cache ID of the layer manifest at dir. If it is the likely one, a
-// digest of the file shows it, and nothing is decoded.
-func ReadID(dir string, likely digest.Digest) (digest.Digest, error) {
+// ReadWithID is Read, with the cache ID.
+func ReadWithID(dir string) (*Manifest, digest.Digest, error) {
 	data, err := readFile(dir)
 	if err != nil {
-		return "", err
+		return nil, "", err
 	}
-	if digest.FromBytes(data) == likely {
-		return likely, nil
-	}
-	m, err := decodeFile(dir, data)
-	if err != nil {
-		return "", err
-	}
-	return m.ID()
-}
-
-func decodeFile(dir string, data []byte) (*Manifest, error) {
 	m, err := Decode(data)
 	if err != nil {
-		return nil, fmt.Errorf("reading layer manifest %s: %w", filepath.Join(dir, Path), err)
+		return nil, "", fmt.Errorf("reading layer manifest %s: %w", filepath.Join(dir, Path), err)
 	}
-	return m, nil
+	return m, digest.FromBytes(data), nil
+}
+
+// ReadID reads the cache ID of the layer manifest at dir alone: what the file says is
+// not looked at.
+func ReadID(dir string) (digest.Digest, error) {
+	f, err := openFile(dir)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	id, err := digest.FromReader(f)
+	if err != nil {
+		return "", fmt.Errorf("reading layer manifest: %w", err)
+	}
+	return id, nil
 }
 
 func readFile(dir string) ([]byte, error) {
+	f, err := openFile(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("reading layer manifest: %w", err)
+	}
+	data := make([]byte, fi.Size())
+	if _, err := io.ReadFull(f, data); err != nil {
+		return nil, fmt.Errorf("reading layer manifest %s: %w", f.Name(), err)
+	}
+	return data, nil
+}
+
+func openFile(dir string) (*os.File, error) {
 	// A root that symbolic links cannot leave: the disk is data from elsewhere.
 	root, err := os.OpenRoot(dir)
 	if err != nil {
@@ -80,11 +98,11 @@ func readFile(dir string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading layer manifest %s: %w", name, err)
 	}
-	data, err := root.ReadFile(Path)
+	f, err := root.Open(Path)
 	if err != nil {
 		return nil, fmt.Errorf("reading layer manifest %s: %w", name, err)
 	}
-	return data, nil
+	return f, nil
 }
 
 // Decode decodes and validates a layer manifest. Fields that this version does
@@ -142,7 +160,7 @@ func (m *Manifest) Encode() ([]byte, error) {
 	return b.Bytes(), nil
 }
 
-// ID is the cache ID: the digest of the canonical encoding.
+// ID is the cache ID: the digest of the canonical encoding, which is what a build writes.
 func (m *Manifest) ID() (digest.Digest, error) {
 	b, err := m.Encode()
 	if err != nil {

@@ -1,7 +1,6 @@
 package manifest
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -187,7 +186,7 @@ func TestRead(t *testing.T) {
 
 func TestReadID(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := ReadID(dir, ""); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := ReadID(dir); !errors.Is(err, fs.ErrNotExist) {
 		t.Fatalf("ReadID of an empty directory: %v, want fs.ErrNotExist", err)
 	}
 	m := example(t)
@@ -195,37 +194,11 @@ func TestReadID(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	canonical, err := m.Encode()
-	if err != nil {
-		t.Fatal(err)
-	}
-	file := filepath.Join(dir, Path)
-	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	for _, tt := range []struct {
-		name string
-		data []byte
-	}{
-		{"as it was written", canonical},
-		{"in another form", append([]byte(" "), canonical...)},
-	} {
-		if err := os.WriteFile(file, tt.data, 0o644); err != nil {
-			t.Fatal(err)
-		}
-		for _, likely := range []digest.Digest{want, "", digest.FromString("another")} {
-			if got, err := ReadID(dir, likely); err != nil || got != want {
-				t.Errorf("%s, likely %q: %s, %v, want %s", tt.name, likely, got, err, want)
-			}
-		}
-	}
-	// What is not valid has no ID, not even its own digest.
-	broken := bytes.Replace(canonical, []byte(`"images"`), []byte(`"imagez"`), 1)
-	if err := os.WriteFile(file, broken, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := ReadID(dir, want); err == nil {
-		t.Errorf("a broken one has the ID %s", got)
+	write(t, m, dir)
+	got, err := ReadID(dir)
+	_, read, errRead := ReadWithID(dir)
+	if err != nil || errRead != nil || got != want || read != want {
+		t.Errorf("ReadID: %s, %v; ReadWithID: %s, %v; want %s", got, err, read, errRead, want)
 	}
 }
 

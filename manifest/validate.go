@@ -121,14 +121,11 @@ func (m *Manifest) validateImages(layers map[digest.Digest]Layer) error {
 			}
 			owner[name] = i
 		}
-		if err := img.validateContent(m.Platform); err != nil {
-			return fmt.Errorf("%s: %w", at, err)
-		}
-		chain, err := img.ChainIDs()
+		diffIDs, err := img.validateContent(m.Platform)
 		if err != nil {
 			return fmt.Errorf("%s: %w", at, err)
 		}
-		for _, id := range chain {
+		for _, id := range identity.ChainIDs(diffIDs) {
 			if _, ok := layers[id]; !ok {
 				return fmt.Errorf("%s: layer %s of its config is not among layers", at, id)
 			}
@@ -144,67 +141,67 @@ func (m *Manifest) validateImages(layers map[digest.Digest]Layer) error {
 }
 
 // validateContent checks that index, manifest and config are what their
-// descriptors say, and that each names the next.
-func (img Image) validateContent(platform ocispec.Platform) error {
+// descriptors say, and that each names the next. It gives the config's diff IDs.
+func (img Image) validateContent(platform ocispec.Platform) ([]digest.Digest, error) {
 	if img.Index != nil {
 		if err := validContent(*img.Index); err != nil {
-			return fmt.Errorf("index: %w", err)
+			return nil, fmt.Errorf("index: %w", err)
 		}
 		if !slices.Contains(indexTypes, img.Index.MediaType) {
-			return fmt.Errorf("index: media type %.100q is not that of an index", img.Index.MediaType)
+			return nil, fmt.Errorf("index: media type %.100q is not that of an index", img.Index.MediaType)
 		}
 		var index ocispec.Index
 		if err := json.Unmarshal(img.Index.Data, &index); err != nil {
-			return fmt.Errorf("index: decoding: %w", err)
+			return nil, fmt.Errorf("index: decoding: %w", err)
 		}
 		if !lists(index.Manifests, img.Manifest.Digest) {
-			return fmt.Errorf("index %s does not list manifest %.100q", img.Index.Digest, img.Manifest.Digest)
+			return nil, fmt.Errorf("index %s does not list manifest %.100q", img.Index.Digest, img.Manifest.Digest)
 		}
 	}
 	if err := validContent(img.Manifest); err != nil {
-		return fmt.Errorf("manifest: %w", err)
+		return nil, fmt.Errorf("manifest: %w", err)
 	}
 	if !slices.Contains(manifestTypes, img.Manifest.MediaType) {
-		return fmt.Errorf("manifest: media type %.100q is not that of an image manifest", img.Manifest.MediaType)
+		return nil, fmt.Errorf("manifest: media type %.100q is not that of an image manifest", img.Manifest.MediaType)
 	}
 	m, err := img.manifest()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if m.Config.Digest != img.Config.Digest {
-		return fmt.Errorf("manifest %s names config %.100q, not %.100q", img.Manifest.Digest, m.Config.Digest, img.Config.Digest)
+		return nil, fmt.Errorf("manifest %s names config %.100q, not %.100q", img.Manifest.Digest, m.Config.Digest, img.Config.Digest)
 	}
 	if m.Config.MediaType != img.Config.MediaType {
-		return fmt.Errorf("config: media type is %.100q, manifest %s says %.100q", img.Config.MediaType, img.Manifest.Digest, m.Config.MediaType)
+		return nil, fmt.Errorf("config: media type is %.100q, manifest %s says %.100q", img.Config.MediaType, img.Manifest.Digest, m.Config.MediaType)
 	}
 	if err := validContent(img.Config); err != nil {
-		return fmt.Errorf("config: %w", err)
+		return nil, fmt.Errorf("config: %w", err)
 	}
 	config, err := img.config()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if config.OS != platform.OS || config.Architecture != platform.Architecture {
-		return fmt.Errorf("config is for platform %.100q, the disk for %.100q",
+		return nil, fmt.Errorf("config is for platform %.100q, the disk for %.100q",
 			config.OS+"/"+config.Architecture, platform.OS+"/"+platform.Architecture)
 	}
 	if n := len(config.RootFS.DiffIDs); n > maxChain {
-		return fmt.Errorf("config lists %d layers, the kernel mounts %d", n, maxChain)
+		return nil, fmt.Errorf("config lists %d layers, the kernel mounts %d", n, maxChain)
 	}
 	if len(m.Layers) != len(config.RootFS.DiffIDs) {
-		return fmt.Errorf("manifest lists %d layers, config %d", len(m.Layers), len(config.RootFS.DiffIDs))
+		return nil, fmt.Errorf("manifest lists %d layers, config %d", len(m.Layers), len(config.RootFS.DiffIDs))
 	}
 	for i, l := range m.Layers {
 		if err := validDigest(l.Digest); err != nil {
-			return fmt.Errorf("manifest: layers[%d]: digest %w", i, err)
+			return nil, fmt.Errorf("manifest: layers[%d]: digest %w", i, err)
 		}
 	}
 	for i, d := range config.RootFS.DiffIDs {
 		if err := validDigest(d); err != nil {
-			return fmt.Errorf("config: rootfs.diff_ids[%d] %w", i, err)
+			return nil, fmt.Errorf("config: rootfs.diff_ids[%d] %w", i, err)
 		}
 	}
-	return nil
+	return config.RootFS.DiffIDs, nil
 }
 
 // Target is the descriptor that the image's names resolve to: the index, or the

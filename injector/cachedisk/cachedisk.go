@@ -107,15 +107,11 @@ func Open(dir string) (*Disk, error) {
 	} else if err != nil {
 		return nil, remedy(err)
 	}
-	m, err := manifest.Read(abs)
+	m, id, err := manifest.ReadWithID(abs)
 	if err = unreadable(err); errors.Is(err, ErrUnreadable) {
 		return nil, remedy(err)
 	} else if err != nil {
 		return nil, err // with a remedy of its own
-	}
-	id, err := m.ID()
-	if err != nil {
-		return nil, err
 	}
 	d := &Disk{Dir: abs, ID: id, Manifest: m}
 	if err := d.check(); err != nil {

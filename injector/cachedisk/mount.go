@@ -117,7 +117,7 @@ func CheckOnHost(hostRoot, target string, id digest.Digest) error {
 	if err := Probe(HostPath(hostRoot, target)); err != nil {
 		return err
 	}
-	got, err := manifest.ReadID(HostPath(hostRoot, target), id)
+	got, err := manifest.ReadID(HostPath(hostRoot, target))
 	if err != nil {
 		return err
 	}

@@ -53,9 +53,11 @@ func blobsOf(d *cachedisk.Disk, img manifest.Image, chain []digest.Digest) ([]bl
 	if err != nil {
 		return nil, err
 	}
-	diffIDs, err := img.DiffIDs()
-	if err != nil {
-		return nil, err
+	var diffIDs []digest.Digest
+	if d.Manifest.Store.Blobs {
+		if diffIDs, err = img.DiffIDs(); err != nil {
+			return nil, err
+		}
 	}
 	var blobs []blob
 	for i, l := range layers {
