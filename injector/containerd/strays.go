@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 )
@@ -21,8 +22,8 @@ import (
 var anchorMount = regexp.MustCompile(`^snapshots/([0-9]+)/fs$`)
 
 // strays are the mounts of anchors that containerd does not know any more, because its
-// state was removed under the mount.
-func (r *Runtime) strays(ctx context.Context) ([]string, error) {
+// state was removed under the mount. Known are the anchors of our namespace.
+func (r *Runtime) strays(ctx context.Context, known map[digest.Digest]*anchor) ([]string, error) {
 	mounts, err := cachedisk.MountsOnHost(r.opt.HostRoot, r.root)
 	if err != nil {
 		return nil, err
@@ -36,6 +37,9 @@ func (r *Runtime) strays(ctx context.Context) ([]string, error) {
 		if dir := anchorMount.FindStringSubmatch(rel); dir != nil {
 			strays[dir[1]] = m
 		}
+	}
+	for _, a := range known {
+		delete(strays, a.dir)
 	}
 	if len(strays) == 0 {
 		return nil, nil

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 )
 
 // survey is what the node has, read without changing anything.
@@ -32,34 +33,49 @@ func (r *Runtime) survey(ctx context.Context) (*survey, error) {
 		blobs:     map[digest.Digest]content.Info{},
 		anchors:   map[digest.Digest]*anchor{},
 	}
-	err := r.snapshots.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
-		s.snapshots[info.Name] = info
-		if a := r.anchorOf(info); a != nil {
-			s.anchors[a.cache] = a
+	g, listing := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		err := r.snapshots.Walk(listing, func(_ context.Context, info snapshots.Info) error {
+			s.snapshots[info.Name] = info
+			if a := r.anchorOf(info); a != nil {
+				s.anchors[a.cache] = a
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("listing snapshots: %w", r.explain(err))
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, fmt.Errorf("listing snapshots: %w", r.explain(err))
-	}
-	records, err := r.images.List(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("listing images: %w", r.explain(err))
-	}
-	for _, img := range records {
-		s.images[img.Name] = img
-	}
-	err = r.content.Walk(ctx, func(info content.Info) error {
-		s.blobs[info.Digest] = info
+	g.Go(func() error {
+		records, err := r.images.List(listing)
+		if err != nil {
+			return fmt.Errorf("listing images: %w", r.explain(err))
+		}
+		for _, img := range records {
+			s.images[img.Name] = img
+		}
 		return nil
 	})
-	if err != nil {
-		return nil, fmt.Errorf("listing content: %w", r.explain(err))
-	}
-	if s.stale, err = r.ourLeases(ctx); err != nil {
+	g.Go(func() error {
+		err := r.content.Walk(listing, func(info content.Info) error {
+			s.blobs[info.Digest] = info
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("listing content: %w", r.explain(err))
+		}
+		return nil
+	})
+	g.Go(func() (err error) {
+		s.stale, err = r.ourLeases(listing)
+		return err
+	})
+	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	s.strays, err = r.strays(ctx)
+	var err error
+	s.strays, err = r.strays(ctx, s.anchors)
 	return s, err
 }
 
