@@ -49,20 +49,21 @@ type Auth struct {
 	// An OAuth 2.0 access token, such as `gcloud auth print-access-token` prints. It
 	// is not renewed: it has to last for the whole build. At most one of
 	// `access_token`, `credentials_file`, `credentials_json` and
-	// `impersonate_service_account` may be set; without any, the application default
-	// credentials are used, which on Google Cloud are those of the attached service
-	// account.
+	// `impersonate_service_account` may be set. By default none is: the application
+	// default credentials are used, which on Google Cloud are those of the attached
+	// service account.
 	AccessToken string `mapstructure:"access_token"`
 	// A JSON file with credentials: a service account's key, the configuration of a
-	// workload identity federation, or a user's from gcloud.
+	// workload identity federation, or a user's from gcloud. By default none.
 	CredentialsFile string `mapstructure:"credentials_file"`
-	// The content of such a file. Sensitive.
+	// The content of such a file. Sensitive. By default none.
 	CredentialsJSON string `mapstructure:"credentials_json"`
 	// The e-mail address of a service account to act as, for which the application
-	// default credentials need the role `roles/iam.serviceAccountTokenCreator`.
+	// default credentials need the role `roles/iam.serviceAccountTokenCreator`. By
+	// default none.
 	ImpersonateServiceAccount string `mapstructure:"impersonate_service_account"`
-	// Other addresses for Google's APIs, with the keys `compute` and `container`
-	// (GKE), such as
+	// Addresses for Google's APIs, with the keys `compute` and `container` (GKE).
+	// Defaults to Google's own; another one is
 	// `{ compute = "https://compute-my.p.googleapis.com/compute/v1/" }`.
 	CustomEndpoints map[string]string `mapstructure:"custom_endpoints"`
 

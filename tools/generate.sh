@@ -19,7 +19,8 @@ find . -path ./build -prune -o -path ./.git -prune -o -type f -print0 | tar -c -
 (
 	cd "$copy"
 	find . -name '*.hcl2spec.go' -delete
-	rm -rf docs-partials .web-docs/components
+	grep -rl 'Code generated' docs-partials | xargs rm -f
+	rm -rf .web-docs/components
 	grep -rl '^//go:generate packer-sdc' --include='*.go' . | while read -r file; do
 		go generate "$file"
 	done

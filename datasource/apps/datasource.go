@@ -37,16 +37,16 @@ type Config struct {
 	common.PackerConfig `mapstructure:",squash"`
 	gcp.Auth            `mapstructure:",squash"`
 
-	// The kubeconfig file of the cluster. Without this and `cluster` it is the one
+	// The kubeconfig file of the cluster. By default, and without `cluster`, it is the one
 	// that kubectl would use, and in a pod the cluster that the pod runs in.
 	Kubeconfig string `mapstructure:"kubeconfig"`
 	// The context in the kubeconfig. Defaults to its current context.
 	KubeconfigContext string `mapstructure:"kubeconfig_context"`
-	// The name of a GKE cluster to read from, instead of a kubeconfig's.
+	// The name of a GKE cluster to read from. By default the kubeconfig's is.
 	Cluster string `mapstructure:"cluster"`
-	// The region or zone of `cluster`. Needed only if several have that name.
+	// The region or zone of `cluster`. Required only if several have that name.
 	Location string `mapstructure:"location"`
-	// The project that has `cluster`.
+	// The project that has `cluster`. Required with that.
 	ProjectID string `mapstructure:"project_id"`
 	// Which address of the control plane of `cluster` to use: `public`, `private` or
 	// `dns`. Defaults to `public`.

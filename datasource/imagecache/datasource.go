@@ -39,11 +39,12 @@ type Config struct {
 	// The image family of the cache, the `image_family` of the builder. Defaults to
 	// `selkies-image-cache`.
 	Family string `mapstructure:"family"`
-	// The image to start from when the family has none yet, or with `rebuild`. Needed
-	// where the images lie on the boot disk; leave it and `base_image_family` out for
-	// a data disk, which then starts blank.
+	// The image to start from when the family has none yet, or with `rebuild`. Required,
+	// or `base_image_family`, where the images lie on the boot disk. By default there is
+	// none, and a data disk starts blank.
 	BaseImage string `mapstructure:"base_image"`
-	// The image family to start from, instead of `base_image`: its newest image.
+	// The image family to start from, instead of `base_image`: its newest image. By
+	// default none.
 	BaseImageFamily string `mapstructure:"base_image_family"`
 	// The project that has the base image, such as `debian-cloud`. Defaults to
 	// `project_id`.

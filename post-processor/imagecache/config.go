@@ -32,8 +32,8 @@ type Config struct {
 	ProjectID string `mapstructure:"project_id"`
 	// The project that has the image. Defaults to `project_id`.
 	ImageProjectID string `mapstructure:"image_project_id"`
-	// Roll out this image instead of the one that was built: the way back to an
-	// earlier generation. The build's artifact is then ignored. See
+	// The image to roll out: the way back to an earlier generation. The build's artifact
+	// is then ignored. Defaults to the image that was built. See
 	// [Rolling back](#rolling-back).
 	ImageName string `mapstructure:"image_name"`
 	// The name of the cache: what the names of its disks and Kubernetes objects begin
@@ -46,13 +46,13 @@ type Config struct {
 	// A regular expression for the names of the project's GKE clusters that the cache
 	// is rolled out to. Defaults to `^broker-`.
 	ClusterPattern string `mapstructure:"cluster_pattern"`
-	// Regions whose clusters are left out, such as `["europe-west4"]`.
+	// Regions whose clusters are left out, such as `["europe-west4"]`. By default none.
 	ExcludeRegions []string `mapstructure:"exclude_regions"`
 	// Which address of the clusters' control planes to use: `public`, `private` or
 	// `dns`. Defaults to `public`.
 	ClusterEndpoint string `mapstructure:"cluster_endpoint"`
-	// A kubeconfig file: roll out to its cluster instead of asking GKE for clusters.
-	// Needs `zones`.
+	// A kubeconfig file, to whose cluster alone the cache is rolled out. Needs `zones`.
+	// By default GKE is asked for clusters.
 	Kubeconfig string `mapstructure:"kubeconfig"`
 	// The context in the kubeconfig. Defaults to its current context.
 	KubeconfigContext string `mapstructure:"kubeconfig_context"`
@@ -65,7 +65,8 @@ type Config struct {
 	// grows with its size, and all nodes of a zone share it. Defaults to the image's
 	// size.
 	DiskSizeGB int `mapstructure:"disk_size_gb"`
-	// More labels for the disks.
+	// Labels that the disks get beside their own, `selkies-image-cache` and
+	// `selkies-image-cache-image`. By default none.
 	DiskLabels map[string]string `mapstructure:"disk_labels"`
 	// The injector's container image. Required unless `skip_roll_out`. The clusters get
 	// it by the digest that it has now. Packer asks the registry for that with Docker's
@@ -93,6 +94,7 @@ type Config struct {
 	DryRun bool `mapstructure:"dry_run"`
 	// A directory to write the manifests to, one file for each cluster, instead of
 	// applying them. Disks are made; former generations are neither locked nor pruned.
+	// By default the manifests are applied.
 	OutputDir string `mapstructure:"output_dir"`
 
 	clusterRE *regexp.Regexp

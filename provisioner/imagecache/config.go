@@ -26,13 +26,14 @@ type Config struct {
 
 	// Image references to put on the disk, such as `debian:12`,
 	// `us-docker.pkg.dev/project/repo/app:v1` or `name:tag@sha256:...`.
-	// At least one is needed, here, in `image_list_file` or through `catalog`.
+	// At least one is required, here, in `image_list_file` or through `catalog`.
 	Images []string `mapstructure:"images"`
 	// A file on the Packer host with one image reference a line. Blank lines and
-	// what follows a `#` at the start of a line or after a blank are ignored.
+	// what follows a `#` at the start of a line or after a blank are ignored. By default
+	// none is read.
 	ImageListFile string `mapstructure:"image_list_file"`
-	// Takes the images that a registry lists; may be repeated. See
-	// [The `catalog` block](#the-catalog-block).
+	// Takes the images that a registry lists; may be repeated. By default no registry is
+	// asked. See [The `catalog` block](#the-catalog-block).
 	Catalog []Catalog `mapstructure:"catalog"`
 	// Only say which images there are, how large they are, what of it is on the disk and
 	// whether the rest fits: nothing is pulled, and the disk, blank or not, stays as it
@@ -46,8 +47,9 @@ type Config struct {
 	// `unix:///run/user/1000/docker.sock`. By default the one that the `docker`
 	// command there uses. Cannot be used with `disk`, which runs a daemon of its own.
 	DockerHost string `mapstructure:"docker_host"`
-	// The disk to fill. Without this block the images go into the store of the
-	// build VM's own Docker daemon, and the layer manifest to the disk that holds it.
+	// The disk to fill. By default the images go into the store of the build VM's own
+	// Docker daemon, and the layer manifest to the disk that holds it. See
+	// [The `disk` block](#the-disk-block).
 	Disk *Disk `mapstructure:"disk"`
 	// How many images are pulled at once, and with `keep_blobs` layers copied, 1 to 6.
 	// Each needs one session of the SSH connection, and sshd allows ten by default.
@@ -66,16 +68,17 @@ type Config struct {
 	// recorded or removed before. In any case the layer manifest is read back in the
 	// end and every layer's directory is looked for. Defaults to `false`.
 	Verify bool `mapstructure:"verify"`
-	// Where to write a copy of the layer manifest on the Packer host.
+	// Where to write a copy of the layer manifest on the Packer host. By default none is
+	// written.
 	ManifestOutput string `mapstructure:"manifest_output"`
 	// Where to write a report on the Packer host, such as `cache.html`: one HTML page that
 	// shows images, layers and what they share, what has changed since the disk's last
-	// build, how long each image took, and what still fits. See
-	// [The report](#the-report).
+	// build, how long each image took, and what still fits. By default none is written.
+	// See [The report](#the-report).
 	Report string `mapstructure:"report"`
-	// Credentials for a registry; may be repeated. Registries without such a block
-	// use the Packer host's Docker configuration and credential helpers, and for
-	// Google's registries the application default credentials. Credentials reach
+	// Credentials for a registry; may be repeated. By default a registry gets those of
+	// the Packer host's Docker configuration and credential helpers, and one of
+	// Google's the application default credentials. Credentials reach
 	// the build VM only in a request to its Docker daemon, which keeps them in
 	// memory for the time of a pull. See [Registry credentials](#registry-credentials).
 	RegistryAuth []RegistryAuth `mapstructure:"registry_auth"`
@@ -96,15 +99,15 @@ type Config struct {
 	// images, which travel through the Packer host. Defaults to `false`.
 	KeepBlobs bool `mapstructure:"keep_blobs"`
 	// Registries, as `host[:port]`, that are spoken to in plain HTTP or with
-	// certificates that nobody vouches for. Loopback addresses always are. Without
-	// `disk`, set `insecure-registries` of the VM's own daemon as well.
+	// certificates that nobody vouches for. By default only loopback addresses are,
+	// which need not be listed. Without `disk`, set `insecure-registries` of the VM's own daemon as well.
 	InsecureRegistries []string `mapstructure:"insecure_registries"`
 
 	// Starts an image once and records what that reads, so that nodes can read it ahead;
-	// may be repeated. See [The `trace` block](#the-trace-block).
+	// may be repeated. By default nothing is recorded. See [The `trace` block](#the-trace-block).
 	Trace []Trace `mapstructure:"trace"`
 	// The `selkies-image-injector` for the build VM's platform, a file on the Packer host.
-	// Needed for `trace`: it is uploaded for the time of each trace and not left behind.
+	// Required for `trace`: it is uploaded for the time of each trace and not left behind.
 	Injector string `mapstructure:"injector"`
 
 	references []reference
@@ -123,7 +126,7 @@ type Catalog struct {
 	// repositories to take, by their whole names below `repository`, such as `apps/.*`;
 	// `repository` itself is `.`. By default all.
 	Include []string `mapstructure:"include"`
-	// The same for repositories to leave out, also of those in `include`.
+	// The same for repositories to leave out, also of those in `include`. By default none.
 	Exclude []string `mapstructure:"exclude"`
 	// Regular expressions for the tags to take, by their whole names. By default what was
 	// uploaded last in each repository, under all of its tags; where the registry does
@@ -140,7 +143,9 @@ type Disk struct {
 	// The block device on the build VM, such as
 	// `/dev/disk/by-id/google-image-cache`. Either this or `label` is required.
 	Device string `mapstructure:"device"`
-	// The label of the ext4 file system on a disk that has been formatted before.
+	// The label of the ext4 file system on a disk that has been formatted before, such as
+	// `selkies-cache`, which a build gives to new ones. Either this or `device` is
+	// required.
 	Label string `mapstructure:"label"`
 	// Where the disk is mounted on the build VM during the build. Defaults to
 	// `/mnt/selkies-image-cache`.
