@@ -137,9 +137,11 @@ func TestAlerts(t *testing.T) {
 var verbs = regexp.MustCompile(`%[-+#0-9.]*[a-zA-Z]`)
 
 // TestLogLines finds what the injector logs, from level info on, that docs/operations.md
-// does not explain. There, words in capitals take the place of what differs.
+// does not explain, and what that explains and nothing logs. There, words in capitals take the
+// place of what differs.
 func TestLogLines(t *testing.T) {
-	page := read(t, "docs/operations.md")
+	rows := regexp.MustCompile("(?m)^\\| `([^`]+)` \\| (info|warn|error) \\|").FindAllStringSubmatch(read(t, "docs/operations.md"), -1)
+	found := map[string]bool{} // rows by their line
 	lines := 0
 	for _, dir := range []string{"injector", "injector/agent", "injector/containerd", "injector/docker", "injector/cachedisk", "injector/readahead"} {
 		inspect(parse(t, dir), func(n ast.Node) {
@@ -147,7 +149,7 @@ func TestLogLines(t *testing.T) {
 			if !ok {
 				return
 			}
-			text := logged(call)
+			text, level := logged(call)
 			if verbs.ReplaceAllString(text, "") == "" { // what others say
 				return
 			}
@@ -156,21 +158,33 @@ func TestLogLines(t *testing.T) {
 			for _, p := range verbs.Split(strings.ReplaceAll(text, "%%", "\x00"), -1) {
 				parts = append(parts, regexp.QuoteMeta(strings.ReplaceAll(p, "\x00", "%")))
 			}
-			if !regexp.MustCompile("(?m)^\\| `" + strings.Join(parts, "[A-Z][^`]*?")).MatchString(page) {
-				t.Errorf("%s logs %q, which no row of docs/operations.md begins with", dir, text)
+			line := regexp.MustCompile("^" + strings.Join(parts, "[A-Z].*?"))
+			explained := false
+			for _, row := range rows {
+				if line.MatchString(row[1]) && row[2] == level {
+					explained, found[row[1]] = true, true
+				}
+			}
+			if !explained {
+				t.Errorf("%s logs %q with level %s, which no row of docs/operations.md begins with", dir, text, level)
 			}
 		})
 	}
 	if lines < 20 {
 		t.Errorf("found only %d lines", lines)
 	}
+	for _, row := range rows {
+		if !found[row[1]] {
+			t.Errorf("docs/operations.md has %q with level %s, which nothing logs", row[1], row[2])
+		}
+	}
 }
 
-// logged is the text that a call logs, as a format; empty if it logs none.
-func logged(call *ast.CallExpr) string {
+// logged is the text that a call logs, as a format, and the level; empty if it logs none.
+func logged(call *ast.CallExpr) (text, level string) {
 	method, ok := call.Fun.(*ast.SelectorExpr)
 	if !ok || len(call.Args) == 0 {
-		return ""
+		return "", ""
 	}
 	var on string // what has the method
 	switch x := method.X.(type) {
@@ -182,14 +196,14 @@ func logged(call *ast.CallExpr) string {
 	switch method.Sel.Name {
 	case "Info", "Warn", "Error":
 		if strings.EqualFold(on, "log") {
-			return format(call.Args[0])
+			return format(call.Args[0]), strings.ToLower(method.Sel.Name)
 		}
 	case "inform", "warn": // of the agent, with a reason
 		if len(call.Args) > 1 {
-			return format(call.Args[1])
+			return format(call.Args[1]), strings.Replace(method.Sel.Name, "inform", "info", 1)
 		}
 	}
-	return ""
+	return "", ""
 }
 
 // format is the format that an expression is printed with. What is no literal is %s.
