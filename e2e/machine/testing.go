@@ -3,6 +3,7 @@ package machine
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 	"path/filepath"
 	"strings"
@@ -54,22 +55,29 @@ func (m *Machine) MountDisk(t testing.TB, image, dir, options string) (detach fu
 	if err != nil {
 		t.Fatal(err)
 	}
-	name := filepath.Base(loop.Path)
+	return m.MountDevice(t, loop.Path, loop, dir, options)
+}
+
+// MountDevice is MountDisk for a device that is attached to the host, and which detach
+// closes.
+func (m *Machine) MountDevice(t testing.TB, path string, device io.Closer, dir, options string) (detach func()) {
+	t.Helper()
+	name := filepath.Base(path)
 	detach = sync.OnceFunc(func() {
 		// A reboot has detached it.
-		if err := m.DetachDisk(loop.Path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := m.DetachDisk(path, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Error(err)
 		}
-		if err := loop.Close(); err != nil {
+		if err := device.Close(); err != nil {
 			t.Error(err)
 		}
 	})
 	t.Cleanup(detach)
-	if err := m.AttachDisk(loop.Path, name); err != nil {
+	if err := m.AttachDisk(path, name); err != nil {
 		t.Fatal(err)
 	}
 	m.Output(t, "mkdir", "-p", dir)
-	m.Output(t, "mount", "-o", options, loop.Path, dir)
+	m.Output(t, "mount", "-o", options, path, dir)
 	return detach
 }
 
