@@ -200,7 +200,7 @@ func (r *Runtime) lock(ctx context.Context) (unlock func(), err error) {
 func (r *Runtime) Close() error { return r.cli.Close() }
 
 func connect(host string) (*client.Client, error) {
-	opts := []client.Opt{client.WithAPIVersionNegotiation()}
+	opts := []client.Opt{client.WithAPIVersionNegotiation(), client.WithTimeout(callTime)}
 	if host != "" {
 		opts = append(opts, client.WithHost(host))
 	}
@@ -212,13 +212,30 @@ func connect(host string) (*client.Client, error) {
 }
 
 func daemonInfo(ctx context.Context, cli *client.Client) (*system.Info, error) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, infoTime)
 	defer cancel()
 	info, err := cli.Info(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("asking docker at %s: %w", cli.DaemonHost(), err)
+		return nil, fmt.Errorf("asking docker at %s: %w", cli.DaemonHost(), explain(err))
 	}
 	return &info, nil
+}
+
+const (
+	// infoTime bounds the first call to dockerd, which tells whether it answers at all.
+	infoTime = 30 * time.Second
+	// callTime bounds every call to dockerd, so that one that hangs ends the run and frees
+	// the lock. What is asked takes milliseconds, but the removal of a large image that the
+	// node has pulled itself can take many seconds.
+	callTime = 3 * time.Minute
+)
+
+// explain says what to do about a daemon that hangs.
+func explain(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("it does not answer: %w; look at journalctl -u docker, and restart it", err)
+	}
+	return err
 }
 
 // servable refuses daemons whose store would not take linked layers as they are.

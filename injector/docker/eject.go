@@ -95,7 +95,7 @@ type ejection struct {
 func (e *ejection) checkContainers(ctx context.Context, own map[digest.Digest]string) error {
 	all, err := e.cli.ContainerList(ctx, container.ListOptions{All: true})
 	if err != nil {
-		return fmt.Errorf("listing docker's containers: %w", err)
+		return fmt.Errorf("listing docker's containers: %w", explain(err))
 	}
 	for _, c := range all {
 		// The container's own record of its layers: its image may be gone.
@@ -146,7 +146,7 @@ func (e *ejection) removeImages(ctx context.Context) error {
 				err = e.removeImage(ctx, img)
 			}
 			if err != nil {
-				return fmt.Errorf("removing image %s: %w", img.Names, err)
+				return fmt.Errorf("removing image %s from docker: %w", img.Names, explain(err))
 			}
 		}
 	}

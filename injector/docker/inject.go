@@ -190,7 +190,7 @@ func (r *Runtime) checkRestart(ctx context.Context) error {
 	}
 	running, err := r.cli.ContainerList(ctx, container.ListOptions{})
 	if err != nil {
-		return fmt.Errorf("listing docker's containers: %w", err)
+		return fmt.Errorf("listing docker's containers: %w", explain(err))
 	}
 	if len(running) == 0 {
 		return nil

@@ -22,8 +22,13 @@ import (
 // the service on the next client's connect, so both are stopped.
 var units = []string{"docker.socket", "docker.service"}
 
-// startTimeout bounds the start of a daemon with many containers.
-const startTimeout = 5 * time.Minute
+const (
+	// startTimeout bounds the start of a daemon with many containers.
+	startTimeout = 5 * time.Minute
+	// stopTimeout bounds its stop, for which Debian's unit has no limit. dockerd gives its
+	// containers 15 seconds by default.
+	stopTimeout = 3 * time.Minute
+)
 
 // runDir holds what must not outlive a boot: the lock and the note of stopped units.
 func (s store) runDir(elem ...string) string {
@@ -233,6 +238,8 @@ func (r *Runtime) stop(ctx context.Context, conn *dbus.Conn) error {
 	if err := writeDurable(r.stoppedFile(), b, 0o600); err != nil {
 		return fmt.Errorf("noting stopped units: %w", err)
 	}
+	ctx, cancel := context.WithTimeoutCause(ctx, stopTimeout, fmt.Errorf("it has not ended after %s; look at journalctl -u docker", stopTimeout))
+	defer cancel()
 	for _, u := range active {
 		r.opt.Log.Info("stopping", "unit", u)
 		if err := job(ctx, u, conn.StopUnitContext); err != nil {
@@ -245,7 +252,7 @@ func (r *Runtime) stop(ctx context.Context, conn *dbus.Conn) error {
 // start starts the noted units, also when ctx has been cancelled, and waits until
 // the daemon answers.
 func (r *Runtime) start(ctx context.Context, conn *dbus.Conn) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), startTimeout)
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), startTimeout, fmt.Errorf("it has not started after %s", startTimeout))
 	defer cancel()
 	stopped, err := r.stoppedUnits()
 	if err != nil {
@@ -299,7 +306,7 @@ func job(ctx context.Context, unit string, run func(context.Context, string, str
 		}
 		return nil
 	case <-ctx.Done():
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
 }
 

@@ -33,7 +33,7 @@ func (e *ejection) removeOrphans(ctx context.Context) error {
 	}
 	for _, chain := range tops {
 		if err := e.adoptAndRemove(ctx, chain); err != nil {
-			return fmt.Errorf("removing layer %s, which no image has: %w", chain[0], err)
+			return fmt.Errorf("removing layer %s, which no image has: %w", chain[0], explain(err))
 		}
 	}
 	return nil
