@@ -128,9 +128,9 @@ func (r *registries) isInsecure(host string) bool {
 
 func (r *registries) transport(host string) http.RoundTripper {
 	if r.isInsecure(host) {
-		return impatient{r.insecureTransport}
+		return bounded{impatient{r.insecureTransport, ofRegistry}}
 	}
-	return impatient{tlsonly.Transport}
+	return bounded{impatient{tlsonly.Transport, ofRegistry}}
 }
 
 func (r *registries) options(ctx context.Context, host string) []remote.Option {

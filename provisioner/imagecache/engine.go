@@ -36,33 +36,65 @@ func connectEngine(ctx context.Context, r *vm, host string, conns int) (*engine,
 		command = []string{"docker", "--host", host, "system", "dial-stdio"}
 	}
 	d := &dialer{vm: r, command: command}
-	t := &http.Transport{MaxConnsPerHost: conns, MaxIdleConnsPerHost: conns}
+	t := &http.Transport{DialContext: d.dial, MaxConnsPerHost: conns, MaxIdleConnsPerHost: conns}
 	c, err := client.NewClientWithOpts(
-		client.WithHTTPClient(&http.Client{Transport: t}),
+		// It changes the transport that is there.
 		client.WithHost("http://build-vm"),
-		client.WithDialContext(d.dial),
+		client.WithHTTPClient(&http.Client{Transport: impatient{t, ofEngine}}),
 		client.WithAPIVersionNegotiation(),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("making a Docker client: %w", err)
 	}
-	// WithHost takes the proxy of the Packer host's environment.
-	t.Proxy = nil
 	e := &engine{Client: c, dialer: d, transport: t}
+	answering, cancel := context.WithTimeoutCause(ctx, answerTime, silence(answerTime))
+	defer cancel()
 	// A dial-stdio that works and one that does not look alike until a request is
 	// answered.
-	if _, err := c.Ping(ctx); err != nil {
+	if _, err := c.Ping(answering); err != nil {
 		e.close()
+		if silent, ok := errors.AsType[silence](context.Cause(answering)); ok {
+			return nil, fmt.Errorf("connecting to Docker on the build VM: %w", silent)
+		}
 		if failed := d.failed.Load(); failed != nil {
 			return nil, explainCommand(failed)
 		}
 		return nil, fmt.Errorf("connecting to Docker on the build VM: %w; is the communicator ssh, with ssh_pty off?", err)
 	}
-	if e.info, err = c.Info(ctx); err != nil {
+	if e.info, err = c.Info(answering); err != nil {
 		e.close()
 		return nil, fmt.Errorf("asking Docker on the build VM what it is: %w", err)
 	}
 	return e, nil
+}
+
+// answerTime is how long Docker may take to answer first. It may be starting.
+const answerTime = 2 * time.Minute
+
+// saveLimit is how long Docker may prepare the archive of an image, which it writes to its
+// disk before it sends anything: 60 GB at 60 MB/s, twice.
+const saveLimit = 30 * time.Minute
+
+// silence is the error of a daemon that has answered nothing for so long.
+type silence time.Duration
+
+func (s silence) Error() string {
+	return fmt.Sprintf("nothing has come from Docker on the build VM for %s; does it hang? its log there may say more", time.Duration(s))
+}
+
+// Unwrap has the Docker client pass it on as it is.
+func (s silence) Unwrap() error { return context.DeadlineExceeded }
+
+// ofEngine is the limit of the Engine API's client.
+func ofEngine(req *http.Request) (time.Duration, error) {
+	limit := stallLimit
+	switch path := req.URL.Path; {
+	case strings.HasSuffix(path, "/images/create"), strings.HasSuffix(path, "/wait"):
+		limit = 0 // pulls and traced containers have limits of their own
+	case strings.HasSuffix(path, "/images/get"):
+		limit = saveLimit
+	}
+	return limit, silence(limit)
 }
 
 func explainCommand(e *commandError) error {

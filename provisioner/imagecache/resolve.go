@@ -151,6 +151,9 @@ func (w *wanted) complete(desc *remote.Descriptor, platform ocispec.Platform) er
 	if !types.MediaType(m.Config.MediaType).IsConfig() {
 		return fmt.Errorf("it is not a container image but an artifact (config %s)", m.Config.MediaType)
 	}
+	if err := checkConfigSize(m.Config.Size); err != nil {
+		return err
+	}
 	config, err := w.remote.RawConfigFile()
 	if err != nil {
 		return explainRegistry(fmt.Errorf("reading the image's config: %w", err))

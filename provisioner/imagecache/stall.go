@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// stallLimit is how long nothing may come from a registry. Neither Docker nor the
-// registry's client has such a limit.
+// stallLimit is how long nothing may come from a registry, or from Docker on the build VM.
+// Neither Docker nor the clients have such a limit.
 const stallLimit = 5 * time.Minute
 
 var errStalled = fmt.Errorf("nothing has come from the registry for %s", stallLimit)
@@ -59,20 +59,32 @@ func stalled(ctx context.Context, err error) error {
 	return err
 }
 
-// impatient ends requests of which nothing has come for stallLimit.
-type impatient struct{ http.RoundTripper }
+// impatient ends requests of which nothing has come for a time.
+type impatient struct {
+	http.RoundTripper
+	// limit is that time, for ever if it is 0, and the error to end with.
+	limit func(*http.Request) (time.Duration, error)
+}
+
+// ofRegistry is the limit of a registry's client.
+func ofRegistry(*http.Request) (time.Duration, error) { return stallLimit, errStalled }
 
 func (i impatient) RoundTrip(req *http.Request) (*http.Response, error) {
+	limit, silent := i.limit(req)
+	if limit == 0 {
+		return i.RoundTripper.RoundTrip(req)
+	}
 	ctx, cancel := context.WithCancelCause(req.Context())
-	timer := time.AfterFunc(stallLimit, func() { cancel(errStalled) })
+	b := &impatientBody{ctx: ctx, cancel: cancel, limit: limit, silent: silent}
+	b.timer = time.AfterFunc(limit, func() { cancel(silent) })
 	resp, err := i.RoundTripper.RoundTrip(req.WithContext(ctx))
-	timer.Stop()
+	b.timer.Stop()
 	if err != nil {
-		err = stalled(ctx, err)
+		err = b.explain(err)
 		cancel(nil)
 		return nil, err
 	}
-	resp.Body = &impatientBody{resp.Body, ctx, cancel, timer}
+	b.ReadCloser, resp.Body = resp.Body, b
 	return resp, nil
 }
 
@@ -81,13 +93,23 @@ type impatientBody struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	timer  *time.Timer
+	limit  time.Duration
+	silent error
 }
 
 func (b *impatientBody) Read(p []byte) (int, error) {
-	b.timer.Reset(stallLimit)
+	b.timer.Reset(b.limit)
 	n, err := b.ReadCloser.Read(p)
 	b.timer.Stop()
-	return n, stalled(b.ctx, err)
+	return n, b.explain(err)
+}
+
+// explain says silent if that is why the request has ended.
+func (b *impatientBody) explain(err error) error {
+	if err != nil && context.Cause(b.ctx) == b.silent {
+		return b.silent
+	}
+	return err
 }
 
 func (b *impatientBody) Close() error {

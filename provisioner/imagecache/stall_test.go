@@ -53,7 +53,7 @@ func TestImpatient(t *testing.T) {
 			context.AfterFunc(req.Context(), func() { w.CloseWithError(req.Context().Err()) })
 			time.Sleep(stallLimit - time.Second)
 			return &http.Response{StatusCode: http.StatusOK, Body: body}, nil
-		})}}
+		}), ofRegistry}}
 		if resp, err := client.Get("http://example.com/silent"); !errors.Is(err, errStalled) {
 			t.Errorf("no answer gives %v, %v", resp, err)
 		}
@@ -79,6 +79,37 @@ func TestImpatient(t *testing.T) {
 		start := time.Now()
 		if _, err := resp.Body.Read(b); !errors.Is(err, errStalled) || time.Since(start) != stallLimit {
 			t.Errorf("after %v: %v", time.Since(start), err)
+		}
+	})
+}
+
+// TestSilentDocker asks a Docker that does not answer.
+func TestSilentDocker(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		client := &http.Client{Transport: impatient{answers(func(req *http.Request) (*http.Response, error) {
+			<-req.Context().Done()
+			return nil, req.Context().Err()
+		}), ofEngine}}
+		for path, limit := range map[string]time.Duration{"info": stallLimit, "images/get": saveLimit, "containers/json": stallLimit} {
+			start := time.Now()
+			resp, err := client.Get("http://build-vm/v1.41/" + path)
+			if _, ok := errors.AsType[silence](err); !ok || time.Since(start) != limit {
+				t.Errorf("%s: after %v: %v, %v", path, time.Since(start), resp, err)
+			}
+		}
+		// These wait for others: for a registry, for a container.
+		for _, path := range []string{"images/create", "containers/x/wait"} {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*saveLimit)
+			req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://build-vm/v1.41/"+path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			start := time.Now()
+			resp, err := client.Do(req)
+			if err == nil || time.Since(start) != 2*saveLimit {
+				t.Errorf("%s: after %v: %v, %v", path, time.Since(start), resp, err)
+			}
+			cancel()
 		}
 	})
 }
