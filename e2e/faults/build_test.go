@@ -35,6 +35,9 @@ const (
 	cleanLimit = time.Minute
 )
 
+// dockerdUnit is the daemon that a build starts on its disk.
+const dockerdUnit = "selkies-image-cache-dockerd.service"
+
 // builds are builds of one cache disk after another on one VM.
 type builds struct {
 	vm   *buildvm.VM
@@ -173,7 +176,7 @@ var buildFaults = []buildFault{
 	}},
 	{kind: "provisioner killed", mute: true, strike: killPlugin},
 	{kind: "sshd killed", strike: killSSHD, heal: func(t *testing.T, u *build) { u.vm.Output(t, "systemctl", "restart", "ssh.service") }},
-	{kind: "dockerd of a build killed", strike: killUnit("selkies-image-cache-dockerd.service")},
+	{kind: "dockerd of a build killed", strike: killUnit(dockerdUnit)},
 	{kind: "disk full, build VM", fill: fillDisk, room: 4 << 20, passive: true},
 	{kind: "inodes used up, build VM", fill: fillInodes, room: 256, passive: true},
 	{kind: "registry stopped", passive: true, strike: func(_ *testing.T, u *build, _ *rand.Rand) error { return u.reg.Stop() },
@@ -350,7 +353,12 @@ func (u *build) runsFor(d time.Duration) bool {
 
 func (u *build) wait(t *testing.T, what string) {
 	t.Helper()
-	timer := time.NewTimer(buildLimit)
+	u.waitFor(t, what, buildLimit)
+}
+
+func (u *build) waitFor(t *testing.T, what string, limit time.Duration) {
+	t.Helper()
+	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	select {
 	case <-u.ended:

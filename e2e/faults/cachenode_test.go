@@ -3,6 +3,7 @@
 package faults_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -19,8 +20,9 @@ import (
 // cacheNode is a machine with the injector and a cache disk.
 type cacheNode struct {
 	*machine.Machine
-	cache  string // the image of the disk
-	detach func() // takes it away
+	cache  string    // the image of the disk
+	device *host.NBD // what it is attached by, if that can go
+	detach func()    // takes it away
 }
 
 func newCacheNode(t *testing.T) *cacheNode {
@@ -36,7 +38,7 @@ func newCacheNode(t *testing.T) *cacheNode {
 // attach attaches and mounts a cache disk.
 func (n *cacheNode) attach(t *testing.T, disk string) {
 	t.Helper()
-	n.cache, n.detach = disk, n.MountDisk(t, disk, cacheDir, "ro,noload")
+	n.cache, n.device, n.detach = disk, nil, n.MountDisk(t, disk, cacheDir, "ro,noload")
 }
 
 // ownCache gives the node a copy of the cache disk, which can be damaged.
@@ -47,6 +49,20 @@ func (n *cacheNode) ownCache(t *testing.T) {
 	n.Output(t, "umount", cacheDir)
 	n.detach()
 	n.attach(t, image)
+}
+
+// mortalCache attaches the cache disk anew, by a device that can go. Nothing may be
+// registered.
+func (n *cacheNode) mortalCache(t *testing.T) {
+	t.Helper()
+	n.Output(t, "umount", cacheDir)
+	n.detach()
+	// Not for longer than the test, but also while it cleans up.
+	d, err := host.AttachNBD(context.WithoutCancel(t.Context()), true, true, "--command", "nbdkit", "-s", "-r", "file", world.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.device, n.detach = d, n.MountDevice(t, d.Path, d, cacheDir, "ro,noload")
 }
 
 // failCache has the device fail; the kernel goes on answering from memory.

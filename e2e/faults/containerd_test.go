@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -252,6 +251,9 @@ func TestContainerd(t *testing.T) {
 				}
 				state = pick(r, []string{inject, eject})
 				n.recover(t, state, what)
+				if f.unreadable && state == inject {
+					n.checkVisible(t)
+				}
 			})
 		})
 	}
@@ -287,51 +289,9 @@ func (n *ctrdNode) struck(t *testing.T, r *rand.Rand, f ctrdFault, command strin
 		t.Fatalf("%s: %v", what, err)
 	}
 	status := i.wait(t)
-	t.Logf("%s: exit status %d", what, status)
+	t.Logf("%s: exit status %d %s", what, status, i.last())
 	if !f.passive || status != 0 {
 		total.fault(f.kind)
 	}
 	return what, true
-}
-
-// TestHang stops containerd for good: inject ends by itself, and says why. Each round
-// waits for minutes, so that the short form has none.
-func TestHang(t *testing.T) {
-	t.Parallel()
-	times := *faults / 50
-	if times == 0 {
-		return
-	}
-	n := newCtrdNode(t, machine.Debian)
-	n.MountDisk(t, newStore(t), nodestate.ContainerdDir, "rw")
-	n.start(t)
-	n.learn(t)
-	rounds(t, times, func(t *testing.T, r *rand.Rand) {
-		i := startInjector(t, n.Machine, "containerd", inject)
-		after := time.Duration(r.Int64N(int64(n.took[inject])))
-		if i.runsFor(after) {
-			what := fmt.Sprintf("containerd stopped for good %v into inject", after.Round(time.Millisecond))
-			t.Log(what)
-			if err := n.signal(syscall.SIGSTOP); err != nil {
-				t.Fatal(err)
-			}
-			status := i.wait(t)
-			if err := n.signal(syscall.SIGCONT); err != nil {
-				t.Fatal(err)
-			}
-			switch said := i.stderr.String(); {
-			case status == 0: // it was about to end
-				n.compare(t, n.full, what)
-			case status != 1 || !strings.Contains(said, "answer"):
-				t.Errorf("%s: exit status %d: %s", what, status, said)
-			default:
-				total.fault("containerd stopped for good")
-			}
-			n.checkVisible(t)
-			n.recover(t, inject, what)
-		} else {
-			i.wait(t)
-		}
-		runInjector(t, n.Machine, "containerd", eject)
-	})
 }

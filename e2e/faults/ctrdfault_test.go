@@ -48,10 +48,33 @@ var ctrdFaults = []ctrdFault{
 		heal:    func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
 	},
 	{
+		kind: "cache disk's device gone for good, containerd", unreadable: true, passive: true,
+		prepare: func(t *testing.T, n *ctrdNode) { n.onMortalCache(t) },
+		strike:  func(_ *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error { return n.device.Kill() },
+		heal:    func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
+	},
+	{
 		kind: "cache disk unmounted, containerd", passive: true,
 		strike: func(t *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error { return n.unmountCache(t) },
 		heal:   func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
 	},
+}
+
+// onMortalCache has what is registered, if anything, read from a device that can go.
+func (n *ctrdNode) onMortalCache(t *testing.T) {
+	t.Helper()
+	id, err := world.cache.ID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	registered := n.registered(t, id)
+	if registered {
+		runInjector(t, n.Machine, "containerd", eject)
+	}
+	n.mortalCache(t)
+	if registered {
+		runInjector(t, n.Machine, "containerd", inject)
+	}
 }
 
 func killInjector(_ *testing.T, _ *ctrdNode, _ *rand.Rand, i *injection) error { return i.kill() }

@@ -205,10 +205,29 @@ var dockerFaults = []dockerFault{
 		heal:    func(t *testing.T, n *dockerNode) { n.replaceCache(t) },
 	},
 	{
+		kind: "cache disk's device gone for good, docker", unreadable: true, passive: true,
+		prepare: func(t *testing.T, n *dockerNode) { n.onMortalCache(t) },
+		strike:  func(_ *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error { return n.device.Kill() },
+		heal:    func(t *testing.T, n *dockerNode) { n.replaceCache(t) },
+	},
+	{
 		kind: "cache disk unmounted, docker", passive: true,
 		strike: func(t *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error { return n.unmountCache(t) },
 		heal:   func(t *testing.T, n *dockerNode) { n.replaceCache(t) },
 	},
+}
+
+// onMortalCache has what is registered, if anything, read from a device that can go.
+func (n *dockerNode) onMortalCache(t *testing.T) {
+	t.Helper()
+	_, err := os.Stat(n.Path(nodestate.CacheDir))
+	if err == nil {
+		runInjector(t, n.Machine, "docker", eject)
+	}
+	n.mortalCache(t)
+	if err == nil {
+		runInjector(t, n.Machine, "docker", inject)
+	}
 }
 
 func killDockerd(_ *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error {
@@ -269,6 +288,9 @@ func TestDocker(t *testing.T) {
 			t.Errorf("%s, then inject: docker's units are %s", what, after)
 		}
 		n.up(t)
+		if f.unreadable && state == inject {
+			n.checkVisible(t)
+		}
 	})
 }
 
@@ -287,7 +309,7 @@ func (n *dockerNode) suffer(t *testing.T, r *rand.Rand, command string) (dockerF
 			err := f.strike(t, n, r, i)
 			status := i.wait(t)
 			if err == nil {
-				t.Logf("%s: exit status %d", what, status)
+				t.Logf("%s: exit status %d %s", what, status, i.last())
 				if !f.passive || status != 0 {
 					total.fault(f.kind)
 				}

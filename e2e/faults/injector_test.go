@@ -24,7 +24,7 @@ const (
 
 // runLimit is far more than any run of the injector takes, also if what it asks hangs:
 // it is bounded by deadlines of its own.
-const runLimit = 5 * time.Minute
+const runLimit = 10 * time.Minute
 
 // injection is a run of the injector on a node.
 type injection struct {
@@ -113,11 +113,16 @@ func (i *injection) end() (status int, err error) {
 		}
 	}
 	// Before the error may come lines of the log.
-	lines := strings.Split(strings.TrimSuffix(said, "\n"), "\n")
-	if !strings.HasPrefix(lines[len(lines)-1], "selkies-image-injector: ") {
+	if !strings.HasPrefix(i.last(), "selkies-image-injector: ") {
 		return status, fmt.Errorf("%v fails without an error: %s", i.cmd.Args, said)
 	}
 	return status, nil
+}
+
+// last is the last line that it has said, when it has ended.
+func (i *injection) last() string {
+	lines := strings.Split(strings.TrimSuffix(i.stderr.String(), "\n"), "\n")
+	return lines[len(lines)-1]
 }
 
 // wait is end for a test, which fails by the error.
