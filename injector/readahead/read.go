@@ -33,6 +33,13 @@ type part struct {
 	offset, length int64
 }
 
+var pageSize = int64(os.Getpagesize())
+
+// pages are those that the kernel reads for p, in bytes.
+func (p part) pages() int64 {
+	return (p.offset%pageSize + p.length + pageSize - 1) / pageSize * pageSize
+}
+
 // read reads the ranges of a trace, no more than opt has left.
 func (read *Image) read(ctx context.Context, root *cachedisk.Root, m *manifest.Manifest, img manifest.Image, t *trace.Trace, opt *Options) error {
 	began := time.Now()
@@ -49,7 +56,7 @@ func (read *Image) read(ctx context.Context, root *cachedisk.Root, m *manifest.M
 	read.Left = t.Bytes()
 	for _, p := range parts {
 		read.Left -= p.length
-		opt.Bytes -= p.length
+		opt.Bytes -= p.pages()
 	}
 	var limit *rate.Limiter
 	if opt.Rate > 0 {
@@ -59,7 +66,7 @@ func (read *Image) read(ctx context.Context, root *cachedisk.Root, m *manifest.M
 	g.SetLimit(depth)
 	var bytes atomic.Int64
 	for _, p := range parts {
-		if limit != nil && limit.WaitN(ctx, int(p.length)) != nil || ctx.Err() != nil {
+		if limit != nil && limit.WaitN(ctx, int(p.pages())) != nil || ctx.Err() != nil {
 			break
 		}
 		g.Go(func() error {
@@ -109,7 +116,7 @@ func (o *opener) openLayers(root *cachedisk.Root, m *manifest.Manifest, img mani
 	return nil
 }
 
-// split makes pieces of a trace's ranges, up to limit bytes.
+// split makes pieces of a trace's ranges, up to limit bytes of pages.
 func (o *opener) split(t *trace.Trace, limit int64) ([]part, error) {
 	files := make([]func() (*os.File, error), len(t.Files))
 	for i, f := range t.Files {
@@ -120,10 +127,11 @@ func (o *opener) split(t *trace.Trace, limit int64) ([]part, error) {
 	}
 	var parts []part
 	for _, r := range t.Ranges {
-		for r.Length > 0 && limit > 0 {
-			n := min(piece, r.Length, limit)
-			parts = append(parts, part{files[r.File], r.Offset, n})
-			r.Offset, r.Length, limit = r.Offset+n, r.Length-n, limit-n
+		for r.Length > 0 && limit >= pageSize {
+			most := min(piece, limit/pageSize*pageSize) - r.Offset%pageSize
+			p := part{files[r.File], r.Offset, min(r.Length, most)}
+			parts = append(parts, p)
+			r.Offset, r.Length, limit = r.Offset+p.length, r.Length-p.length, limit-p.pages()
 		}
 	}
 	return parts, nil

@@ -91,7 +91,7 @@ func TestDisk(t *testing.T) {
 		want Image
 	}{
 		"all":     {Options{}, Image{Names: names, Bytes: 305_200, Files: 2}},
-		"limited": {Options{Bytes: 201_000}, Image{Names: names, Bytes: 201_000, Files: 2, Left: 104_200}},
+		"limited": {Options{Bytes: 210_000}, Image{Names: names, Bytes: 205_904, Files: 2, Left: 99_296}},
 		"rate":    {Options{Rate: 100e6}, Image{Names: names, Bytes: 305_200, Files: 2}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -187,6 +187,22 @@ func TestShort(t *testing.T) {
 	images, errs := readDisk(t, d, Options{Bytes: 10 << 20})
 	if len(images) != 1 || errs[0] != nil || images[0].Bytes != 305_200 {
 		t.Errorf("%v, %v", images, errs)
+	}
+}
+
+// TestPages has ranges of one byte and of two, for each of which the kernel reads pages.
+func TestPages(t *testing.T) {
+	const limit = 16
+	d, tr := newDisk(t)
+	tr.Ranges = nil
+	for i := range int64(64) {
+		tr.Ranges = append(tr.Ranges, trace.Range{Offset: i * pageSize, Length: 1}, trace.Range{Offset: (i+1)*pageSize - 1, Length: 2})
+	}
+	write(t, d, tr.Image, encode(t, tr))
+	// Rounds of a page and of two.
+	images, errs := readDisk(t, d, Options{Bytes: limit*pageSize + 100})
+	if want := int64(limit/3)*3 + 1; len(images) != 1 || errs[0] != nil || images[0].Bytes != want || images[0].Left != 3*64-want {
+		t.Errorf("%+v, %v, want %d bytes", images, errs, want)
 	}
 }
 
