@@ -5,6 +5,7 @@ package faults_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -285,10 +286,14 @@ func (n *ctrdNode) struck(t *testing.T, r *rand.Rand, f ctrdFault, command strin
 		i.wait(t)
 		return what + ", too late", false
 	}
-	if err := f.strike(t, n, r, i); err != nil {
+	err := f.strike(t, n, r, i)
+	status := i.wait(t)
+	if errors.Is(err, errNotRunning) {
+		return what + ", nothing to strike", false
+	}
+	if err != nil {
 		t.Fatalf("%s: %v", what, err)
 	}
-	status := i.wait(t)
 	t.Logf("%s: exit status %d %s", what, status, i.last())
 	if !f.passive || status != 0 {
 		total.fault(f.kind)

@@ -23,7 +23,9 @@ type ctrdFault struct {
 	kind string
 	// prepare, if any, comes before the run.
 	prepare func(t *testing.T, n *ctrdNode)
-	strike  func(t *testing.T, n *ctrdNode, r *rand.Rand, i *injection) error
+	// strike says errNotRunning where there is nothing to strike at the moment, and has
+	// done nothing then.
+	strike func(t *testing.T, n *ctrdNode, r *rand.Rand, i *injection) error
 	// heal makes the node well again; what the fault did to its state stays.
 	heal func(t *testing.T, n *ctrdNode)
 	// unreadable is true of a fault after which the disk of what is registered has to
@@ -84,7 +86,10 @@ func killContainerd(_ *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error
 }
 
 func killBoth(_ *testing.T, n *ctrdNode, _ *rand.Rand, i *injection) error {
-	return errors.Join(n.signal(syscall.SIGKILL), i.kill())
+	if err := i.kill(); err != nil {
+		return err
+	}
+	return n.signal(syscall.SIGKILL)
 }
 
 // stopContainerd has calls hang for a time that the injector waits.
@@ -107,22 +112,27 @@ func (n *ctrdNode) signal(s syscall.Signal) error {
 func restartContainerd(t *testing.T, n *ctrdNode) { n.start(t) }
 
 // expireLease takes the injector's lease away, with what only it kept: what containerd
-// does when the clock, which is the machine's own, jumps past the lease's end.
+// does when the clock, which is the machine's own, jumps past the lease's end. Most of
+// eject has none.
 func expireLease(t *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error {
 	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
 	list, err := n.ctrd.LeasesService().List(ctx)
 	if err != nil {
 		return err
 	}
+	struck := errNotRunning
 	for _, l := range list {
 		if l.Labels["selkies.io/image-cache.id"] == "" {
 			continue
 		}
-		if err := n.ctrd.LeasesService().Delete(ctx, l, leases.SynchronousDelete); err != nil && !errdefs.IsNotFound(err) {
+		switch err := n.ctrd.LeasesService().Delete(ctx, l, leases.SynchronousDelete); {
+		case err == nil:
+			struck = nil
+		case !errdefs.IsNotFound(err):
 			return err
 		}
 	}
-	return nil
+	return struck
 }
 
 // onStore is a fault of the file system that the runtime keeps its store on.

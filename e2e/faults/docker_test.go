@@ -179,10 +179,10 @@ var dockerFaults = []dockerFault{
 	{kind: "injector killed, docker", strike: func(_ *testing.T, _ *dockerNode, _ *rand.Rand, i *injection) error { return i.kill() }},
 	{kind: "dockerd killed", daemon: true, strike: killDockerd},
 	{kind: "dockerd and injector killed", daemon: true, strike: func(t *testing.T, n *dockerNode, r *rand.Rand, i *injection) error {
-		if err := killDockerd(t, n, r, i); err != nil {
+		if err := i.kill(); err != nil {
 			return err
 		}
-		return i.kill()
+		return killDockerd(t, n, r, i)
 	}},
 	{kind: "containerd killed, docker", daemon: true, strike: func(_ *testing.T, n *dockerNode, _ *rand.Rand, _ *injection) error {
 		return killed(n.Machine, "containerd")

@@ -60,11 +60,14 @@ func newInjection(m *machine.Machine, runtime string, args ...string) (*injectio
 	return i, nil
 }
 
-// kill kills it. An injector that has ended stays as it is.
+// kill kills it, and says errNotRunning where it has ended by itself.
 func (i *injection) kill() error {
-	i.killed = true
-	if err := syscall.Kill(-i.cmd.Process.Pid, syscall.SIGKILL); err != syscall.ESRCH {
+	if err := syscall.Kill(-i.cmd.Process.Pid, syscall.SIGKILL); err != nil && err != syscall.ESRCH {
 		return err
+	}
+	<-i.ended
+	if i.killed = i.cmd.ProcessState.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL; !i.killed {
+		return errNotRunning
 	}
 	return nil
 }
