@@ -99,6 +99,35 @@ func inodeWith(t *testing.T, image string, at int64) int64 {
 	return 0
 }
 
+var metadataPlace = regexp.MustCompile(`(Primary superblock|Backup superblock|Group descriptors|Block bitmap|Inode bitmap) at (\d+)(?:-(\d+))?`)
+
+// metadataAt says what of ext4's own is in a block that no inode has: what dumpe2fs calls
+// it, "Backup descriptors" for descriptors beside a backup of the superblock, "" if nothing.
+func metadataAt(t *testing.T, image string, block int64) string {
+	t.Helper()
+	out, err := host.Output(exec.CommandContext(t.Context(), "dumpe2fs", image))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(out) {
+		for _, m := range metadataPlace.FindAllStringSubmatch(line, -1) {
+			first, _ := strconv.ParseInt(m[2], 10, 64)
+			last, err := strconv.ParseInt(m[3], 10, 64)
+			if err != nil {
+				last = first
+			}
+			switch {
+			case block < first || block > last:
+			case m[1] == "Group descriptors" && strings.Contains(line, "Backup"):
+				return "Backup descriptors"
+			default:
+				return m[1]
+			}
+		}
+	}
+	return ""
+}
+
 // ownerOf is the number of the inode that a block belongs to, 0 if none.
 func ownerOf(t *testing.T, image string, block int64) (inode int64) {
 	t.Helper()

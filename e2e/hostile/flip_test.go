@@ -4,7 +4,6 @@ package hostile_test
 
 import (
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"io/fs"
@@ -14,6 +13,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -49,9 +49,9 @@ func TestFlips(t *testing.T) {
 	t.Logf("%d flips, -seed %d", *flips, *seed)
 	random := rand.New(rand.NewPCG(*seed, 1))
 	image := cachedisk.Copied(t, world.disk)
-	paths := list(t, image)
-	if err := verified(t, image); err != nil {
-		t.Fatalf("as built: %v", err)
+	paths, links := list(t, image)
+	if d := verified(t, image); d != nil {
+		t.Fatalf("as built: %s", d)
 	}
 	kinds := []string{"data", "data", "data", "data", "inode", "inode", "directory", "attribute", "headers", "blob"}
 	found, undetectable := map[string]int{}, map[string]int{}
@@ -67,16 +67,16 @@ func TestFlips(t *testing.T) {
 		target := choose(t, random, image, kind, paths)
 		bit := random.IntN(8)
 		flip(t, image, target.at, bit)
-		err := verified(t, image)
+		d := verified(t, image)
 		reason := ""
-		if err == nil {
+		if d == nil {
 			reason = unnoticed(t, image, target)
 		}
 		flip(t, image, target.at, bit)
 		switch {
-		case err != nil && slices.Contains(named, kind) && !strings.Contains(err.Error(), filepath.Base(target.path)):
-			t.Errorf("%s of %s, bit %d of byte %d: the file is not named: %v", kind, target.path, bit, target.at, err)
-		case err != nil:
+		case d != nil && slices.Contains(named, kind) && !d.names(links[target.path], slices.Contains(paths["directory"], target.path)):
+			t.Errorf("%s of %s, bit %d of byte %d: the file is not named: %s", kind, target.path, bit, target.at, d)
+		case d != nil:
 			found[kind]++
 			sum.found++
 		case reason != "":
@@ -86,8 +86,8 @@ func TestFlips(t *testing.T) {
 			t.Errorf("%s of %s, bit %d of byte %d: not found", kind, target.path, bit, target.at)
 		}
 	}
-	if err := verified(t, image); err != nil {
-		t.Errorf("as built again: %v", err)
+	if d := verified(t, image); d != nil {
+		t.Errorf("as built again: %s", d)
 	}
 	t.Logf("found: %v", found)
 	for reason, n := range undetectable {
@@ -103,15 +103,15 @@ var named = []string{"data", "attribute", "inode", "directory"}
 // paths are what a disk has, by what becomes of it.
 type paths map[string][]string
 
-// list lists what verify is to prove.
-func list(t *testing.T, image string) paths {
+// list lists what verify is to prove, and all names of each file of a layer.
+func list(t *testing.T, image string) (paths, map[string][]string) {
 	t.Helper()
-	p := paths{"manifest": {manifest.Path}}
+	p, links := paths{"manifest": {manifest.Path}}, map[string][]string{}
 	err := mounted(t, image, func(dir string) {
 		for _, l := range world.built.Layers {
 			p["headers"] = append(p["headers"], world.built.TarSplitPath(l))
 			root := filepath.Join(dir, world.built.LayerPath(l))
-			seen := map[uint64]bool{}
+			seen := map[uint64]string{} // by inode
 			err := filepath.WalkDir(root, func(name string, e fs.DirEntry, err error) error {
 				if err != nil {
 					return err
@@ -124,17 +124,21 @@ func list(t *testing.T, image string) paths {
 				if err != nil {
 					return err
 				}
+				if strings.ContainsAny(rel, "\n\\") || !isASCII(rel) { // debugfs cannot be asked
+					return nil
+				}
+				first, linked := seen[info.Sys().(*syscall.Stat_t).Ino]
+				if linked {
+					links[first] = append(links[first], rel)
+					return nil
+				}
+				seen[info.Sys().(*syscall.Stat_t).Ino], links[rel] = rel, []string{rel}
 				switch {
-				case strings.ContainsAny(rel, "\n\\") || !isASCII(rel): // debugfs cannot be asked
-					return nil
-				case seen[info.Sys().(*syscall.Stat_t).Ino]: // another name of a file, which verify does not say
-					return nil
 				case e.IsDir():
 					p["directory"] = append(p["directory"], rel)
 				case info.Mode().IsRegular() && info.Size() > 0:
 					p["data"] = append(p["data"], rel)
 				}
-				seen[info.Sys().(*syscall.Stat_t).Ino] = true
 				if filepath.Base(rel) == "attributes" {
 					p["attribute"] = append(p["attribute"], rel)
 				}
@@ -156,7 +160,7 @@ func list(t *testing.T, image string) paths {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return p
+	return p, links
 }
 
 func isASCII(s string) bool {
@@ -201,10 +205,64 @@ func size(t *testing.T, image, path string) (n int64) {
 	return n
 }
 
-// verified says why the disk cannot be mounted, or what verify finds.
-func verified(t *testing.T, image string) error {
+// damage is what the mount or verify says of a disk that is not as it was.
+type damage struct {
+	stderr  string
+	reports []report.Verify
+}
+
+func (d *damage) String() string { return fmt.Sprintf("%s%+v", d.stderr, d.reports) }
+
+// names says whether it is said of the file that goes by these paths, or, of a directory,
+// of something in it.
+func (d *damage) names(paths []string, dir bool) bool {
+	for _, path := range paths {
+		for _, l := range world.built.Layers {
+			root := world.built.LayerPath(l)
+			if !below(path, root) {
+				continue
+			}
+			// That a layer's root can be read is asked before all else.
+			if path == root && len(d.reports) == 0 && strings.Contains(d.stderr, l.Directory) {
+				return true
+			}
+			for _, problem := range d.problems(root) {
+				if isOf(problem, root, path, dir) {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// problems are those of the layer whose files are in root.
+func (d *damage) problems(root string) (all []string) {
+	for _, r := range d.reports {
+		for _, l := range r.Damaged {
+			if l.Directory == root {
+				all = append(all, l.Problems...)
+			}
+		}
+	}
+	return all
+}
+
+// isOf says whether a problem of a layer names the path: quoted and relative to the layer's
+// root, or as the kernel was asked for it.
+func isOf(problem, root, path string, dir bool) bool {
+	quoted, err := strconv.QuotedPrefix(problem)
+	if err != nil {
+		return strings.Contains(problem, path+": ") || dir && strings.Contains(problem, path+"/")
+	}
+	name, err := strconv.Unquote(quoted)
+	name = filepath.Join(root, name)
+	return err == nil && (name == path || dir && below(name, path))
+}
+
+// verified gives why the disk cannot be mounted, or what verify finds, nil if nothing.
+func verified(t *testing.T, image string) (d *damage) {
 	t.Helper()
-	var verifyErr error
 	err := mounted(t, image, func(dir string) {
 		cmd := exec.CommandContext(t.Context(), world.injector, "verify", "--log-level", "warn", "-o", "json", "--cache", dir)
 		var stderr strings.Builder
@@ -215,13 +273,16 @@ func verified(t *testing.T, image string) error {
 			t.Fatalf("verify says %q", out)
 		}
 		if err != nil {
-			verifyErr = fmt.Errorf("%w: %s%s", err, &stderr, out)
+			d = &damage{stderr.String(), reports}
 		}
 		if err == nil && (len(reports) != 1 || reports[0].Layers != len(world.built.Layers)) {
 			t.Fatalf("verify says %q", out)
 		}
 	})
-	return errors.Join(err, verifyErr)
+	if err != nil {
+		return &damage{stderr: err.Error()}
+	}
+	return d
 }
 
 // unnoticed is the reason why a flipped bit cannot be found, or "".
@@ -298,7 +359,17 @@ func nobodys(t *testing.T, image string, at int64) string {
 	if strings.Contains(debugfs(t, image, fmt.Sprintf("testb %d", block)), "not in use") {
 		return "a block that is not in use"
 	}
-	return "metadata of the file system that a read-only mount does not read, such as bitmaps and copies of the superblock"
+	switch metadataAt(t, image, block) {
+	case "Block bitmap", "Inode bitmap", "Backup superblock", "Backup descriptors":
+		return "a bitmap or a copy of the superblock or the descriptors, which a read-only mount does not read"
+	case "Group descriptors":
+		return "what a group's descriptor says of its room, which a read-only mount does not need"
+	case "Primary superblock":
+		if in := at % blockSize(t, image); in < 1024 || in >= 2048 {
+			return "what is around the superblock in its block"
+		}
+	}
+	return ""
 }
 
 // unread says why nobody reads an inode in use and what it has, "" if verify does.
