@@ -9,28 +9,36 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"golang.org/x/sys/unix"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
-// TestCredentials pulls with a password, wherever the Packer host has it from, and looks
-// for it, in plain and in the forms in which it travels, wherever it must not be; and for
-// the key that Packer logs in with.
+// TestCredentials pulls with a password, an identity token that is another each time, and
+// the tokens that a registry gives for them, wherever the Packer host has them from. It
+// looks for them, in plain and in the forms in which they travel, wherever they must not
+// be; and for the key that Packer logs in with.
 func TestCredentials(t *testing.T) {
 	v := world.debian
 	const user, password = "robot", "correct-horse-battery-staple-7391"
 	reg := registry.New(t, registry.Config{Username: user, Password: password})
-	ref := reg.Addr + "/app:1"
-	auth := remote.WithAuth(&authn.Basic{Username: user, Password: password})
-	if err := remote.Write(parse(t, ref), newImage(t, layer(t, map[string]int{"large": 8 << 20})), auth); err != nil {
-		t.Fatal(err)
+	tokens := registry.New(t, registry.Config{Username: user, Password: password, Tokens: true})
+	img := newImage(t, layer(t, map[string]int{"large": 8 << 20}))
+	push := func(reg *registry.Registry) (ref string) {
+		ref = reg.Addr + "/app:1"
+		if err := remote.Write(parse(t, ref), img, remote.WithAuth(&authn.Basic{Username: user, Password: password})); err != nil {
+			t.Fatal(err)
+		}
+		return ref
 	}
+	ref, tokensRef := push(reg), push(tokens)
 	needles := [][]byte{
 		[]byte(password),
 		[]byte(base64.StdEncoding.EncodeToString([]byte(user + ":" + password))),
@@ -41,18 +49,26 @@ func TestCredentials(t *testing.T) {
 	option := registryAuth(reg.Addr, user, password)
 	for _, tt := range []struct {
 		name    string
+		ref     string
 		options []string
 		env     []string
 	}{
-		{"registry_auth", []string{option, "verify = true"}, nil},
-		{"docker login", []string{"keep_blobs = true"}, dockerConfig(t, reg.Addr, user, password)},
-		{"credential helper", []string{"keep_blobs = true"}, credentialHelper(t, `{"credHelpers": {"`+reg.Addr+`": "e2e"}}`, reg.Addr, user, password)},
+		{"registry_auth", ref, []string{option, "verify = true"}, nil},
+		{"docker login, tokens", tokensRef, []string{"keep_blobs = true"}, dockerConfig(t, tokens.Addr, user, password)},
+		{"credential helper", ref, []string{"keep_blobs = true"}, credentialHelper(t, `{"credHelpers": {"`+reg.Addr+`": "e2e"}}`, reg.Addr, user, password)},
+		// $$ is the helper's process ID.
+		{"identity token, another each time", tokensRef, []string{"keep_blobs = true"},
+			credentialHelper(t, `{"credHelpers": {"`+tokens.Addr+`": "e2e"}}`, tokens.Addr, "<token>", password+"-'$$'")},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			d := newDisk(t, v, 128)
-			cmd := v.PackerBuild(t, append(tt.options, buildvm.Images(ref), d.Block())...)
+			cmd := v.PackerBuild(t, append(tt.options, buildvm.Images(tt.ref), d.Block())...)
 			cmd.Env = append(append(cmd.Env, "PACKER_LOG=1"), tt.env...)
-			buildSecretly(t, v, d, cmd, needles)
+			before := len(tokens.Tokens())
+			buildSecretly(t, v, d, cmd, append(needles, []byte(registry.TokenPrefix)))
+			if got := len(tokens.Tokens()) > before; got != (tt.ref == tokensRef) {
+				t.Errorf("the registry gave a token: %t", got)
+			}
 		})
 	}
 
@@ -116,8 +132,9 @@ func buildSecretly(t *testing.T, v *vm, d *buildvm.Disk, cmd *exec.Cmd, needles 
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- cmd.Wait() }()
-	samples := 0
+	samples, plugins := 0, map[int]*pluginProcess{}
 	for ; ; samples++ {
+		lookAtPlugins(t, cmd.Process.Pid, plugins)
 		for _, file := range []string{"cmdline", "environ"} {
 			processes, err := filepath.Glob(v.Path("/proc") + "/[0-9]*/" + file)
 			if err != nil || len(processes) == 0 {
@@ -139,6 +156,15 @@ func buildSecretly(t *testing.T, v *vm, d *buildvm.Disk, cmd *exec.Cmd, needles 
 		break
 	}
 	t.Logf("looked at all processes %d times", samples)
+	build := pluginProcess{}
+	for _, p := range plugins {
+		if p.seen > build.seen {
+			build = *p
+		}
+	}
+	if strings.Join(strings.Fields(build.limit), " ") != "Max core file size 0 0 bytes" {
+		t.Errorf("of the plugin, seen %d times, the kernel may write a core: %q", build.seen, build.limit)
+	}
 	find(t, needles, "Packer's log", out.Bytes())
 	disk, err := os.ReadFile(d.Image)
 	if err != nil {
@@ -158,6 +184,46 @@ func buildSecretly(t *testing.T, v *vm, d *buildvm.Disk, cmd *exec.Cmd, needles 
 		})
 		if err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// pluginProcess is a process of the plugin, and how large a core the kernel writes of it.
+type pluginProcess struct {
+	seen  int
+	limit string
+}
+
+// lookAtPlugins notes the plugin's processes of a process group as they are now, by their
+// IDs: each forbids its core itself, and most of them end soon after.
+func lookAtPlugins(t *testing.T, group int, plugins map[int]*pluginProcess) {
+	t.Helper()
+	programs, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, link := range programs {
+		// Others come and go meanwhile.
+		program, _ := os.Readlink(link)
+		if !strings.HasPrefix(filepath.Base(program), "packer-plugin-selkies") {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(link)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if of, err := unix.Getpgid(pid); err != nil || of != group {
+			continue
+		}
+		if plugins[pid] == nil {
+			plugins[pid] = &pluginProcess{}
+		}
+		plugins[pid].seen++
+		text, _ := os.ReadFile(filepath.Join(filepath.Dir(link), "limits"))
+		for line := range strings.Lines(string(text)) {
+			if strings.HasPrefix(line, "Max core file size") {
+				plugins[pid].limit = line
+			}
 		}
 	}
 }

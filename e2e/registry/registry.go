@@ -33,6 +33,8 @@ type Config struct {
 	Dir string
 	// Username and Password, if set, are asked of every request.
 	Username, Password string
+	// Tokens has clients bring a token for the password, from the registry itself.
+	Tokens bool
 	// Latency is added to every request.
 	Latency time.Duration
 }
@@ -51,6 +53,7 @@ type Registry struct {
 	count   Count
 	choose  func(*http.Request) Fault
 	private string // the repository that Protect was called for
+	tokens  []string
 }
 
 // Count is what was asked of a registry and what it answered.
@@ -181,10 +184,12 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 			return
 		}
 	}
+	if r.config.Tokens && req.URL.Path == tokenPath {
+		r.serveToken(w, req)
+		return
+	}
 	if !r.authorized(req) {
-		r.record(func(c *Count) { c.Unauthorized++ })
-		w.Header().Set("WWW-Authenticate", `Basic realm="e2e"`)
-		http.Error(w, `{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}`, http.StatusUnauthorized)
+		r.refuse(w, r.challenge())
 		return
 	}
 	path := strings.Split(strings.TrimPrefix(req.URL.Path, "/v2/"), "/")
@@ -256,6 +261,13 @@ func (r *Registry) Protect(repository, username, password string) {
 }
 
 func (r *Registry) authorized(req *http.Request) bool {
+	if r.config.Tokens {
+		return r.bears(req)
+	}
+	return r.hasPassword(req)
+}
+
+func (r *Registry) hasPassword(req *http.Request) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.config.Username == "" && r.config.Password == "" {

@@ -190,3 +190,25 @@ func TestCredentials(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestTokens has clients get a token for a password and for an identity token.
+func TestTokens(t *testing.T) {
+	r := registry.New(t, registry.Config{Username: "robot", Password: "secret", Tokens: true})
+	good := remote.WithAuth(&authn.Basic{Username: "robot", Password: "secret"})
+	ref, _ := push(t, r.Addr+"/some/image:tag", good)
+	for name, c := range map[string]struct {
+		auth remote.Option
+		want bool
+	}{
+		"password":             {good, true},
+		"identity token":       {remote.WithAuth(authn.FromConfig(authn.AuthConfig{IdentityToken: "secret-2"})), true},
+		"wrong password":       {remote.WithAuth(&authn.Basic{Username: "robot", Password: "secret-2"}), false},
+		"wrong identity token": {remote.WithAuth(authn.FromConfig(authn.AuthConfig{IdentityToken: "other"})), false},
+		"nothing":              {remote.WithAuth(authn.Anonymous), false},
+	} {
+		before := len(r.Tokens())
+		if _, err := remote.Get(ref, c.auth); (err == nil) != c.want || (len(r.Tokens()) > before) != c.want {
+			t.Errorf("%s: %v, tokens %q", name, err, r.Tokens()[before:])
+		}
+	}
+}
