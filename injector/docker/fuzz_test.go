@@ -203,3 +203,45 @@ func FuzzImageChain(f *testing.F) {
 		}
 	})
 }
+
+// FuzzStopped reads notes of stopped units: none but Docker's is started by one.
+func FuzzStopped(f *testing.F) {
+	f.Add([]byte(`["docker.socket","docker.service"]`))
+	f.Add([]byte(`["docker.service","reboot.target"]`))
+	f.Add([]byte(`["docker.ser`))
+	f.Add([]byte(`null`))
+	f.Add([]byte(`[]`))
+	f.Add([]byte(`{"docker.service":true}`))
+	f.Add([]byte(``))
+	s := newStore(f)
+	if err := os.MkdirAll(s.runDir(), 0o700); err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, note []byte) {
+		if err := os.WriteFile(s.stoppedFile(), note, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		stopped, err := s.stoppedUnits()
+		if err != nil {
+			if stopped != nil || !strings.Contains(err.Error(), s.stoppedFile()) {
+				t.Fatalf("%q and %v", stopped, err)
+			}
+			return
+		}
+		for _, u := range stopped {
+			if !slices.Contains(units, u) {
+				t.Fatalf("would start %q", u)
+			}
+		}
+		again, err := json.Marshal(stopped)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(s.stoppedFile(), again, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := s.stoppedUnits(); err != nil || !slices.Equal(got, stopped) {
+			t.Fatalf("%q is read as %q, %v", stopped, got, err)
+		}
+	})
+}

@@ -48,8 +48,11 @@ func (s store) stoppedUnits() ([]string, error) {
 	if err == nil {
 		err = json.Unmarshal(b, &stopped)
 	}
+	if i := slices.IndexFunc(stopped, func(u string) bool { return !slices.Contains(units, u) }); err == nil && i >= 0 {
+		err = fmt.Errorf("%.100q is none of docker's", stopped[i])
+	}
 	if err != nil {
-		return nil, fmt.Errorf("reading which units are stopped %s: %w", s.stoppedFile(), err)
+		return nil, fmt.Errorf("reading which units are stopped %s: %w; start docker, then remove it", s.stoppedFile(), err)
 	}
 	return stopped, nil
 }
