@@ -143,6 +143,9 @@ func TestLinks(t *testing.T) {
 				continue
 			}
 			file, anchor, _ := strings.Cut(m[1], "#")
+			if path.Ext(file) == ".mdx" {
+				t.Errorf("%s links to %s, which has no options: link to its page in .web-docs", p.name, m[1])
+			}
 			target := p.name
 			if file != "" {
 				target = path.Join(path.Dir(p.name), file)

@@ -23,6 +23,8 @@ cache ID, whole or its beginning, as status prints it. Refuses, naming the
 container, while a container uses one of the images; then nothing is removed.
 Layers that other images on the node were built on stay, and so does the disk
 under them. An agent that runs on the node leaves it so until it starts again.`,
+		Example: `  selkies-image-injector eject
+  selkies-image-injector eject 8b5024e61953`,
 		Args: usage(checkCacheIDs),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			rt, err := openRuntime(cmd.Context(), f)

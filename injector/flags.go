@@ -58,7 +58,7 @@ func (f *flags) register(fs *pflag.FlagSet) {
 		"restart Docker also when that ends running containers (no live-restore)")
 	fs.StringVar(&f.hostRoot, "host-root", "/", "`directory` where the host's root file system is mounted")
 	fs.StringVarP(&f.output, "output", "o", outputText, "text or json")
-	fs.StringVar(&f.logLevel, "log-level", "warn", "debug, info, warn or error; the log goes to stderr")
+	fs.StringVar(&f.logLevel, "log-level", "warn", "debug, info, warn or error; run, gate and verify have info unless told; the log goes to stderr")
 }
 
 // environment sets the flags that are not on the command line from variables named

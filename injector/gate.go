@@ -21,7 +21,8 @@ node joined the cluster. Kubelet does not start a pod whose volume claim cannot 
 attached: on such a node run never starts, and without this the taint would keep pods
 away for ever, as it would where run ends again and again. It needs the API server and
 nothing of the node, no root and no capability, and registers nothing.`,
-		Args: usage(cobra.NoArgs),
+		Example: `  selkies-image-injector gate --node-name node-1 --kubeconfig kubeconfig --gate-deadline 5m`,
+		Args:    usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("log-level") {
 				f.log = newLogger(slog.LevelInfo)

@@ -29,6 +29,9 @@ A second run changes nothing. A run that was killed is completed by the next.
 
 With --read-ahead it reads meanwhile what the starts of the images are going to read, by
 the access traces that the disk has, and ends when that has been read too.`,
+		Example: `  selkies-image-injector inject --cache /mnt/disks/images
+  selkies-image-injector inject --runtime containerd --containerd-namespace moby
+  selkies-image-injector inject --read-ahead --read-ahead-rate 50MB`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return inject(cmd, f, false, ahead)

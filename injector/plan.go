@@ -22,6 +22,8 @@ and the node have it:
   hit      a container starts without a pull
   partial  a pull would find some layers
   miss     no layer is known to be there`,
+		Example: `  selkies-image-injector plan
+  selkies-image-injector plan debian:12 registry.example.com/desktop:1.4`,
 		Args: usage(checkReferences),
 		RunE: func(cmd *cobra.Command, refs []string) error {
 			if len(refs) == 0 {

@@ -29,9 +29,8 @@ fits. It is one file that asks no network for anything.
 
 It is drawn from the layer manifest: that of the cache disk or, of a disk that is
 elsewhere, the file MANIFEST, such as the provisioner's manifest_output writes; then
-how full the disk is remains unknown. Needs no runtime and changes nothing on the node.
-
-  selkies-image-injector report --html cache.html --cache /mnt/disks/images
+how full the disk is remains unknown. Needs no runtime and changes nothing on the node.`,
+		Example: `  selkies-image-injector report --html cache.html --cache /mnt/disks/images
   selkies-image-injector report --html cache.html --since last.json manifest.json`,
 		Args: usage(cobra.MaximumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {

@@ -34,6 +34,8 @@ once a boot, the images first that pods wait for.
 
 Logs at level info by default. SIGTERM ends it at once and changes nothing on the
 node.`,
+		Example: `  selkies-image-injector run --gate-deadline 5m --gone-after 30m
+  selkies-image-injector run --kubernetes=false --cache /mnt/disks/images`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("log-level") {

@@ -17,6 +17,8 @@ func newStatusCommand(f *flags) *cobra.Command {
 		Long: `List the images that were registered from cache disks, the generation of each,
 and whether its disk can be read on this node now. The exit status is 1 if a
 registered image's disk cannot be read.`,
+		Example: `  selkies-image-injector status
+  selkies-image-injector status --output json`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			rt, err := openRuntime(cmd.Context(), f)

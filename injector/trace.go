@@ -24,6 +24,7 @@ that inject --read-ahead and run read ahead. The provisioner runs this on the bu
 It empties the page cache of the image's files and prints the line "ready". Start a
 container of the image then. When standard input ends, so does the recording, and the
 trace follows on standard output. It changes nothing on the disk.`,
+		Example: `  selkies-image-injector trace --cache /mnt/selkies-image-cache debian:12 >trace.json`,
 		Args: usage(func(cmd *cobra.Command, args []string) error {
 			return errors.Join(cobra.ExactArgs(1)(cmd, args), checkReferences(cmd, args))
 		}),

@@ -31,6 +31,8 @@ damaged file is named.
 With --resume FILE an interrupted run is continued: FILE notes the layers that are
 proved, and is removed in the end. The log, at level info by default, tells how far
 it is.`,
+		Example: `  selkies-image-injector verify --cache /mnt/disks/images
+  selkies-image-injector verify --rate 50MB --resume /var/tmp/proved`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("log-level") {
