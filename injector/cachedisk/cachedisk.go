@@ -131,9 +131,9 @@ func remedy(err error) error {
 	return fmt.Errorf("%w; build the disk again", err)
 }
 
-// lookups is how many layers are looked at at once. Each takes a read of a cold disk,
+// Lookups is how many layers are looked at at once. Each takes a read of a cold disk,
 // and a network disk answers many as quickly as one.
-const lookups = 32
+const Lookups = 32
 
 // check looks at every layer's directory once.
 func (d *Disk) check() error {
@@ -143,7 +143,7 @@ func (d *Disk) check() error {
 	}
 	defer root.Close()
 	var g errgroup.Group
-	g.SetLimit(lookups)
+	g.SetLimit(Lookups)
 	for _, l := range d.Manifest.Layers {
 		g.Go(func() error {
 			if err := root.CheckDir(d.Manifest.LayerPath(l)); err != nil {

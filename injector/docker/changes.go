@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
@@ -78,15 +79,27 @@ func (c *changes) checkFiles(disks []*cachedisk.Disk) error {
 		layers = append(layers, r.Layer)
 	}
 	for _, d := range disks {
-		root, err := cachedisk.OpenRoot(d.Dir)
-		if err != nil {
-			return fmt.Errorf("cache disk %s: %w", d.Dir, err)
+		if err := checkTarSplits(d, layers); err != nil {
+			return err
 		}
-		defer root.Close()
-		for _, l := range layers {
-			if l.Cache != d.ID {
-				continue
-			}
+	}
+	return nil
+}
+
+// checkTarSplits looks at the files of those of the layers that the disk has.
+func checkTarSplits(d *cachedisk.Disk, layers []newLayer) error {
+	root, err := cachedisk.OpenRoot(d.Dir)
+	if err != nil {
+		return fmt.Errorf("cache disk %s: %w", d.Dir, err)
+	}
+	defer root.Close()
+	var g errgroup.Group
+	g.SetLimit(cachedisk.Lookups)
+	for _, l := range layers {
+		if l.Cache != d.ID {
+			continue
+		}
+		g.Go(func() error {
 			file, err := filepath.Rel(mountpoint(d.ID), l.TarSplit)
 			if err == nil {
 				_, err = root.CheckFile(file)
@@ -94,9 +107,10 @@ func (c *changes) checkFiles(disks []*cachedisk.Disk) error {
 			if err != nil {
 				return fmt.Errorf("layer %s of cache disk %s: %w; build the disk again", l.Chain, d.Dir, err)
 			}
-		}
+			return nil
+		})
 	}
-	return nil
+	return g.Wait()
 }
 
 // planner collects changes over all disks.
@@ -232,10 +246,12 @@ func (p *planner) disk(d *cachedisk.Disk) error {
 		} else {
 			rec.Images = append(rec.Images, recorded)
 		}
+		var diffIDs []digest.Digest
 		for _, id := range chain {
 			rec.Layers[id] = recordedLayer{layers[id].DiffID, layers[id].Directory}
+			diffIDs = append(diffIDs, layers[id].DiffID)
 		}
-		if err := wanted.addImage(img); err != nil {
+		if err := wanted.addImage(img, diffIDs); err != nil {
 			return err
 		}
 		rep.Images = append(rep.Images, ri)
@@ -369,16 +385,16 @@ func (p *planner) heal(id string, l newLayer) {
 	if slices.ContainsFunc(p.c.relinks, func(r relink) bool { return r.Chain == l.Chain }) {
 		return
 	}
-	fi, err := os.Lstat(p.overlay(id, "diff"))
-	if err == nil && fi.IsDir() {
-		if !p.mounted[filepath.Join(p.root, "overlay2", id, "diff")] {
-			p.c.relinks = append(p.c.relinks, relink{l.Chain, l, true})
-		}
+	from := p.generation(id)
+	if from != "" && p.alive(from) {
 		return
 	}
-	if from := p.generation(id); from == "" || !p.alive(from) {
-		p.c.relinks = append(p.c.relinks, relink{l.Chain, l, false})
+	fi, err := os.Lstat(p.overlay(id, "diff"))
+	bound := err == nil && fi.IsDir()
+	if bound && p.mounted[filepath.Join(p.root, "overlay2", id, "diff")] {
+		return
 	}
+	p.c.relinks = append(p.c.relinks, relink{l.Chain, l, bound})
 }
 
 // image plans the image's config and names.

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"sync"
 
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
@@ -45,12 +47,9 @@ func (s store) diffIDFile(blob digest.Digest) string {
 	return s.image("distribution", "diffid-by-digest", blob.Algorithm().String(), blob.Encoded())
 }
 
-// addImage adds the image's blobs, with every repository that has a name of it.
-func (m metadata) addImage(img manifest.Image) error {
-	diffIDs, err := img.DiffIDs()
-	if err != nil {
-		return err
-	}
+// addImage adds the blobs of the image, which has layers with these diff IDs, with every
+// repository that has a name of it.
+func (m metadata) addImage(img manifest.Image, diffIDs []digest.Digest) error {
 	blobs, err := img.LayerBlobs()
 	if err != nil {
 		return err
@@ -84,11 +83,14 @@ func (m metadata) addSource(diffID digest.Digest, src blobSource) {
 // after a power loss: these files are not durable at once, and dockerd believes them.
 func (s store) missing(m metadata) metadata {
 	left := newMetadata()
-	for blob, diffID := range m.DiffIDs {
-		if b, err := os.ReadFile(s.diffIDFile(blob)); err != nil || digest.Digest(b) != diffID {
-			left.DiffIDs[blob] = diffID
+	var diffIDs sync.WaitGroup
+	diffIDs.Go(func() {
+		for blob, diffID := range m.DiffIDs {
+			if b, err := os.ReadFile(s.diffIDFile(blob)); err != nil || digest.Digest(b) != diffID {
+				left.DiffIDs[blob] = diffID
+			}
 		}
-	}
+	})
 	for diffID, sources := range m.Sources {
 		there := s.readSources(diffID)
 		for _, src := range sources {
@@ -97,6 +99,7 @@ func (s store) missing(m metadata) metadata {
 			}
 		}
 	}
+	diffIDs.Wait()
 	return left
 }
 
@@ -113,11 +116,22 @@ func (s store) readSources(diffID digest.Digest) []blobSource {
 
 // addMetadata writes m to the node's.
 func (s store) addMetadata(m metadata) error {
+	var g errgroup.Group
+	g.Go(func() error { return s.addDiffIDs(m) })
+	g.Go(func() error { return s.addSources(m) })
+	return g.Wait()
+}
+
+func (s store) addDiffIDs(m metadata) error {
 	for blob, diffID := range m.DiffIDs {
 		if err := writeFile(s.diffIDFile(blob), []byte(diffID), 0o644); err != nil {
 			return fmt.Errorf("writing distribution metadata: %w", err)
 		}
 	}
+	return nil
+}
+
+func (s store) addSources(m metadata) error {
 	for diffID, sources := range m.Sources {
 		all := s.readSources(diffID)
 		for _, src := range sources {

@@ -167,14 +167,12 @@ func (r *Runtime) mount(d *cachedisk.Disk) error {
 // remount mounts the disks of generations that are registered, before anything that may
 // be refused: after a reboot containers wait for nothing more.
 func (r *Runtime) remount(disks []*cachedisk.Disk) error {
-	for _, rec := range r.knownRecords() {
-		for _, d := range disks {
-			if d.ID != rec.CacheID {
-				continue
-			}
-			if err := r.mount(d); err != nil {
-				return err
-			}
+	for _, d := range disks {
+		if _, err := os.Lstat(r.recordFile(d.ID)); err != nil {
+			continue // also if it cannot be told: mounting is repeated later
+		}
+		if err := r.mount(d); err != nil {
+			return err
 		}
 	}
 	return nil

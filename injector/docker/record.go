@@ -103,7 +103,8 @@ func (s store) save(r *record) error {
 		for _, img := range old.Images {
 			r.added(img.ID, img.Added)
 		}
-		all := old.Metadata
+		all := newMetadata()
+		all.merge(old.Metadata)
 		all.merge(r.Metadata)
 		r.Metadata = all
 		if reflect.DeepEqual(r.normal(), old.normal()) {

@@ -63,6 +63,7 @@ func (s store) stage(c *changes, link string) error {
 	}
 	var g errgroup.Group
 	g.SetLimit(4)
+	g.Go(func() error { return s.addMetadata(c.metadata) })
 	for _, l := range c.layers {
 		g.Go(func() error {
 			if err := s.stageLayer(l, link); err != nil {
@@ -78,9 +79,6 @@ func (s store) stage(c *changes, link string) error {
 		if err := os.WriteFile(s.staging("imagedb", img.ID.Encoded()), img.Config, 0o600); err != nil {
 			return fmt.Errorf("preparing image %s: %w", img.ID, err)
 		}
-	}
-	if err := s.addMetadata(c.metadata); err != nil {
-		return err
 	}
 	// One sync for all: two or three per file would cost seconds on a network disk.
 	return s.sync()
