@@ -38,11 +38,12 @@ func ReadWithID(dir string) (*Manifest, digest.Digest, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	m, err := Decode(data)
+	id := digest.FromBytes(data)
+	m, err := Decode(data) // the last that needs data
 	if err != nil {
 		return nil, "", fmt.Errorf("reading layer manifest %s: %w", filepath.Join(dir, Path), err)
 	}
-	return m, digest.FromBytes(data), nil
+	return m, id, nil
 }
 
 // ReadID reads the cache ID of the layer manifest at dir alone: what the file says is

@@ -1,7 +1,6 @@
 package containerd
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -139,6 +138,9 @@ func distributionSource(names []string) (map[string]string, error) {
 
 // writeBlob makes the blob known to containerd, held by the context's lease.
 func (r *Runtime) writeBlob(ctx context.Context, run string, b blob, a *anchor) error {
+	// A writer's Close leaves its stream open at this end, with its memory.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	all := maps.Clone(b.info)
 	maps.Copy(all, b.refs)
 	desc := b.desc
@@ -146,7 +148,7 @@ func (r *Runtime) writeBlob(ctx context.Context, run string, b blob, a *anchor) 
 	for {
 		var err error
 		if b.file == "" {
-			err = content.WriteBlob(ctx, r.content, run+"/"+desc.Digest.String(), bytes.NewReader(b.desc.Data), desc, content.WithLabels(all))
+			err = r.copyBlob(ctx, run, desc, b.desc.Data, all)
 		} else {
 			err = r.linkBlob(ctx, run, b, a, all)
 		}
@@ -165,6 +167,26 @@ func (r *Runtime) writeBlob(ctx context.Context, run string, b blob, a *anchor) 
 		}
 		return r.labelBlob(ctx, info, lacks(info.Labels, b.refs))
 	}
+}
+
+// copyBlob gives containerd the blob's bytes. content.WriteBlob does too, with a buffer of
+// a megabyte.
+func (r *Runtime) copyBlob(ctx context.Context, run string, desc ocispec.Descriptor, data []byte, all map[string]string) error {
+	w, err := content.OpenWriter(ctx, r.content, content.WithRef(run+"/"+desc.Digest.String()), content.WithDescriptor(desc))
+	if errdefs.IsAlreadyExists(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	if _, err := w.Write(data); err != nil {
+		return err
+	}
+	if err := w.Commit(ctx, desc.Size, desc.Digest, content.WithLabels(all)); err != nil && !errdefs.IsAlreadyExists(err) {
+		return err
+	}
+	return nil
 }
 
 func (r *Runtime) labelBlob(ctx context.Context, info content.Info, missing map[string]string) error {
