@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -16,9 +17,11 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
-// TestInterrupted stops inject as Ctrl-C does: docker runs afterwards.
+// TestInterrupted stops inject as Ctrl-C does: docker runs afterwards. What a killed one
+// has half written is gone after eject.
 func TestInterrupted(t *testing.T) {
 	n := newNode(t, releases[0].docker)
+	before := n.store(t)
 	n.attach(t, world.first.image, cacheDir)
 	for _, after := range []string{"0.1", "0.3", "0.6", "0.9", "1.2", "1.5"} {
 		_, err := n.Run(t.Context(), "timeout", "-s", "INT", after, "selkies-image-injector", "--runtime", "docker", "inject")
@@ -30,6 +33,13 @@ func TestInterrupted(t *testing.T) {
 	}
 	n.inject(t)
 	n.hello(t, ref("deep:latest"))
+	for _, dir := range []string{"", "selkies-image-cache", "distribution/v2metadata-by-diffid/sha256", "distribution/diffid-by-digest/sha256"} {
+		if err := n.WriteFile(filepath.Join("/var/lib/docker/image/overlay2", dir, ".selkies-image-cache"), []byte("{"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.eject(t)
+	same(t, "after eject", before, n.store(t))
 }
 
 // TestOtherNamespace injects as a DaemonSet's pod does: from a mount namespace of

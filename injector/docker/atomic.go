@@ -2,15 +2,29 @@ package docker
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 )
 
 // The temporary file of a replacement has the same name each time: what a killed run
-// left is overwritten by the next one, which has the same file to write.
+// left is overwritten by the next one that has the same file to write.
 func temporary(name string) string {
 	return filepath.Join(filepath.Dir(name), "."+stateName)
+}
+
+// clearTemporary removes what killed runs have left in the directories that outlive ours.
+func (s store) clearTemporary() error {
+	for _, dir := range []string{
+		s.stateDir(), s.image(),
+		s.image("distribution", "v2metadata-by-diffid", "sha256"), s.image("distribution", "diffid-by-digest", "sha256"),
+	} {
+		if err := removeIfThere(temporary(filepath.Join(dir, "any"))); err != nil {
+			return fmt.Errorf("removing what an interrupted run wrote: %w", err)
+		}
+	}
+	return nil
 }
 
 // writeFile replaces a file whole, making its directory as dockerd does. It is not

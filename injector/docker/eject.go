@@ -68,6 +68,9 @@ func (r *Runtime) Eject(ctx context.Context, opt report.EjectOptions) (*report.E
 		return e.rep, err
 	}
 	e.rep.Layers = len(before) - len(after)
+	if err := r.clearTemporary(); err != nil {
+		return e.rep, err
+	}
 	for _, rec := range e.going {
 		if err := e.retire(rec, after); err != nil {
 			return e.rep, err
