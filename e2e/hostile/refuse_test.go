@@ -4,6 +4,7 @@ package hostile_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,6 +51,11 @@ func (tr trace) checkRefused(t *testing.T, words ...string) {
 			t.Errorf("%q does not have %q", line, w)
 		}
 	}
+	tr.checkCost(t)
+}
+
+func (tr trace) checkCost(t *testing.T) {
+	t.Helper()
 	if tr.took > maxTime || tr.memory > maxMemory {
 		t.Errorf("took %v and %d MiB", tr.took, tr.memory>>20)
 	}
@@ -77,6 +83,30 @@ func device(file string, kind, major, minor uint32) func(dir string) error {
 		name := filepath.Join(dir, file)
 		return errors.Join(os.RemoveAll(name), unix.Mknod(name, kind|0o644, int(unix.Mkdev(major, minor))))
 	}
+}
+
+// bombs replaces the recorded headers of every layer by two MB that expand to two GB: a
+// beginning, and one character again and again.
+func bombs(beginning, again string) func(dir string) error {
+	return func(dir string) error {
+		// A gzip stream may have any number of members.
+		bomb := slices.Concat(compressed(beginning), bytes.Repeat(compressed(strings.Repeat(again, 16<<20)), 128))
+		for _, l := range world.built.Layers {
+			file := filepath.Join(dir, world.built.TarSplitPath(l))
+			if err := os.WriteFile(file, bomb, 0o644); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+func compressed(text string) []byte {
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	_, _ = z.Write([]byte(text)) // a buffer does not fail
+	_ = z.Close()
+	return b.Bytes()
 }
 
 // edited changes the layer manifest, which is not valid then.
@@ -242,6 +272,26 @@ func TestRefusedFiles(t *testing.T) {
 				defer world.node.Output(t, injector, "eject", "--runtime", "containerd")
 			}
 			tr.checkAccesses(t, write)
+		})
+	}
+}
+
+// TestBombs has recorded headers that expand to two GB, of every layer at once.
+func TestBombs(t *testing.T) {
+	for _, tt := range []struct{ name, beginning, again, says string }{
+		{"of spaces", "", " ", "for one file"},
+		{"of one name", `{"type":1,"name":"`, "x", "for one file"},
+		{"of zeros", "", "\x00", "invalid character"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			attach(t, cachedisk.Changed(t, world.disk, bombs(tt.beginning, tt.again)))
+			tr := runTraced(t, "verify", "--log-level", "warn", "--cache", cacheDir)
+			if n := strings.Count(tr.stderr, tt.says); tr.status != 1 || n != len(world.built.Layers) {
+				t.Errorf("exit status %d, %d of %d layers damaged: %s", tr.status, n, len(world.built.Layers), tr.stderr)
+			}
+			tr.checkCost(t)
+			t.Logf("%v, at most %d MiB", tr.took, tr.memory>>20)
+			tr.checkAccesses(t, mayLock)
 		})
 	}
 }

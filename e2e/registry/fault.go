@@ -2,8 +2,10 @@ package registry
 
 import (
 	"bytes"
+	"compress/gzip"
 	"net/http"
 	"strconv"
+	"sync"
 )
 
 // Fault is what a registry does wrong when it is asked for a manifest or a blob.
@@ -18,6 +20,8 @@ const (
 	Busy Fault = "429"
 	// Stall serves half of the answer and then nothing, until the client goes away.
 	Stall Fault = "stalled"
+	// Bomb answers with what expands without end, until the client goes away.
+	Bomb Fault = "compression bomb"
 )
 
 // Disturb has choose say for each GET of a manifest or blob what goes wrong with it,
@@ -42,6 +46,27 @@ func (r *Registry) fault(req *http.Request) Fault {
 func tooMany(w http.ResponseWriter) {
 	w.Header().Set("Retry-After", "1")
 	http.Error(w, `{"errors":[{"code":"TOOMANYREQUESTS","message":"you have reached your rate limit"}]}`, http.StatusTooManyRequests)
+}
+
+// member is a part of a gzip stream, which may have any number of them: a MiB of spaces, which
+// JSON allows anywhere.
+var member = sync.OnceValue(func() []byte {
+	var b bytes.Buffer
+	z := gzip.NewWriter(&b)
+	_, _ = z.Write(bytes.Repeat([]byte(" "), 1<<20)) // a buffer does not fail
+	_ = z.Close()
+	return b.Bytes()
+})
+
+// expand serves a compression bomb.
+func expand(w http.ResponseWriter) {
+	w.Header().Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+	w.Header().Set("Content-Encoding", "gzip")
+	for {
+		if _, err := w.Write(member()); err != nil {
+			return
+		}
+	}
 }
 
 // faulty is an answer that goes wrong in the middle.

@@ -59,6 +59,10 @@ func TestDisturb(t *testing.T) {
 			t.Errorf("with %q: status %d, %d of %d bytes, digest %s: %v", fault, status, n, size, got, err)
 		}
 	}
+	r.Disturb(func(*http.Request) registry.Fault { return registry.Bomb })
+	if _, _, n, err := get(); n < 20*size || !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("a bomb has %d bytes in the place of %d: %v", n, size, err)
+	}
 	r.Disturb(nil)
 	if _, got, _, err := get(); err != nil || got != digest {
 		t.Errorf("undisturbed: digest %s: %v", got, err)

@@ -202,6 +202,9 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 	case Busy:
 		tooMany(w)
 		return
+	case Bomb:
+		expand(w)
+		return
 	default:
 		w = &faulty{ResponseWriter: w, req: req, fault: fault}
 	}
