@@ -39,7 +39,7 @@ it is.`,
 				f.log = newLogger(slog.LevelInfo)
 			}
 			opt.Rate = int64(limit)
-			disks, err := cachedisk.Find(f.caches, f.hostRoot)
+			disks, err := cachedisk.FindAll(f.caches, f.hostRoot)
 			if len(disks) == 0 {
 				return err
 			}

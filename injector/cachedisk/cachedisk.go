@@ -39,6 +39,19 @@ type Disk struct {
 // looked up below hostRoot as well as in the process's own root. One broken disk
 // does not hide another: disks may come together with an error.
 func Find(dirs []string, hostRoot string) ([]*Disk, error) {
+	// A disk that is reachable by two paths is one disk, and so are two that are alike.
+	return find(dirs, hostRoot, func(a, b *Disk) bool { return a.ID == b.ID })
+}
+
+// FindAll is Find for those who prove what is on a disk: two that claim to be alike are two.
+func FindAll(dirs []string, hostRoot string) ([]*Disk, error) {
+	return find(dirs, hostRoot, func(a, b *Disk) bool {
+		var x, y unix.Stat_t
+		return a.ID == b.ID && unix.Stat(a.Dir, &x) == nil && unix.Stat(b.Dir, &y) == nil && x.Dev == y.Dev && x.Ino == y.Ino
+	})
+}
+
+func find(dirs []string, hostRoot string, same func(a, b *Disk) bool) ([]*Disk, error) {
 	if len(dirs) == 0 {
 		dirs = defaults(hostRoot)
 		if len(dirs) == 0 {
@@ -54,8 +67,7 @@ func Find(dirs []string, hostRoot string) ([]*Disk, error) {
 			errs = append(errs, err)
 			continue
 		}
-		// A disk that is reachable by two paths is one disk.
-		if !slices.ContainsFunc(disks, func(o *Disk) bool { return o.ID == d.ID }) {
+		if !slices.ContainsFunc(disks, func(o *Disk) bool { return same(o, d) }) {
 			disks = append(disks, d)
 		}
 	}

@@ -173,6 +173,13 @@ func TestFind(t *testing.T) {
 	if disks, err = cachedisk.Find(nil, host); err != nil || len(disks) != 1 {
 		t.Errorf("found %v, %v", disks, err)
 	}
+	// Or two, for who looks at their files.
+	if disks, err = cachedisk.FindAll(nil, host); err != nil || len(disks) != 2 {
+		t.Errorf("found %v, %v", disks, err)
+	}
+	if disks, err = cachedisk.FindAll([]string{gke, gke + "/."}, host); err != nil || len(disks) != 1 {
+		t.Errorf("found %v, %v", disks, err)
+	}
 	// A broken one does not hide the other.
 	disks, err = cachedisk.Find([]string{t.TempDir(), gke}, host)
 	if err == nil || len(disks) != 1 {
