@@ -372,6 +372,28 @@ func nobodys(t *testing.T, image string, at int64) string {
 	return ""
 }
 
+// TestNobodys asks of places that ext4 has for itself, and of one that verify proves.
+func TestNobodys(t *testing.T) {
+	block := blockSize(t, world.disk)
+	group := 8 * block * block // in bytes: a bitmap is a block
+	if block == 1024 {
+		t.Fatal("the superblock has a block of its own")
+	}
+	for at, want := range map[int64]string{
+		0:             "around the superblock",
+		1024 + 0x68:   "",
+		2048:          "around the superblock",
+		block:         "group's descriptor",
+		group + 100:   "a copy of the superblock",
+		group + block: "a copy of the superblock or the descriptors",
+		contentAt(t, world.disk, manifest.Path, 0): "",
+	} {
+		if got := nobodys(t, world.disk, at); (got == "") != (want == "") || !strings.Contains(got, want) {
+			t.Errorf("byte %d is %q, want %q", at, got, want)
+		}
+	}
+}
+
 // unread says why nobody reads an inode in use and what it has, "" if verify does.
 func unread(t *testing.T, image string, inode int64) string {
 	t.Helper()

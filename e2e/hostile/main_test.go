@@ -38,6 +38,12 @@ const (
 	outside = "/srv/outside"
 )
 
+// inside are more such directories, below those in which the injector has work to do, and
+// one of the kernel's.
+var inside = struct{ run, docker, containerd, proc string }{
+	"/run/outside", "/var/lib/docker/outside", "/var/lib/containerd/outside", "/proc/sysvipc",
+}
+
 func TestMain(m *testing.M) {
 	host.Main(func(ctx context.Context, dir string) (status int, err error) {
 		if err := setUp(ctx, dir); err != nil {
@@ -102,24 +108,31 @@ func prepareNode(ctx context.Context) error {
 	if err := n.StartDocker(ctx, machine.Docker{Release: machine.Debian}); err != nil {
 		return err
 	}
-	if err := n.WriteFile(outside+"/secret", []byte("secret"), 0o600); err != nil {
-		return err
+	for _, dir := range []string{outside, inside.run, inside.docker, inside.containerd} {
+		if err := n.WriteFile(dir+"/secret", []byte("secret"), 0o600); err != nil {
+			return err
+		}
+		if err := os.MkdirAll(n.Path(dir+"/diff"), 0o755); err != nil {
+			return err
+		}
+		// A manifest that would be accepted.
+		if err := cachedisk.WriteManifest(n.Path(dir), world.built); err != nil {
+			return err
+		}
 	}
-	if err := os.MkdirAll(n.Path(outside+"/diff"), 0o755); err != nil {
-		return err
-	}
-	// A manifest that would be accepted.
-	return cachedisk.WriteManifest(n.Path(outside), world.built)
+	return nil
 }
 
 // attach mounts a disk on the node as GKE does, until the test's end. The superblock
 // does not decide what an error does: it could have the kernel panic.
-func attach(t *testing.T, image string) {
+func attach(t *testing.T, image string) { attachAt(t, image, cacheDir) }
+
+func attachAt(t *testing.T, image, dir string) {
 	t.Helper()
-	world.node.MountDisk(t, image, cacheDir, "ro,noload,errors=continue")
+	world.node.MountDisk(t, image, dir, "ro,noload,errors=continue")
 	t.Cleanup(func() {
 		// The test's own context has ended.
-		if _, err := world.node.Run(context.Background(), "umount", cacheDir); err != nil {
+		if _, err := world.node.Run(context.Background(), "umount", dir); err != nil {
 			t.Error(err)
 		}
 	})

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -63,9 +64,14 @@ func (tr trace) checkCost(t *testing.T) {
 
 // leadsOut replaces a file of the disk by a symbolic link to the same in outside.
 func leadsOut(file, to string) func(dir string) error {
+	return leadsTo(outside, file, to)
+}
+
+// leadsTo does so with a link to another directory.
+func leadsTo(where, file, to string) func(dir string) error {
 	return func(dir string) error {
 		name := filepath.Join(dir, file)
-		return errors.Join(os.RemoveAll(name), os.Symlink(filepath.Join(outside, to), name))
+		return errors.Join(os.RemoveAll(name), os.Symlink(filepath.Join(where, to), name))
 	}
 }
 
@@ -157,21 +163,29 @@ const million = 1_000_000
 
 func many(element string) string { return strings.Repeat(element+",", million) + element }
 
-// TestRefused has disks that inject refuses before it does anything with a runtime.
-func TestRefused(t *testing.T) {
+// hostile is a disk that is refused, with these words.
+type hostile struct {
+	name  string
+	spoil func(dir string) error
+	words []string
+}
+
+// escaping are disks that want to lead out of themselves.
+func escaping(t *testing.T) []hostile {
+	t.Helper()
 	l := layer(t, 1)
 	escape := "\x1b]0;owned\x07\n"
-	for _, tt := range []struct {
-		name  string
-		spoil func(dir string) error
-		words []string
-	}{
-		// To escape.
+	return []hostile{
 		{"manifest outside", leadsOut(manifest.Path, manifest.Path), []string{manifest.Path, "not a regular file"}},
 		{"manifest's directory outside", leadsOut(manifest.Dir, manifest.Dir), []string{manifest.Path, "symbolic link"}},
 		{"manifest a pipe", pipe(manifest.Path), []string{manifest.Path, "not a regular file"}},
 		{"manifest a device", device(manifest.Path, unix.S_IFCHR, 1, 5), []string{manifest.Path, "not a regular file"}},
 		{"store outside", leadsOut("docker", ""), []string{"layer sha256:", "symbolic link"}},
+		{"manifest in /run", leadsTo(inside.run, manifest.Path, manifest.Path), []string{manifest.Path, "not a regular file"}},
+		{"store in containerd's", leadsTo(inside.containerd, "docker", ""), []string{"layer sha256:", "symbolic link"}},
+		{"layer in Docker's", leadsTo(inside.docker, filepath.Dir(layerPath(l, "")), ""), []string{l.ChainID.String(), l.Directory, "symbolic link"}},
+		{"layer's files in Docker's", leadsTo(inside.docker, layerPath(l, ""), "diff"), []string{l.ChainID.String(), l.Directory, "not a directory"}},
+		{"layer's files in /proc", leadsTo(inside.proc, layerPath(l, ""), ""), []string{l.ChainID.String(), l.Directory, "not a directory"}},
 		{"store outside, relatively", func(dir string) error {
 			return errors.Join(os.Rename(filepath.Join(dir, "docker"), filepath.Join(dir, "moved")), os.Symlink("../../.."+outside, filepath.Join(dir, "docker")))
 		}, []string{"layer sha256:", "symbolic link"}},
@@ -186,8 +200,13 @@ func TestRefused(t *testing.T) {
 		{"name of two lines", edited(func(m *manifest.Manifest) { m.Images[0].Names[0] = escape }), []string{"images[0]", `\x1b]0;owned\a\n`}},
 		{"parent of two lines", edited(func(m *manifest.Manifest) { m.Layers[1].Parent = digest.Digest(escape) }), []string{"layers[1]", `\x1b]0;owned\a\n`}},
 		{"platform of two lines", edited(func(m *manifest.Manifest) { m.Platform.OS = escape }), []string{"platform", `\x1b]0;owned\a\n`}},
+	}
+}
 
-		// To exhaust.
+// exhausting are disks that want to use up time or memory, lying ones that say what is not
+// true.
+var (
+	exhausting = []hostile{
 		{"10 GB", func(dir string) error { return os.Truncate(filepath.Join(dir, manifest.Path), 10<<30) }, []string{manifest.Path, "larger than 67108864 bytes"}},
 		{"a million layers", replaced(func() []byte { return []byte(`{"schemaVersion":1,"layers":[` + many("{}") + "]}") }), []string{manifest.Path, "more than 250000 values"}},
 		{"a million images", replaced(func() []byte { return []byte(`{"schemaVersion":1,"images":[` + many("{}") + "]}") }), []string{manifest.Path, "more than 250000 values"}},
@@ -202,8 +221,8 @@ func TestRefused(t *testing.T) {
 			return []byte(`{"os":"linux","architecture":"amd64","rootfs":{"diff_ids":[` + many(`""`) + "]}}")
 		}), []string{"hostile:1", "config", "more than 250000 values"}},
 		{"a config of 80 MB", reconfigured(func() []byte { return bytes.Repeat([]byte(" "), 80<<20) }), []string{manifest.Path, "larger than 67108864 bytes"}},
-
-		// To lie.
+	}
+	lying = []hostile{
 		{"digest", edited(func(m *manifest.Manifest) { m.Images[0].Config.Data[0] ^= 1 }), []string{"images[0]", "config: digest is"}},
 		{"size", edited(func(m *manifest.Manifest) { m.Images[0].Manifest.Size++ }), []string{"images[0]", "manifest: sha256:", "size is"}},
 		{"size of a layer", edited(func(m *manifest.Manifest) { m.Layers[1].Size = -1 }), []string{"layers[1]", "size is -1"}},
@@ -211,7 +230,16 @@ func TestRefused(t *testing.T) {
 		{"diff ID", edited(func(m *manifest.Manifest) { m.Layers[1].DiffID = digest.FromString("x") }), []string{"layers[1]", "does not follow"}},
 		{"another platform", edited(func(m *manifest.Manifest) { m.Platform.Architecture = "s390x" }), []string{"images[0]", "config is for platform"}},
 		{"a manifest as an index", edited(func(m *manifest.Manifest) { m.Images[0].Manifest.MediaType = ocispec.MediaTypeImageIndex }), []string{"images[0]", "not that of an image manifest"}},
-	} {
+	}
+)
+
+// elsewhere are the other commands that open a disk.
+var elsewhere = [][]string{{"plan", "--runtime", "containerd"}, {"plan", "--runtime", "docker"}, {"verify", "--log-level", "warn"}, {"report", "--html", "-"}}
+
+// TestRefused has disks that are refused before anything is done with a runtime: by inject,
+// and each by one of the other commands, in turn.
+func TestRefused(t *testing.T) {
+	for i, tt := range slices.Concat(escaping(t), exhausting, lying) {
 		t.Run(tt.name, func(t *testing.T) {
 			attach(t, cachedisk.Changed(t, world.disk, tt.spoil))
 			before := registered(t)
@@ -222,10 +250,55 @@ func TestRefused(t *testing.T) {
 					tr.checkAccesses(t, mayLock)
 				})
 			}
+			other := elsewhere[i%len(elsewhere)]
+			t.Run(other[0], func(t *testing.T) {
+				tr := runTraced(t, append(other, "--cache", cacheDir)...)
+				tr.checkRefused(t, append(tt.words, cacheDir, "build the disk again")...)
+				tr.checkAccesses(t, mayLock)
+			})
 			if after := registered(t); after != before {
 				t.Errorf("was %s, is %s", before, after)
 			}
 		})
+	}
+}
+
+func leads(i int) string { return fmt.Sprintf("/mnt/disks/leads-%02d", i) }
+
+// TestAgentRefuses has the agent, one for each runtime, find all disks at once that want to
+// lead it out of them. It has nothing to serve, and says why when the gate opens.
+func TestAgentRefuses(t *testing.T) {
+	var caches []string
+	disks := escaping(t)
+	for i, tt := range disks {
+		attachAt(t, cachedisk.Changed(t, world.disk, tt.spoil), leads(i))
+		caches = append(caches, "--cache", leads(i))
+	}
+	before := registered(t)
+	var runs []*tracing
+	for _, runtime := range runtimes {
+		runs = append(runs, startTraced(t, append(caches, "run", "--kubernetes=false", "--runtime", runtime, "--metrics-address", "", "--gate-deadline", "1s")...))
+	}
+	for _, run := range runs {
+		run.waitSaid(t, "reason=BrokenManifest", "build the disk again")
+	}
+	if _, err := world.node.Signal(syscall.SIGTERM, filepath.Base(injector)[:15]); err != nil {
+		t.Error(err)
+	}
+	for _, run := range runs {
+		tr := run.end(t)
+		if tr.status != 0 || strings.ContainsAny(tr.stderr, "\x1b\a") {
+			t.Errorf("exit status %d: %q", tr.status, tr.stderr)
+		}
+		tr.checkAccesses(t, mayLock)
+		for i := range disks {
+			if !slices.ContainsFunc(tr.accesses, func(a access) bool { return below(a.path, leads(i)) }) {
+				t.Errorf("nothing of the disk %q was looked at", disks[i].name)
+			}
+		}
+	}
+	if after := registered(t); after != before {
+		t.Errorf("was %s, is %s", before, after)
 	}
 }
 
@@ -251,15 +324,20 @@ func TestRefusedFiles(t *testing.T) {
 		words   []string
 	}{
 		{"headers, inject into Docker", leadsOut(split, "secret"), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
+		{"headers in Docker's store, inject into Docker", leadsTo(inside.docker, split, "secret"), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
 		{"headers a pipe, inject into Docker", pipe(split), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
 		{"headers a device, inject into Docker", device(split, unix.S_IFCHR, 1, 5), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "not a regular file"}},
 		{"layerdb, inject into Docker", leadsOut(filepath.Dir(split), ""), []string{"inject", "--runtime", "docker"}, []string{l.ChainID.String(), "symbolic link"}},
 		{"headers, verify", leadsOut(split, "secret"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, "not a regular file"}},
 		{"a file of a layer, verify", leadsOut(layerPath(l, "odd/first"), "secret"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd/first"`}},
 		{"a directory of a layer, verify", leadsOut(layerPath(l, "odd"), "diff"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd`}},
+		{"headers in /run, verify", leadsTo(inside.run, split, "secret"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, "not a regular file"}},
+		{"a file of a layer in /proc, verify", leadsTo(inside.proc, layerPath(l, "odd/first"), "shm"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd/first"`}},
+		{"a directory of a layer in Docker's store, verify", leadsTo(inside.docker, layerPath(l, "odd"), "diff"), []string{"verify", "--log-level", "warn"}, []string{l.Directory, `"odd`}},
 		{"blob, verify", leadsOut(blob, "secret"), []string{"verify", "--log-level", "warn"}, []string{"is damaged", blobs[0]}},
 		// Last: the others' images are registered then.
 		{"blob, inject into containerd", leadsOut(blob, "secret"), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
+		{"blob in containerd's store, inject into containerd", leadsTo(inside.containerd, blob, "secret"), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
 		{"blob a pipe, inject into containerd", pipe(blob), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -326,10 +404,28 @@ func TestHarmless(t *testing.T) {
 					}
 				}
 			}
+			for _, command := range [][]string{{"plan"}, append([]string{"plan"}, world.refs...), {"status"}, {"report", "--html", "-"}} {
+				tr := runTraced(t, append(command, "--runtime", runtime, "--cache", cacheDir)...)
+				if tr.status != 0 || tr.stderr != "" {
+					t.Errorf("%v: exit status %d: %s", command, tr.status, tr.stderr)
+				}
+				tr.checkAccesses(t, mayLock)
+			}
+			run := startTraced(t, "run", "--kubernetes=false", "--runtime", runtime, "--cache", cacheDir, "--metrics-address", "", "--verify-rate", "1GB")
+			run.waitSaid(t, "msg=verified")
+			if _, err := world.node.Signal(syscall.SIGTERM, filepath.Base(injector)[:15]); err != nil {
+				t.Error(err)
+			}
+			if tr := run.end(t); tr.status != 0 {
+				t.Errorf("run: exit status %d: %s", tr.status, tr.stderr)
+			} else {
+				tr.checkAccesses(t, mayWrite)
+			}
 			tr = runTraced(t, "eject", "--runtime", runtime, "--cache", cacheDir)
 			if tr.status != 0 {
 				t.Errorf("eject: %s", tr.stderr)
 			}
+			tr.checkAccesses(t, mayWrite)
 		})
 	}
 	note := mayLock[0] + "/note"
@@ -343,6 +439,42 @@ func TestHarmless(t *testing.T) {
 	}
 }
 
+// TestTwins has a second disk with the same layer manifest, and other files: nothing is read
+// of it while the first is there.
+func TestTwins(t *testing.T) {
+	const twin = "/mnt/disks/twin"
+	l := layer(t, 1)
+	attach(t, world.disk)
+	attachAt(t, cachedisk.Changed(t, world.disk, func(dir string) error {
+		return errors.Join(
+			leadsOut(world.built.TarSplitPath(l), "secret")(dir),
+			os.WriteFile(filepath.Join(dir, layerPath(l, "odd/first")), []byte("of the twin"), 0o644))
+	}), twin)
+	read := []string{"/bin/busybox", "cat", "/odd/first"}
+	for _, runtime := range runtimes {
+		t.Run(runtime, func(t *testing.T) {
+			tr := runTraced(t, "inject", "--runtime", runtime, "--cache", cacheDir, "--cache", twin)
+			if tr.status != 0 {
+				t.Fatalf("exit status %d: %s", tr.status, tr.stderr)
+			}
+			tr.checkAccesses(t, mayWrite)
+			defer world.node.Output(t, injector, "eject", "--runtime", runtime)
+			ref := world.refs[slices.IndexFunc(world.refs, func(ref string) bool { return strings.Contains(ref, "/odd-files") })]
+			run := append([]string{"docker", "run", "--rm", "--network", "none", ref}, read...)
+			if runtime == "containerd" {
+				run = append([]string{"ctr", "-n", "k8s.io", "run", "--rm", ref, "twins"}, read...)
+			}
+			if out := world.node.Output(t, run...); strings.Contains(out, "twin") {
+				t.Errorf("a container reads %q", out)
+			}
+		})
+	}
+	// Who asks for both has both proved.
+	tr := runTraced(t, "verify", "--log-level", "warn", "--cache", cacheDir, "--cache", twin)
+	tr.checkRefused(t, twin, l.Directory, "not a regular file", "build the disk again")
+	tr.checkAccesses(t, mayLock)
+}
+
 // TestTracer proves that an escape would be seen.
 func TestTracer(t *testing.T) {
 	attach(t, cachedisk.Changed(t, world.disk, leadsOut("leads", "secret")))
@@ -353,12 +485,22 @@ func TestTracer(t *testing.T) {
 			fmt.Sprintf(`openat(5<%s>, "%s", O_RDONLY) = -1 EACCES (Permission denied)`, cacheDir, name),
 			fmt.Sprintf(`openat2(5<%s>, "%s", {flags=O_RDONLY, resolve=RESOLVE_NO_XDEV}, 24) = -1 EXDEV (Invalid cross-device link)`, cacheDir, name),
 		} {
-			for _, a := range parse(t, line) {
+			accesses := parse(t, line)
+			for _, a := range accesses {
 				found = found || below(a.path, outside)
+			}
+			if stray := len(strays(accesses, nil)) > 0; stray != want {
+				t.Errorf("%s: a stray %t", line, stray)
 			}
 		}
 		if found != want {
 			t.Errorf("%s: found %t", name, found)
+		}
+	}
+	for _, dir := range []string{inside.run, inside.docker, inside.containerd, inside.proc} {
+		line := fmt.Sprintf(`openat(AT_FDCWD</>, "%s", O_RDONLY|O_CLOEXEC) = 5<%[1]s>`, dir)
+		if found := strays(parse(t, line), nil); len(found) != 1 {
+			t.Errorf("%s: %q", line, found)
 		}
 	}
 	if a := parse(t, `newfstatat(AT_FDCWD</>, "`+cacheDir+`/leads", {st_mode=S_IFLNK|0777}, AT_SYMLINK_NOFOLLOW) = 0`); below(a[0].path, outside) {
