@@ -48,8 +48,11 @@ func TestRelease(t *testing.T) {
 	tree := t.TempDir()
 	dist := makeRelease(t, tree)
 	for file, name := range map[string]string{plugin + ".zip": plugin, injector + ".tar.gz": "selkies-image-injector"} {
-		if _, ok := archived(t, filepath.Join(dist, file))[name]; !ok {
-			t.Errorf("%s has no %s", file, name)
+		files := archived(t, filepath.Join(dist, file))
+		for _, name := range []string{name, "LICENSE"} {
+			if len(files[name]) == 0 {
+				t.Errorf("%s has no %s", file, name)
+			}
 		}
 	}
 	checkSums(t, dist)
@@ -141,10 +144,6 @@ git remote add origin https://github.com/`+repository, "sh", source, tree)
 		t.Fatal(err)
 	}
 	dist := filepath.Join(tree, "build/dist")
-	// goreleaser uploads this file from where it is.
-	if err := os.Rename(filepath.Join(tree, "build/image.txt"), filepath.Join(dist, image)); err != nil {
-		t.Fatal(err)
-	}
 	verify := exec.CommandContext(t.Context(), "gpg", "--batch", "--verify", sums+".sig", sums)
 	verify.Dir = dist
 	verify.Env = append(os.Environ(), "GNUPGHOME="+home)
@@ -270,6 +269,9 @@ func checkImage(t *testing.T, tree, dist string) {
 	m, err := index.IndexManifest()
 	if err != nil {
 		t.Fatal(err)
+	}
+	if v := m.Annotations["org.opencontainers.image.version"]; v != "1.2.3" {
+		t.Errorf("the image is of version %q", v)
 	}
 	var platforms []string
 	for _, desc := range m.Manifests {
