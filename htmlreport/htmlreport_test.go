@@ -142,7 +142,7 @@ func TestPage(t *testing.T) {
 		want, without []string
 	}{
 		{"manifest alone", why, []string{"no since", "no disk", "no pulls", "example.com/app:1", "RUN make tool"}, []string{"Build time", ">updated<"}},
-		{"all", full, []string{"Build time", "was there", ">updated<", "example.com/old:1", "12 times what the largest image", "About 273 MB more"}, []string{"no since"}},
+		{"all", full, []string{"Build time", "was there", ">updated<", "example.com/old:1", "12 times the ", "About 273 MB more"}, []string{"no since"}},
 		{"empty", empty, []string{"<dd>0</dd>"}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -12,12 +12,15 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/chromedp/cdproto/accessibility"
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/htmlreport"
 )
 
 var screenshots = flag.String("screenshots", "", "folder to keep a screenshot of each page in")
@@ -36,8 +39,12 @@ func TestMain(m *testing.M) {
 		if err := host.Build(ctx, "./injector", injector); err != nil {
 			return 1, err
 		}
-		for _, images := range sizes() {
-			if err := writePage(ctx, injector, images); err != nil {
+		for _, images := range sizes {
+			write := writePage
+			if images == built {
+				write = writeBuilt
+			}
+			if err := write(ctx, injector, images); err != nil {
 				return 1, err
 			}
 		}
@@ -51,13 +58,11 @@ func TestMain(m *testing.M) {
 	})
 }
 
-// sizes are those of the caches, in images. With 12 it makes a good picture.
-func sizes() []int {
-	if *screenshots != "" {
-		return []int{3, 12, 300}
-	}
-	return []int{3, 300}
-}
+// built is the size of the cache whose page is the one that a build writes.
+const built = 12
+
+// sizes are those of the caches, in images.
+var sizes = []int{3, built, 300}
 
 // writePage has the injector draw a cache of so many images from layer manifests alone.
 func writePage(ctx context.Context, injector string, images int) error {
@@ -76,6 +81,31 @@ func writePage(ctx context.Context, injector string, images int) error {
 	return err
 }
 
+// writeBuilt draws what a build knows besides: how full the disk is and how long each image took.
+func writeBuilt(_ context.Context, _ string, images int) error {
+	m, since := Cache(images, 2), Cache(images/2, 1)
+	r := htmlreport.Report{
+		Manifest: m, Since: since,
+		Disk:  &htmlreport.Disk{Size: 52_521_566_208, Free: 45_830_000_000},
+		Pulls: map[digest.Digest]htmlreport.Pull{},
+	}
+	there := map[digest.Digest]bool{}
+	for _, img := range since.Images {
+		there[img.Target().Digest] = true
+	}
+	for i, img := range m.Images {
+		if d := img.Target().Digest; !there[d] {
+			r.Pulls[d] = htmlreport.Pull{Took: time.Duration(83-7*i) * time.Second, Bytes: 740_000_000 - 41_000_000*int64(i)}
+		}
+	}
+	f, err := os.Create(page(images))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return r.Write(f)
+}
+
 func page(images int) string { return filepath.Join(world.dir, fmt.Sprintf("%d.html", images)) }
 
 // view is how a page is looked at.
@@ -89,7 +119,7 @@ func (v view) String() string { return fmt.Sprintf("%d-%s-%d", v.images, v.schem
 
 // TestPage looks at pages of few and of many images, by day and by night, on a desk and on a phone.
 func TestPage(t *testing.T) {
-	for _, images := range sizes() {
+	for _, images := range sizes {
 		for _, scheme := range []string{"light", "dark"} {
 			for _, width := range []int64{1280, 360} {
 				v := view{images, scheme, width}
@@ -119,11 +149,23 @@ func testPage(t *testing.T, v view) {
 	if want := map[string]string{"light": "rgb(246, 247, 249)", "dark": "rgb(16, 20, 27)"}[v.scheme]; got.Background != want {
 		t.Errorf("background is %s, want %s", got.Background, want)
 	}
+	if v.images == built {
+		if want := "layers 5.45 GB, Docker's own, blobs, file system 1.24 GB, free 45.8 GB of 52.5 GB"; got.Room != want {
+			t.Errorf("the room is %q, want %q", got.Room, want)
+		}
+		if got.Took != 7 || got.There != built-7 {
+			t.Errorf("%d images took a time and %d were there", got.Took, got.There)
+		}
+	}
+	if len(got.Outside) > 0 {
+		t.Errorf("what leaves its box:\n%s", strings.Join(got.Outside, "\n"))
+	}
 	if len(got.Low) > 0 {
 		t.Errorf("contrast is too low:\n%s", strings.Join(got.Low, "\n"))
 	}
 	if *screenshots != "" {
-		tab.do(chromedp.EmulateViewport(v.width, 2200))
+		height := map[int64]int64{1280: 2200, 360: 5600}[v.width]
+		tab.do(chromedp.EmulateViewport(v.width, height))
 		png, err := chromedp.Run(tab.ctx, chromedp.CaptureScreenshot())
 		if err != nil {
 			t.Fatal(err)
@@ -144,6 +186,10 @@ type looks struct {
 	Named      int      `json:"named"`
 	Frames     int      `json:"frames"`
 	Background string   `json:"background"`
+	Room       string   `json:"room"`
+	Took       int      `json:"took"`
+	There      int      `json:"there"`
+	Outside    []string `json:"outside"`
 	Low        []string `json:"low"`
 }
 
@@ -177,6 +223,13 @@ const look = `(() => {
 			if (c < 4.5 && low.length < 9) low.push(c.toFixed(2) + " " + e.outerHTML.slice(0, 99));
 		}
 	}
+	const outside = [];
+	for (const e of document.querySelectorAll("td, th, dd, rect, .legend li, .changes li, p:not(.unseen)")) {
+		if (e.closest("tr")?.rowIndex > 20 || !e.getClientRects().length) continue;
+		const box = (e.localName === "rect" ? e.closest("svg") : e.closest("section") ?? e).getBoundingClientRect(), own = e.getBoundingClientRect();
+		if ((e.scrollWidth > e.clientWidth + 1 && e.clientWidth || own.left < box.left - 1 || own.right > box.right + 1) && outside.length < 9)
+			outside.push(e.outerHTML.slice(0, 99));
+	}
 	const width = document.documentElement.scrollWidth;
 	details.open = false;
 	const n = s => document.querySelectorAll(s).length;
@@ -185,13 +238,24 @@ const look = `(() => {
 		rows: n("#images tbody tr"), names: n("#images tbody .ref"), layers: n("#layers tbody tr"),
 		boxes: n("#picture [role=treeitem]"), named: n("#picture [role=treeitem][aria-label]"), frames: n("#picture .frame"),
 		background: getComputedStyle(document.body).backgroundColor,
-		low,
+		room: [...document.querySelectorAll("[aria-labelledby=room-title] .legend li")].map(e => e.textContent).join(", "),
+		took: n("#images td[data-name='Build time'] svg"),
+		there: n("#images td[data-name='Build time']:not(:has(svg))"),
+		outside, low,
 	};
 })()`
 
-// TestAccessibility asks the browser what it tells a screen reader.
+// TestAccessibility asks the browser what it tells a screen reader, on a desk and on a phone, where
+// tables look like none.
 func TestAccessibility(t *testing.T) {
-	tab := open(t, view{3, "light", 1280})
+	for _, width := range []int64{1280, 360} {
+		v := view{built, "light", width}
+		t.Run(v.String(), func(t *testing.T) { testAccessibility(t, v) })
+	}
+}
+
+func testAccessibility(t *testing.T, v view) {
+	tab := open(t, v)
 	tree, err := chromedp.Call(tab.ctx, accessibility.GetFullAXTree, accessibility.GetFullAXTreeParams{})
 	if err != nil {
 		t.Fatal(err)
@@ -205,10 +269,11 @@ func TestAccessibility(t *testing.T) {
 		}
 	}
 	for _, want := range []string{
-		"searchbox Find images", "button Image", "button Size", "button Of its own", "button Change",
+		"searchbox Find images", "button Image", "button Size", "button Of its own", "button Build time", "button Change",
+		"image 52.5 GB in all: 5.45 GB layers, 1.24 GB other, 45.8 GB free", "list Images that have changed", "columnheader Build time", map[int64]string{1280: "cell 1m16s 699 MB pulled", 360: "cell Build time 1m16s 699 MB pulled"}[v.width],
 		"table Images", "tree What the disk holds", "complementary The chosen box", "status ",
 		"heading Images", "heading Layers", "heading What still fits", "heading Since the last generation",
-		"treeitem 10 layers shared by 2 images, ",
+		"treeitem 9 layers shared by 6 images, ",
 		"rowheader docker.io/library/debian:12 docker.io/library/debian@sha256:",
 		"link Skip to the list of images",
 	} {
