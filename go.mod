@@ -41,7 +41,7 @@ require (
 	github.com/zclconf/go-cty v1.19.0 // generated HCL2 code
 	go.etcd.io/bbolt v1.5.0 // benchmark: the transactions that containerd makes, alone
 	golang.org/x/oauth2 v0.37.0 // tests: the token that the stand-in for Google's APIs takes
-	golang.org/x/sync v0.24.0 // errgroup
+	golang.org/x/sync v0.24.0 // errgroup, and a semaphore for what is being read ahead
 	golang.org/x/sys v0.49.0 // open_tree, move_mount, setns
 	golang.org/x/time v0.16.0 // the rate at which the agent verifies and reads ahead
 	google.golang.org/api v0.311.0 // credentials and endpoints of Google's clients

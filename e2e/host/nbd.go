@@ -58,12 +58,36 @@ func AttachNBD(ctx context.Context, readOnly, direct bool, source ...string) (_ 
 	if err := d.await(file); err != nil {
 		return nil, err
 	}
+	if err := d.allowMany(); err != nil {
+		return nil, err
+	}
 	if direct {
 		d.Loop, err = AttachDirectLoop(file, readOnly)
 	} else {
 		d.Loop, err = AttachLoop(file, readOnly)
 	}
 	return d, err
+}
+
+// requests is how many requests the device has under way at once. For a file system in
+// user space it is 12 by default (max_background in Documentation/filesystems/fuse.rst),
+// and a network disk takes more.
+const requests = "64"
+
+func (d *NBD) allowMany() error {
+	const control = "/sys/fs/fuse/connections"
+	var st unix.Stat_t
+	if err := unix.Stat(d.dir, &st); err != nil {
+		return err
+	}
+	file := filepath.Join(control, fmt.Sprint(unix.Minor(st.Dev)), "max_background")
+	if _, err := os.Stat(file); err != nil {
+		// Debian's systemd has it mounted.
+		if err := unix.Mount("fusectl", control, "fusectl", 0, ""); err != nil {
+			return fmt.Errorf("mounting fusectl on %s: %w", control, err)
+		}
+	}
+	return os.WriteFile(file, []byte(requests), 0)
 }
 
 // await waits for a file that is not empty.

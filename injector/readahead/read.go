@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 	"golang.org/x/time/rate"
 
@@ -20,8 +21,10 @@ import (
 )
 
 const (
-	// depth is how many requests are under way at once.
-	depth = 32
+	// depth is how many requests are under way at once, of no more than inFlight bytes
+	// together: another's request waits behind them.
+	depth    = 32
+	inFlight = 1 << 20
 	// piece is the most that one of them reads, in bytes: what the kernel reads ahead by
 	// itself, so that one of a container's waits behind little.
 	piece = 128 << 10
@@ -29,6 +32,7 @@ const (
 
 // part is one piece of a file, which is opened for the first of its pieces.
 type part struct {
+	file           int // in the trace
 	open           func() (*os.File, error)
 	offset, length int64
 }
@@ -62,22 +66,44 @@ func (read *Image) read(ctx context.Context, root *cachedisk.Root, m *manifest.M
 	if opt.Rate > 0 {
 		limit = rate.NewLimiter(rate.Limit(opt.Rate), piece)
 	}
-	g, ctx := errgroup.WithContext(ctx)
+	for len(parts) > 0 && err == nil {
+		var n int64
+		parts, n, err = readTurn(ctx, parts, limit)
+		read.Bytes += n
+		if err == nil && len(parts) > 0 && opt.yield != nil {
+			err = opt.yield.wait(ctx, parts)
+		}
+	}
+	read.Files = len(o.files)
+	return err
+}
+
+// readTurn reads for a while, waits for what is under way, and gives what is left and how
+// many bytes it has read.
+func readTurn(parent context.Context, parts []part, limit *rate.Limiter) (left []part, read int64, err error) {
+	end := time.Now().Add(turn)
+	g, ctx := errgroup.WithContext(parent)
 	g.SetLimit(depth)
+	room := semaphore.NewWeighted(inFlight)
 	var bytes atomic.Int64
-	for _, p := range parts {
-		if limit != nil && limit.WaitN(ctx, int(p.pages())) != nil || ctx.Err() != nil {
+	for len(parts) > 0 && ctx.Err() == nil && time.Now().Before(end) {
+		p := parts[0]
+		if limit != nil && limit.WaitN(ctx, int(p.pages())) != nil || room.Acquire(ctx, p.pages()) != nil {
 			break
 		}
+		parts = parts[1:]
 		g.Go(func() error {
+			defer room.Release(p.pages())
 			n, err := p.read()
 			bytes.Add(n)
 			return err
 		})
 	}
 	err = g.Wait()
-	read.Bytes, read.Files = bytes.Load(), len(o.files)
-	return err
+	if err == nil {
+		err = parent.Err()
+	}
+	return parts, bytes.Load(), err
 }
 
 // opener opens the layers of an image and files in them.
@@ -129,7 +155,7 @@ func (o *opener) split(t *trace.Trace, limit int64) ([]part, error) {
 	for _, r := range t.Ranges {
 		for r.Length > 0 && limit >= pageSize {
 			most := min(piece, limit/pageSize*pageSize) - r.Offset%pageSize
-			p := part{files[r.File], r.Offset, min(r.Length, most)}
+			p := part{r.File, files[r.File], r.Offset, min(r.Length, most)}
 			parts = append(parts, p)
 			r.Offset, r.Length, limit = r.Offset+p.length, r.Length-p.length, limit-p.pages()
 		}

@@ -3,6 +3,8 @@
 // first use and many at once. A network disk answers many requests as quickly as one,
 // and a start makes them one after the other.
 //
+// It yields: while others read from the disk what a trace does not have, it waits.
+//
 // What is read stays in the page cache, as long as the kernel has the memory for it. A
 // wrong trace costs time, and nothing else depends on it.
 package readahead
@@ -35,6 +37,8 @@ type Options struct {
 	Bytes int64
 	// Rate is how much is read, in bytes a second; 0 is without limit.
 	Rate int64
+
+	yield *yield // nil where it cannot be told what others read
 }
 
 // Image is what was read of one image.
@@ -61,6 +65,7 @@ func Disk(ctx context.Context, d *cachedisk.Disk, opt Options, done func(Image, 
 			return err
 		}
 	}
+	opt.yield = newYield(d.Dir)
 	for _, img := range inOrder(d.Manifest.Images, opt.First) {
 		t, err := readTrace(root, img)
 		if errors.Is(err, fs.ErrNotExist) {
