@@ -416,10 +416,17 @@ func (m *Machine) Close() error {
 	if err := m.Kill(); err != nil {
 		return err
 	}
+	// Another process that boots looks for the locks of machines, and would make that of
+	// this one anew in the middle of its removal.
+	all, err := host.Lock(filepath.Join(filepath.Dir(m.Dir), ".lock"))
+	if err != nil {
+		return err
+	}
+	defer all.Close()
 	if err := remove(m.Dir, m.id); err != nil {
 		return fmt.Errorf("removing the machine: %w", err)
 	}
-	err := m.lock.Close()
+	err = m.lock.Close()
 	m.lock = nil
 	return err
 }
