@@ -63,11 +63,16 @@ func imageOf(disks []*cachedisk.Disk, ref string) (*cachedisk.Disk, manifest.Ima
 	return nil, manifest.Image{}
 }
 
-func record(cmd *cobra.Command, d *cachedisk.Disk, img manifest.Image) error {
+func record(cmd *cobra.Command, d *cachedisk.Disk, img manifest.Image) (err error) {
 	t, err := tracer.New(d, img)
 	if err != nil {
 		return err
 	}
+	done, err := t.Exact()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
 	if err := t.Cold(); err != nil {
 		return err
 	}

@@ -3,7 +3,7 @@
 // what is in there. overlayfs reads a layer's files through their own page cache, so that
 // this sees what containers read, also through mmap, whatever runtime started them.
 //
-// It needs root. What the kernel reads ahead by itself is in the trace as well; what
+// It needs root. The little that the kernel reads ahead by itself is in the trace as well; what
 // someone else reads of the same files meanwhile, too.
 package tracer
 
@@ -153,20 +153,4 @@ func (t *Tracer) Record(stop <-chan struct{}) error {
 		}
 	}
 	return nil
-}
-
-// Trace is what was recorded.
-func (t *Tracer) Trace() *trace.Trace {
-	out := &trace.Trace{SchemaVersion: trace.SchemaVersion, Image: t.image.Config.Digest, Files: []trace.File{}, Ranges: []trace.Range{}}
-	place := map[int]int{}
-	for _, r := range t.seen {
-		i, ok := place[r.File]
-		if !ok {
-			i = len(out.Files)
-			place[r.File] = i
-			out.Files = append(out.Files, t.files[r.File].at)
-		}
-		out.Ranges = append(out.Ranges, trace.Range{File: i, Offset: r.Offset, Length: r.Length})
-	}
-	return out
 }
