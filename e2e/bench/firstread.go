@@ -19,37 +19,53 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/selkies-project/packer-plugin-selkies/e2e/desktop"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 	"github.com/selkies-project/packer-plugin-selkies/trace"
 )
 
-// firstRead measures the start of a browser whose image is registered and was never read:
-// until it has drawn a page, from a cold page cache and a cache disk that is a network
-// disk, with and without its access trace read ahead.
+// firstRead measures starts of programs whose image is registered and was never read:
+// until they have drawn, from a cold page cache and a cache disk that is a network disk,
+// with and without an access trace read ahead.
 type firstRead struct {
-	s        *session
-	node     *node
-	image    desktop.Image
-	trace    *trace.Trace
-	profiles []*slowStart
+	s      *session
+	node   *node
+	ref    string // of the image
+	starts []*slowStart
 }
 
-// slowStart is what was measured with one profile.
+// program is what is started. It ends, having said want.
+type program struct {
+	name, want string
+	command    []string
+	// trace is that of its start, misleading one of files that it does not read.
+	trace, misleading *trace.Trace
+}
+
+// slowStart is what was measured of a program with one profile.
 type slowStart struct {
+	*program
 	name string
-	profile
-	// wrong is the same disk with a trace of files that the start does not read.
+	host.Profile
+	// wrong is the same disk with the misleading trace.
 	right, wrong *attached
 
 	cold, warm, ahead, after, beside, wrongly series
+	// recorded is how long the start took whose access trace was recorded, 0 if it is another's.
+	recorded time.Duration
 }
 
+// A browser and, of the same image, what shows the display of a desktop with OpenGL: the X
+// server, and a program that asks it what it draws with.
 func newFirstRead(s *session) benchmark {
-	return &firstRead{s: s, profiles: []*slowStart{
-		{name: "1 ms, 140 MB/s", profile: profile{time.Millisecond, 140e6}},
-		{name: "2 ms, 30 MB/s", profile: profile{2 * time.Millisecond, 30e6}},
+	browser := &program{name: "browser"}
+	display := &program{name: "display", want: "llvmpipe", command: []string{"sh", "-c", `Xvfb :7 -nolisten local >/dev/null 2>&1 &
+until DISPLAY=:7 glxinfo -B 2>/dev/null; do sleep 0.02; done`}}
+	fast, small := host.Profile{Delay: time.Millisecond, Rate: 140e6}, host.Profile{Delay: 2 * time.Millisecond, Rate: 30e6}
+	return &firstRead{s: s, starts: []*slowStart{
+		{program: browser, name: "1 ms, 140 MB/s", Profile: fast},
+		{program: browser, name: "2 ms, 30 MB/s", Profile: small},
+		{program: display, name: "display, 1 ms, 140 MB/s", Profile: fast},
 	}}
 }
 
@@ -70,8 +86,8 @@ func (b *firstRead) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	b.image = all.images[0]
-	if b.image.Ref, err = d.name(b.image.Ref); err != nil {
+	image := all.images[0]
+	if b.ref, err = d.name(image.Ref); err != nil {
 		return err
 	}
 	memory := filepath.Join(b.s.dir, "memory")
@@ -89,14 +105,25 @@ func (b *firstRead) prepare(ctx context.Context) error {
 	if _, err := host.Output(exec.CommandContext(ctx, "cp", "--sparse=always", d.file, inMemory.file)); err != nil {
 		return err
 	}
-	if err := b.record(ctx, inMemory); err != nil {
-		return fmt.Errorf("tracing the browser's start: %w", err)
-	}
-	for _, p := range b.profiles {
-		if p.right, err = b.attach(ctx, inMemory, p.profile, true); err != nil {
+	for _, p := range b.starts {
+		if p.command == nil {
+			p.command, p.want = image.Command, image.Want
+		}
+		if p.right, err = b.attach(ctx, inMemory, p.Profile); err != nil {
 			return err
 		}
-		if p.wrong, err = b.attach(ctx, inMemory, p.profile, false); err != nil {
+		if p.wrong, err = b.attach(ctx, inMemory, p.Profile); err != nil {
+			return err
+		}
+		if p.trace == nil {
+			if p.trace, err = b.record(ctx, p); err != nil {
+				return fmt.Errorf("tracing the start of the %s: %w", p.program.name, err)
+			}
+			if p.misleading, err = wrongTrace(p); err != nil {
+				return err
+			}
+		}
+		if err := errors.Join(b.write(ctx, p.right, p.trace), b.write(ctx, p.wrong, p.misleading)); err != nil {
 			return err
 		}
 	}
@@ -104,55 +131,43 @@ func (b *firstRead) prepare(ctx context.Context) error {
 	return nil
 }
 
-// record has the injector trace a start from the disk, and puts the trace there.
-func (b *firstRead) record(ctx context.Context, d *disk) (err error) {
-	loop, err := host.AttachLoop(d.file, false)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, loop.Close()) }()
-	a, err := b.s.attachLoop(b.node, d, loop)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, a.detach(ctx)) }()
+// record has the injector trace a start from the disk.
+func (b *firstRead) record(ctx context.Context, p *slowStart) (*trace.Trace, error) {
 	if err := b.node.fresh(ctx); err != nil {
-		return err
+		return nil, err
 	}
-	if _, err := a.inject(ctx); err != nil {
-		return err
+	if _, err := p.right.inject(ctx); err != nil {
+		return nil, err
 	}
-	tracer := b.node.Command(ctx, "selkies-image-injector", "trace", "--cache", a.dir, b.image.Ref)
+	tracer := b.node.Command(ctx, "selkies-image-injector", "trace", "--cache", p.right.dir, b.ref)
 	tracer.Stderr = os.Stderr
 	stop, err := tracer.StdinPipe()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	stdout, err := tracer.StdoutPipe()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := tracer.Start(); err != nil {
-		return err
+		return nil, err
 	}
 	out := bufio.NewReader(stdout)
 	if line, err := out.ReadString('\n'); err != nil || line != "ready\n" {
-		return errors.Join(fmt.Errorf("it says %q: %w", line, err), tracer.Wait())
+		return nil, errors.Join(fmt.Errorf("it says %q: %w", line, err), tracer.Wait())
 	}
-	_, started := b.start(ctx)
+	p.recorded, err = b.start(ctx, p.program)
 	stop.Close()
-	data, err := io.ReadAll(out)
-	if err := errors.Join(started, err, tracer.Wait()); err != nil {
-		return err
+	data, readErr := io.ReadAll(out)
+	if err := errors.Join(err, readErr, tracer.Wait()); err != nil {
+		return nil, err
 	}
-	if b.trace, err = trace.Decode(data); err != nil {
-		return err
-	}
-	if err := b.write(ctx, a, b.trace); err != nil {
-		return err
+	t, err := trace.Decode(data)
+	if err != nil {
+		return nil, err
 	}
 	// Its containerd has the disk mounted as well.
-	return b.node.fresh(ctx)
+	return t, b.node.fresh(ctx)
 }
 
 // write makes t the trace on the disk, which is mounted read-only until then.
@@ -172,9 +187,9 @@ func (b *firstRead) write(ctx context.Context, a *attached, t *trace.Trace) erro
 	return err
 }
 
-// attach attaches the disk with a profile, with the right trace or a wrong one.
-func (b *firstRead) attach(ctx context.Context, d *disk, p profile, right bool) (*attached, error) {
-	device, err := attachSlow(ctx, d.file, p, right)
+// attach attaches the disk with a profile. What is written to it is nobody else's.
+func (b *firstRead) attach(ctx context.Context, d *disk, p host.Profile) (*attached, error) {
+	device, err := host.AttachSlow(ctx, d.file, p, false)
 	if err != nil {
 		return nil, err
 	}
@@ -184,14 +199,7 @@ func (b *firstRead) attach(ctx context.Context, d *disk, p profile, right bool) 
 		return nil, err
 	}
 	b.s.cleanup = append(b.s.cleanup, func() error { return a.detach(context.WithoutCancel(ctx)) })
-	if right {
-		return a, nil
-	}
-	t, err := b.wrongTrace(a)
-	if err != nil {
-		return nil, err
-	}
-	return a, b.write(ctx, a, t)
+	return a, nil
 }
 
 // detach takes a disk away that no runtime uses.
@@ -202,8 +210,9 @@ func (a *attached) detach(ctx context.Context) error {
 
 // wrongTrace has as many bytes as the right one, or as there are, of other files of the
 // same layers that are not small.
-func (b *firstRead) wrongTrace(a *attached) (*trace.Trace, error) {
-	t := &trace.Trace{SchemaVersion: trace.SchemaVersion, Image: b.trace.Image}
+func wrongTrace(p *slowStart) (*trace.Trace, error) {
+	a, right := p.right, p.trace
+	t := &trace.Trace{SchemaVersion: trace.SchemaVersion, Image: right.Image}
 	i := slices.IndexFunc(a.manifest.Images, func(img manifest.Image) bool { return img.Config.Digest == t.Image })
 	chain, err := a.manifest.Images[i].ChainIDs()
 	if err != nil {
@@ -226,7 +235,7 @@ func (b *firstRead) wrongTrace(a *attached) (*trace.Trace, error) {
 				return err
 			}
 			rel, err := filepath.Rel(dir, name)
-			if f := (trace.File{Layer: n, Path: rel}); fi.Size() >= 64<<10 && !slices.Contains(b.trace.Files, f) {
+			if f := (trace.File{Layer: n, Path: rel}); fi.Size() >= 64<<10 && !slices.Contains(right.Files, f) {
 				all = append(all, candidate{f, fi.Size()})
 			}
 			return err
@@ -237,9 +246,9 @@ func (b *firstRead) wrongTrace(a *attached) (*trace.Trace, error) {
 	}
 	r := rand.New(rand.NewPCG(1, 2))
 	r.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	left := b.trace.Bytes()
+	left := right.Bytes()
 	for _, c := range all {
-		if left <= 0 || len(t.Files) == len(b.trace.Files)*10 {
+		if left <= 0 || len(t.Files) == len(right.Files)*10 {
 			break
 		}
 		t.Ranges = append(t.Ranges, trace.Range{File: len(t.Files), Length: c.size})
@@ -250,7 +259,7 @@ func (b *firstRead) wrongTrace(a *attached) (*trace.Trace, error) {
 }
 
 func (b *firstRead) round(ctx context.Context) error {
-	for _, p := range b.profiles {
+	for _, p := range b.starts {
 		if err := b.measure(ctx, p); err != nil {
 			return fmt.Errorf("%s: %w", p.name, err)
 		}
@@ -265,10 +274,10 @@ func (b *firstRead) measure(ctx context.Context, p *slowStart) error {
 	if _, err := p.right.inject(ctx); err != nil {
 		return err
 	}
-	if err := b.timed(ctx, &p.cold, true); err != nil {
+	if err := b.timed(ctx, p.program, &p.cold, true); err != nil {
 		return err
 	}
-	if err := b.timed(ctx, &p.warm, false); err != nil {
+	if err := b.timed(ctx, p.program, &p.warm, false); err != nil {
 		return err
 	}
 	if err := b.cold(ctx); err != nil {
@@ -279,10 +288,10 @@ func (b *firstRead) measure(ctx context.Context, p *slowStart) error {
 		return err
 	}
 	p.ahead.took(took)
-	if err := b.timed(ctx, &p.after, false); err != nil {
+	if err := b.timed(ctx, p.program, &p.after, false); err != nil {
 		return err
 	}
-	if err := b.together(ctx, p.right, &p.beside); err != nil {
+	if err := b.together(ctx, p.program, p.right, &p.beside); err != nil {
 		return err
 	}
 	if err := b.node.fresh(ctx); err != nil {
@@ -291,23 +300,23 @@ func (b *firstRead) measure(ctx context.Context, p *slowStart) error {
 	if _, err := p.wrong.inject(ctx); err != nil {
 		return err
 	}
-	return b.together(ctx, p.wrong, &p.wrongly)
+	return b.together(ctx, p.program, p.wrong, &p.wrongly)
 }
 
 // timed measures a start.
-func (b *firstRead) timed(ctx context.Context, s *series, cold bool) error {
+func (b *firstRead) timed(ctx context.Context, p *program, s *series, cold bool) error {
 	if cold {
 		if err := b.cold(ctx); err != nil {
 			return err
 		}
 	}
-	took, err := b.start(ctx)
+	took, err := b.start(ctx, p)
 	s.took(took)
 	return err
 }
 
 // together measures a start from a cold page cache that begins with the reading ahead.
-func (b *firstRead) together(ctx context.Context, a *attached, s *series) error {
+func (b *firstRead) together(ctx context.Context, p *program, a *attached, s *series) error {
 	if err := b.cold(ctx); err != nil {
 		return err
 	}
@@ -316,7 +325,7 @@ func (b *firstRead) together(ctx context.Context, a *attached, s *series) error 
 		_, err := a.readAhead(ctx)
 		return err
 	})
-	err := b.timed(ctx, s, false)
+	err := b.timed(ctx, p, s, false)
 	return errors.Join(err, g.Wait())
 }
 
@@ -335,11 +344,11 @@ containerd-shim-runc-v2 -v >/dev/null`)
 	return err
 }
 
-// start runs the browser.
-func (b *firstRead) start(ctx context.Context) (time.Duration, error) {
-	out, took, err := b.node.timed(ctx, containerdPeers.run(b.image.Ref, b.image.Command...)...)
-	if err == nil && !strings.Contains(out, b.image.Want) {
-		err = fmt.Errorf("%s said %q, not %q", b.image.Ref, out, b.image.Want)
+// start runs the program.
+func (b *firstRead) start(ctx context.Context, p *program) (time.Duration, error) {
+	out, took, err := b.node.timed(ctx, containerdPeers.run(b.ref, p.command...)...)
+	if err == nil && !strings.Contains(out, p.want) {
+		err = fmt.Errorf("the %s said %q, not %q", p.name, out, p.want)
 	}
 	return took, err
 }
@@ -363,10 +372,16 @@ func (a *attached) readAhead(ctx context.Context) (time.Duration, error) {
 }
 
 func (b *firstRead) figures() []figure {
-	f := []figure{{name: "read ahead", unit: bytes, runs: series{float64(b.trace.Bytes())}},
-		{name: "  in files", unit: count, runs: series{float64(len(b.trace.Files))}},
-		{name: "  in ranges", unit: count, runs: series{float64(len(b.trace.Ranges))}}}
-	for _, p := range b.profiles {
+	var f []figure
+	for _, p := range b.starts {
+		if p.recorded > 0 {
+			t := p.trace
+			f = append(f, figure{name: p.program.name + ": read ahead", unit: bytes, runs: series{float64(t.Bytes())}},
+				figure{name: "  in files", unit: count, runs: series{float64(len(t.Files))}},
+				figure{name: "  in ranges", unit: count, runs: series{float64(len(t.Ranges))}},
+				figure{name: "  recorded in a start of", unit: seconds, runs: series{p.recorded.Seconds()},
+					ratios: []ratio{{"cold", 0, series{p.recorded.Seconds() / p.cold.median()}}}})
+		}
 		var both series
 		for i := range p.ahead {
 			both.add(p.ahead[i] + p.after[i])
@@ -376,7 +391,8 @@ func (b *firstRead) figures() []figure {
 			figure{name: p.name + ": cold start", unit: seconds, runs: p.cold},
 			figure{name: p.name + ": start again, all in memory", unit: seconds, runs: p.warm, ratios: cold(0, p.warm)},
 			figure{name: p.name + ": reading ahead", unit: seconds, runs: p.ahead, ratios: cold(0, p.ahead)},
-			figure{name: p.name + ": start after it", unit: seconds, runs: p.after, ratios: cold(0.1, p.after)},
+			figure{name: p.name + ": start after it", unit: seconds, runs: p.after,
+				ratios: append(cold(0.1, p.after), ratio{"start again", 0, p.after.over(p.warm)})},
 			figure{name: p.name + ": both, one after the other", unit: seconds, runs: both, ratios: cold(0.3, both)},
 			figure{name: p.name + ": both at once", unit: seconds, runs: p.beside, ratios: cold(0, p.beside)},
 			figure{name: p.name + ": at once with a wrong trace", unit: seconds, runs: p.wrongly, ratios: cold(1.05, p.wrongly)},

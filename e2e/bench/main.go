@@ -44,7 +44,7 @@ var benchmarks = []struct {
 	{"docker-600", "Docker's overlay2 store, 60 images of 11 layers", func(s *session) benchmark { return newStore(s, 60) }},
 	{"desktop-containerd", "containerd, the image of a desktop", func(s *session) benchmark { return newDesktop(s, containerdPeers) }},
 	{"desktop-docker", "Docker, the image of a desktop", func(s *session) benchmark { return newDesktop(s, dockerPeers) }},
-	{"first-read", "containerd, the first start of a browser on a network disk", newFirstRead},
+	{"first-read", "containerd, the first start of a program on a network disk", newFirstRead},
 	{"packer-600", "packer build, 60 images of 11 layers", func(s *session) benchmark { return newBuild(s, 60) }},
 	{"agent-2000", "the node agent's memory with 200 images of 11 layers", func(s *session) benchmark { return newAgent(s, 200) }},
 }
