@@ -139,6 +139,9 @@ func (b *firstRead) record(ctx context.Context, p *slowStart) (*trace.Trace, err
 	if _, err := p.right.inject(ctx); err != nil {
 		return nil, err
 	}
+	if err := b.cold(ctx); err != nil {
+		return nil, err
+	}
 	tracer := b.node.Command(ctx, "selkies-image-injector", "trace", "--cache", p.right.dir, b.ref)
 	tracer.Stderr = os.Stderr
 	stop, err := tracer.StdinPipe()
