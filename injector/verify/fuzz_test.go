@@ -69,7 +69,7 @@ func FuzzTree(f *testing.F) {
 			p.send(piece{bytes: stream})
 			close(p.in)
 		}()
-		unpacked, err := p.tree()
+		unpacked, err := p.tree(t.Context())
 		if err != nil && unpacked != nil {
 			t.Fatalf("unpacks %v although %v", unpacked, err)
 		}

@@ -2,6 +2,7 @@ package verify
 
 import (
 	"archive/tar"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ type pieces struct {
 	// there, may a gap be.
 	contents bool
 	end      chan struct{} // closed when nobody reads any more
+	paths    int           // that the headers may still make
 }
 
 // piece is bytes, or a gap as long as the contents of a file.
@@ -26,7 +28,9 @@ type piece struct {
 	name  string
 }
 
-func newPieces() *pieces { return &pieces{in: make(chan piece, depth), end: make(chan struct{})} }
+func newPieces() *pieces {
+	return &pieces{in: make(chan piece, depth), end: make(chan struct{}), paths: maxPaths}
+}
 
 func (p *pieces) send(next piece) {
 	select {
@@ -98,13 +102,20 @@ func (p *pieces) Seek(offset int64, whence int) (int64, error) {
 	return p.pos, nil
 }
 
+// maxPaths is how many headers there can be, in blocks of 512 bytes. No layer needs more
+// directories that it has no header for.
+const maxPaths = maxHeaders / 512
+
 // tree reads the headers.
-func (p *pieces) tree() (tree, error) {
+func (p *pieces) tree(ctx context.Context) (tree, error) {
 	defer close(p.end)
 	t := tree{}
 	tr := tar.NewReader(p)
 	for {
 		hdr, err := tr.Next()
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
 		if err == io.EOF {
 			return t, nil
 		}
@@ -116,7 +127,13 @@ func (p *pieces) tree() (tree, error) {
 				return nil, err
 			}
 		}
-		t.add(hdr)
+		made, err := t.add(hdr)
+		if err != nil {
+			return nil, err
+		}
+		if p.paths -= made; p.paths < 0 {
+			return nil, fmt.Errorf("more than %d paths", maxPaths)
+		}
 	}
 }
 

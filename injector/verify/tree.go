@@ -10,6 +10,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"sort"
 	"strings"
 	"syscall"
 	"time"
@@ -41,66 +42,90 @@ type node struct {
 	hdr      *tar.Header // nil for the others
 	whiteout bool
 	opaque   bool
-	linked   *node // what a hard link was made to
-	seen     bool  // on the disk
+	linked   *node    // what a hard link was made to
+	below    []string // what was made in it, and may be gone
+	seen     bool     // on the disk
 }
 
+// maxPath is more than the kernel takes for a path or a link, in bytes (PATH_MAX).
+const maxPath = unix.PathMax
+
 // add unpacks one entry as Docker does: a later one replaces an earlier one, but a
-// directory keeps what is in it when another directory comes over it.
-func (t tree) add(hdr *tar.Header) {
+// directory keeps what is in it when another directory comes over it. It gives how many
+// paths it has made.
+func (t tree) add(hdr *tar.Header) (made int, err error) {
 	if hdr.Typeflag == tar.TypeXGlobalHeader {
-		return
+		return 0, nil
+	}
+	if len(hdr.Name) >= maxPath || len(hdr.Linkname) >= maxPath {
+		return 0, fmt.Errorf("%.100q: its name, or what it links to, is too long to be unpacked", hdr.Name)
 	}
 	name := t.resolve(clean(hdr.Name))
+	if len(name) >= maxPath {
+		return 0, fmt.Errorf("%.100q: where its name leads is too long to be unpacked", hdr.Name)
+	}
 	dir, base := path.Split(name)
 	dir = path.Clean(dir)
-	t.parents(name)
+	made = t.parents(name)
 	if base == whiteoutOpaque {
 		t[dir].opaque = true
-		return
+		return made, nil
 	}
 	if hidden, ok := strings.CutPrefix(base, whiteoutPrefix); ok {
 		name = path.Join(dir, hidden)
 		t.remove(name)
-		t[name] = &node{whiteout: true}
-		return
+		t.put(name, &node{whiteout: true})
+		return made + 1, nil
 	}
 	if old := t[name]; old != nil && old.dir() && hdr.Typeflag == tar.TypeDir {
 		old.hdr = hdr
-		return
+		return made, nil
 	}
 	n := &node{hdr: hdr}
 	if hdr.Typeflag == tar.TypeLink {
 		n.linked = t[t.resolve(clean(hdr.Linkname))]
 	}
 	t.remove(name)
+	t.put(name, n)
+	return made + 1, nil
+}
+
+// put has n at name, whose directory is there.
+func (t tree) put(name string, n *node) {
 	t[name] = n
+	if name != "." {
+		dir := t[path.Dir(name)]
+		dir.below = append(dir.below, name)
+	}
 }
 
 func (n *node) dir() bool {
 	return !n.whiteout && (n.hdr == nil || n.hdr.Typeflag == tar.TypeDir)
 }
 
-// parents makes the directories above name that the stream does not have.
-func (t tree) parents(name string) {
-	for name != "." {
-		name = path.Dir(name)
-		if t[name] == nil || !t[name].dir() {
-			t[name] = &node{}
-		}
+// parents makes the directories above name that the stream does not have, and gives how
+// many. What is above a directory is one.
+func (t tree) parents(name string) (made int) {
+	if name == "." {
+		return 0
 	}
+	dir := path.Dir(name)
+	if n := t[dir]; n != nil && n.dir() {
+		return 0
+	}
+	made = t.parents(dir)
+	t.put(dir, &node{})
+	return made + 1
 }
 
 func (t tree) remove(name string) {
 	old := t[name]
 	delete(t, name)
-	if old == nil || !old.dir() {
+	if old == nil {
 		return
 	}
-	for below := range t {
-		if strings.HasPrefix(below, name+"/") {
-			delete(t, below)
-		}
+	for _, below := range old.below {
+		t.remove(below)
 	}
 }
 
@@ -109,7 +134,7 @@ func (t tree) remove(name string) {
 func (t tree) resolve(name string) string {
 	for range 40 {
 		next := t.resolveOnce(name)
-		if next == name {
+		if next == name || len(name) >= maxPath {
 			break
 		}
 		name = next
@@ -118,21 +143,27 @@ func (t tree) resolve(name string) string {
 }
 
 func (t tree) resolveOnce(name string) string {
+	var ends []int // of the directories above
 	for i := range len(name) {
-		if name[i] != '/' {
-			continue
+		if name[i] == '/' {
+			ends = append(ends, i)
 		}
-		n := t[name[:i]]
-		if n == nil || n.hdr == nil || n.hdr.Typeflag != tar.TypeSymlink {
-			continue
-		}
-		target := n.hdr.Linkname
-		if !path.IsAbs(target) {
-			target = path.Join(path.Dir(name[:i]), target)
-		}
-		return clean(target + name[i:])
 	}
-	return name
+	// What is above a path that is there is a directory, so only the last can be a link.
+	there := sort.Search(len(ends), func(i int) bool { return t[name[:ends[i]]] == nil })
+	if there == 0 {
+		return name
+	}
+	end := ends[there-1]
+	n := t[name[:end]]
+	if n.hdr == nil || n.hdr.Typeflag != tar.TypeSymlink {
+		return name
+	}
+	target := n.hdr.Linkname
+	if !path.IsAbs(target) {
+		target = path.Join(path.Dir(name[:end]), target)
+	}
+	return clean(target + name[end:])
 }
 
 // file is what the disk has at a path.
@@ -178,12 +209,10 @@ func (t tree) compare(dir string) ([]string, error) {
 	if err != nil {
 		return problems, err
 	}
-	for name, f := range files {
-		diffs := t[name].compare(f)
-		if names := linked[f.st.Ino]; len(names) > 1 {
-			diffs = t.compareLinked(t[name], f, names)
+	for _, names := range linked {
+		for i, diffs := range t.compareLinked(files, names) {
+			problems = append(problems, t.problem(names[i], diffs, files[names[i]], files)...)
 		}
-		problems = append(problems, t.problem(name, diffs, f, files)...)
 	}
 	for name, n := range t {
 		if !n.seen {
@@ -221,12 +250,13 @@ func (t tree) linkTarget(n *node) string {
 	return ""
 }
 
-// compareLinked accepts the attributes of any of the names of one file.
-func (t tree) compareLinked(n *node, f *file, names []string) []string {
-	var first []string
-	for _, name := range names {
+// compareLinked says how each of the names of one file differs. The attributes of any of
+// them are accepted.
+func (t tree) compareLinked(files map[string]*file, names []string) [][]string {
+	diffs := make([][]string, len(names))
+	for i, name := range names {
 		other := *t[name]
-		if other.hdr.Typeflag == tar.TypeLink {
+		if other.hdr.Typeflag == tar.TypeLink && len(names) > 1 {
 			// The type and the contents' size are those of the file linked to.
 			hdr := *other.hdr
 			if target := other.linked; target != nil && target.hdr != nil {
@@ -238,15 +268,11 @@ func (t tree) compareLinked(n *node, f *file, names []string) []string {
 			}
 			other.hdr = &hdr
 		}
-		diffs := other.compare(f)
-		if len(diffs) == 0 {
-			return nil
-		}
-		if t[name] == n || first == nil {
-			first = diffs
+		if diffs[i] = other.compare(files[name]); len(diffs[i]) == 0 {
+			return make([][]string, len(names))
 		}
 	}
-	return first
+	return diffs
 }
 
 // compare says how a path on the disk differs.

@@ -9,9 +9,9 @@
 // that is not in the stream, but directories that only lead to something. Compressed
 // blobs, where the disk keeps them, must hash to their digests.
 //
-// The disk is data from elsewhere: nothing on it leads out of it, and it can neither
-// take more memory than its recorded headers are allowed nor more time than its size
-// takes to be read.
+// The disk is data from elsewhere: nothing on it leads out of it. What it can take of
+// memory and time is bounded by its size and by that of the recorded headers, which
+// are read up to a bound, and none of which costs more than its length.
 package verify
 
 import (
@@ -292,7 +292,7 @@ func (r *run) rebuild(ctx context.Context, l manifest.Layer, dir *cachedisk.Root
 	s.headers, s.hash = newPieces(), digester.Hash()
 	read := make(chan struct{})
 	go func() {
-		want, headersErr = s.headers.tree()
+		want, headersErr = s.headers.tree(ctx)
 		close(read)
 	}()
 	err = s.rebuild(ctx, records)

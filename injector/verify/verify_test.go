@@ -577,12 +577,17 @@ func TestTree(t *testing.T) {
 		{"upward", []tar.Header{file("../../a")}, map[string]string{".": "dir", "a": "file"}},
 		{"through links", []tar.Header{dir("usr/lib"), link("lib", "/usr/lib"), link("l", "lib"), file("l/a")},
 			map[string]string{".": "dir", "usr": "dir", "usr/lib": "dir", "lib": "file", "l": "file", "usr/lib/a": "file"}},
+		{"file over the root", []tar.Header{file("a/b"), file("."), file("c")}, map[string]string{".": "dir", "c": "file"}},
+		{"through a link that is replaced", []tar.Header{link("a", "b"), file("a/x"), file("a"), file("a/y")},
+			map[string]string{".": "dir", "a": "dir", "a/y": "file", "b": "dir", "b/x": "file"}},
 		{"through a loop", []tar.Header{link("a", "a"), file("a/b")}, map[string]string{".": "dir", "a": "dir", "a/b": "file"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			tr := tree{}
 			for _, h := range tt.hdrs {
-				tr.add(&h)
+				if _, err := tr.add(&h); err != nil {
+					t.Fatal(err)
+				}
 			}
 			got := map[string]string{}
 			for name, n := range tr {
@@ -604,11 +609,103 @@ func TestTree(t *testing.T) {
 	}
 }
 
+// TestTreeLarge unpacks what takes hours where a path costs as much as the tree has others,
+// or as it is deep itself.
+func TestTreeLarge(t *testing.T) {
+	hdrs := map[string]iter.Seq[tar.Header]{
+		"replaced directories": func(yield func(tar.Header) bool) {
+			for i := range 120_000 {
+				if !yield(tar.Header{Name: fmt.Sprint(i/2, "/", i%2)}) || i%2 == 1 && !yield(tar.Header{Name: fmt.Sprint(i / 2)}) {
+					return
+				}
+			}
+		},
+		"deep links": func(yield func(tar.Header) bool) {
+			yield(tar.Header{Name: "l", Typeflag: tar.TypeSymlink, Linkname: strings.Repeat("a/", 1000)})
+			for range 1000 {
+				if !yield(tar.Header{Name: "l/" + strings.Repeat("a/", 1000) + "f", Typeflag: tar.TypeLink, Linkname: strings.Repeat("b/", 2000)}) {
+					return
+				}
+			}
+		},
+	}
+	for name, hdrs := range hdrs {
+		t.Run(name, func(t *testing.T) {
+			tr := tree{}
+			for h := range hdrs {
+				if _, err := tr.add(&h); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// TestTreeRefused has streams that nobody can unpack, or that ask for more than is given.
+func TestTreeRefused(t *testing.T) {
+	deep := func(n int) string { return strings.Repeat("a/", n) }
+	for name, tt := range map[string]struct {
+		hdrs iter.Seq[tar.Header]
+		want string
+	}{
+		"name":   {slices.Values([]tar.Header{{Name: deep(80_000)}}), "its name, or what it links to, is too long"},
+		"target": {slices.Values([]tar.Header{{Name: "a", Typeflag: tar.TypeSymlink, Linkname: deep(80_000)}}), "its name, or what it links to, is too long"},
+		"by a link": {slices.Values([]tar.Header{
+			{Name: "l", Typeflag: tar.TypeSymlink, Linkname: deep(1500)}, {Name: "l/" + deep(1500) + "b"},
+		}), "where its name leads is too long"},
+		"too many": {func(yield func(tar.Header) bool) {
+			for i := range 10 {
+				if !yield(tar.Header{Name: fmt.Sprint(i%2, "/", deep(1000))}) || !yield(tar.Header{Name: fmt.Sprint(i % 2)}) {
+					return
+				}
+			}
+		}, fmt.Sprintf("more than %d paths", maxPaths)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := newPieces()
+			p.paths = 9000
+			go func() {
+				defer close(p.in)
+				for h := range tt.hdrs {
+					var b bytes.Buffer
+					if err := tar.NewWriter(&b).WriteHeader(&h); err != nil {
+						panic(err)
+					}
+					p.send(piece{bytes: b.Bytes()})
+				}
+			}()
+			if _, err := p.tree(t.Context()); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("says %v, want %s", err, tt.want)
+			}
+		})
+	}
+}
+
+// TestManyLinks compares names of one file, none of which has its attributes.
+func TestManyLinks(t *testing.T) {
+	const links = 30_000
+	tr, files, names := tree{}, map[string]*file{}, make([]string, links)
+	f := &file{}
+	f.st.Mode = unix.S_IFREG
+	for i := range names {
+		names[i] = strconv.Itoa(i)
+		if _, err := tr.add(&tar.Header{Name: names[i], Typeflag: tar.TypeLink, Linkname: "0", Uid: 1}); err != nil {
+			t.Fatal(err)
+		}
+		files[names[i]] = f
+	}
+	if diffs := tr.compareLinked(files, names); len(diffs) != links || len(diffs[links-1]) == 0 {
+		t.Errorf("says %d times %q", len(diffs), diffs[links-1])
+	}
+}
+
 // TestOverlayAttributes has those that would lead overlayfs to other files, and those that it
 // writes by itself.
 func TestOverlayAttributes(t *testing.T) {
 	tr := tree{}
-	tr.add(&tar.Header{Name: "implied/file", Typeflag: tar.TypeReg})
+	if _, err := tr.add(&tar.Header{Name: "implied/file", Typeflag: tar.TypeReg}); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range []string{".", "implied", "implied/file"} {
 		for attribute, reported := range map[string]bool{
 			"trusted.overlay.redirect": true, "trusted.overlay.metacopy": true, "trusted.overlay.verity": true,
