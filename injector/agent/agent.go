@@ -127,7 +127,7 @@ func newAgent(c Config) (*Agent, error) {
 		metrics:     newMetrics(),
 		gate:        newGate(c.GateDeadline),
 		changes:     newChanges(),
-		proofs:      newProofs(),
+		proofs:      newProofs(cachedisk.HostPath(c.HostRoot, notesDir)),
 		pending:     reasonStart,
 		generations: map[digest.Digest]*generation{},
 		there:       map[string]bool{},

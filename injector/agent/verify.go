@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"os"
+	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -17,9 +20,13 @@ import (
 // empties it: here, which layers are proved, for the agent's next start to go on.
 const notesDir = "/run/selkies-image-injector"
 
+// notePrefix is that of a note's name, which ends with the cache ID.
+const notePrefix = "verified-"
+
 // proofs is what is known of the disks' layers, by cache ID.
 type proofs struct {
-	mu sync.Mutex
+	dir string // of the notes, as this process sees it
+	mu  sync.Mutex
 	// at is the disk that is being verified, "" while none is.
 	at     digest.Digest
 	begun  map[digest.Digest]bool
@@ -27,13 +34,39 @@ type proofs struct {
 	broken map[string]int
 }
 
-func newProofs() *proofs {
-	return &proofs{begun: map[digest.Digest]bool{}, proved: map[string]int{}, broken: map[string]int{}}
+func newProofs(dir string) *proofs {
+	return &proofs{dir: dir, begun: map[digest.Digest]bool{}, proved: map[string]int{}, broken: map[string]int{}}
+}
+
+// file notes which layers of a disk are proved.
+func (p *proofs) file(cache digest.Digest) string {
+	return filepath.Join(p.dir, notePrefix+cache.Encoded())
+}
+
+// forget removes the notes of disks that are away: what comes back may be another copy.
+func (p *proofs) forget(disks []*cachedisk.Disk) error {
+	notes, err := filepath.Glob(filepath.Join(p.dir, notePrefix+"*"))
+	if err != nil {
+		return err
+	}
+	var keep []string
+	if p.at != "" {
+		keep = append(keep, p.file(p.at))
+	}
+	for _, d := range disks {
+		keep = append(keep, p.file(d.ID))
+	}
+	for _, note := range notes {
+		if !slices.Contains(keep, note) {
+			err = errors.Join(err, os.Remove(note))
+		}
+	}
+	return err
 }
 
 // next is a disk that is to be verified now, nil if there is none. One that was away is
-// to be verified again.
-func (p *proofs) next(disks []*cachedisk.Disk) *cachedisk.Disk {
+// to be verified again, from the beginning.
+func (p *proofs) next(disks []*cachedisk.Disk) (*cachedisk.Disk, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for id := range p.begun {
@@ -43,16 +76,16 @@ func (p *proofs) next(disks []*cachedisk.Disk) *cachedisk.Disk {
 			delete(p.broken, id.String())
 		}
 	}
-	if p.at != "" {
-		return nil
+	if err := p.forget(disks); err != nil || p.at != "" {
+		return nil, err
 	}
 	for _, d := range disks {
 		if !p.begun[d.ID] {
 			p.at, p.begun[d.ID] = d.ID, true
-			return d
+			return d, nil
 		}
 	}
-	return nil
+	return nil, nil
 }
 
 func (p *proofs) note(cache digest.Digest, proved, broken int) {
@@ -80,7 +113,10 @@ func (a *Agent) verify(ctx context.Context) {
 	if a.VerifyRate == 0 || !a.gate.isOpen() || a.registered == nil {
 		return
 	}
-	d := a.proofs.next(a.disks)
+	d, err := a.proofs.next(a.disks)
+	if err != nil {
+		a.Log.Error("verifying layers", "error", err)
+	}
 	if d == nil {
 		return
 	}
@@ -93,7 +129,7 @@ func (a *Agent) verify(ctx context.Context) {
 func (a *Agent) verifyDisk(ctx context.Context, d *cachedisk.Disk) {
 	r, err := verify.Disk(ctx, d, verify.Options{
 		Rate:     a.VerifyRate,
-		Resume:   cachedisk.HostPath(a.HostRoot, notesDir+"/verified-"+d.ID.Encoded()),
+		Resume:   a.proofs.file(d.ID),
 		Progress: func(p verify.Progress) { a.proofs.note(d.ID, p.Layers-p.Damaged, p.Damaged) },
 	})
 	switch {
