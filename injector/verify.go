@@ -50,8 +50,8 @@ it is.`,
 			reports := []*report.Verify{}
 			for _, d := range disks {
 				r, err := f.verify(cmd.Context(), d, opt)
-				if err != nil {
-					errs = append(errs, err)
+				errs = append(errs, err)
+				if r == nil {
 					continue
 				}
 				reports = append(reports, r)

@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
 )
 
 // resume is the file that notes which layers are proved: the cache ID, and a chain ID in
@@ -19,7 +20,8 @@ type resume struct {
 }
 
 // openResume opens the file name, which is made or, if it is of another generation,
-// replaced. Without a name there is none, and nil notes nothing.
+// replaced; a file of something else is left alone. Without a name there is none, and
+// nil notes nothing.
 func openResume(name string, cache digest.Digest) (*resume, map[digest.Digest]bool, error) {
 	if name == "" {
 		return nil, nil, nil
@@ -27,24 +29,23 @@ func openResume(name string, cache digest.Digest) (*resume, map[digest.Digest]bo
 	if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
 		return nil, nil, fmt.Errorf("noting what is proved: %w", err)
 	}
-	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, nil, fmt.Errorf("noting what is proved: %w", err)
 	}
 	proved := map[digest.Digest]bool{}
 	lines := bufio.NewScanner(f)
-	ours := lines.Scan() && lines.Text() == cache.String()
-	for ours && lines.Scan() {
+	empty := !lines.Scan()
+	of := digest.Digest(lines.Text())
+	for of == cache && lines.Scan() {
 		proved[digest.Digest(lines.Text())] = true
 	}
 	err = lines.Err()
-	if errors.Is(err, bufio.ErrTooLong) { // no line of ours
-		ours, err = false, nil
-		clear(proved)
-	}
 	switch {
+	case errors.Is(err, bufio.ErrTooLong), err == nil && !empty && of.Validate() != nil:
+		err = errors.New("it is a file of something else; choose another one")
 	case err != nil:
-	case ours:
+	case of == cache:
 		// Ends a line that was cut off.
 		_, err = fmt.Fprintln(f)
 	default:

@@ -538,6 +538,44 @@ func TestResume(t *testing.T) {
 	}
 }
 
+// TestResumeOthers is told to note what is proved in files of something else, which stay.
+func TestResumeOthers(t *testing.T) {
+	d, _ := newDisk(t, files())
+	for name, text := range map[string]string{
+		"a text":            "notes\n" + d.ID.String() + "\n",
+		"a long line":       strings.Repeat("x", 1<<20),
+		"a long line below": d.ID.String() + "\n" + strings.Repeat("x", 1<<20),
+		"an empty line":     "\n",
+		"half a digest":     d.ID.String()[:40],
+	} {
+		t.Run(name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "file")
+			if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Disk(t.Context(), d, Options{Resume: file}); err == nil || !strings.Contains(err.Error(), file) {
+				t.Errorf("says %v", err)
+			}
+			if left, err := os.ReadFile(file); string(left) != text {
+				t.Errorf("%d bytes are left, %v", len(left), err)
+			}
+		})
+	}
+	t.Run("a link", func(t *testing.T) {
+		dir := t.TempDir()
+		link := filepath.Join(dir, "link")
+		if err := os.Symlink("elsewhere", link); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Disk(t.Context(), d, Options{Resume: link}); !errors.Is(err, unix.ELOOP) {
+			t.Errorf("says %v", err)
+		}
+		if _, err := os.Lstat(filepath.Join(dir, "elsewhere")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("where it leads: %v", err)
+		}
+	})
+}
+
 // TestRate reads no faster than it may.
 func TestRate(t *testing.T) {
 	body := strings.Repeat("x", 3*chunk)
