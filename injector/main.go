@@ -26,6 +26,9 @@
 // Every flag is an environment variable too: SELKIES_HOST_ROOT for --host-root, and
 // SELKIES_CACHE separates directories by colons. The command line wins.
 //
+// SIGINT or SIGTERM end it in order, a second one at once; the next run completes what
+// was begun.
+//
 // Exit status: 0 done; 1 failed, with nothing half-visible; 2 wrong usage. Each
 // error is one line on stderr that names the thing and the remedy.
 package main
@@ -52,10 +55,21 @@ func main() {
 	if err := coredump.Forbid(); err != nil {
 		os.Exit(exitStatus(err))
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := newCommand().ExecuteContext(ctx)
-	stop()
-	os.Exit(exitStatus(err))
+	os.Exit(exitStatus(newCommand().ExecuteContext(interruptible())))
+}
+
+// interruptible is cancelled by SIGINT or SIGTERM. A second one does what it does to any
+// program: a device that hangs may keep the first one waiting.
+func interruptible() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		signal.Stop(signals)
+		cancel()
+	}()
+	return ctx
 }
 
 func newCommand() *cobra.Command {

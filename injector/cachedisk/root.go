@@ -95,7 +95,7 @@ func (r *Root) open(name string, flags int, resolve uint64) (*os.File, error) {
 	}
 	path := filepath.Join(r.dir.Name(), name)
 	for {
-		fd, err := unix.Openat2(int(r.dir.Fd()), name, &unix.OpenHow{
+		fd, err := r.openat2(name, &unix.OpenHow{
 			Flags:   uint64(flags | unix.O_CLOEXEC | unix.O_NOFOLLOW),
 			Resolve: resolve | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV,
 		})
@@ -113,4 +113,17 @@ func (r *Root) open(name string, flags int, resolve uint64) (*os.File, error) {
 		}
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
+}
+
+// openat2 keeps the directory open meanwhile, whoever closes it.
+func (r *Root) openat2(name string, how *unix.OpenHow) (fd int, err error) {
+	dir, err := r.dir.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	closed := dir.Control(func(dir uintptr) { fd, err = unix.Openat2(int(dir), name, how) })
+	if closed != nil {
+		return -1, closed
+	}
+	return fd, err
 }

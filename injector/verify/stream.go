@@ -67,7 +67,13 @@ func (s *stream) rebuild(ctx context.Context, records <-chan record) error {
 // file reads a file's contents. The error, unless it is errDamaged, is for what may not
 // be read: it says nothing about the layer.
 func (s *stream) file(ctx context.Context, e record) error {
-	o := <-e.file
+	var o opened
+	select {
+	case o = <-e.file:
+	case <-ctx.Done():
+		go e.close()
+		return ctx.Err()
+	}
 	if o.f != nil {
 		defer o.f.Close()
 	}

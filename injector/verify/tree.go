@@ -178,14 +178,17 @@ type file struct {
 const maxStrangers = 1000
 
 // compare walks the layer's directory, following no symbolic link, and says what
-// differs from the tree, a line for each path.
-func (t tree) compare(dir string) ([]string, error) {
+// differs from the tree, a line for each path. It calls read for each that it has read.
+func (t tree) compare(dir string, read func() error) ([]string, error) {
 	var problems []string
 	strangers := 0
 	// Entries that are hard links have one set of attributes between them, those of
 	// whichever came last.
 	files, linked := map[string]*file{}, map[uint64][]string{}
 	err := walk(dir, func(name string, f *file) error {
+		if err := read(); err != nil {
+			return err
+		}
 		n := t[name]
 		switch {
 		case n == nil && name == ".":

@@ -19,6 +19,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"path/filepath"
 	"slices"
@@ -44,8 +45,8 @@ const maxProblems = 10
 
 // Options say how a disk is verified. The zero value is as fast as the disk allows.
 type Options struct {
-	// Rate is how much contents are read, in bytes a second; 0 is without limit. With a
-	// limit one layer is read at a time, and little of it ahead.
+	// Rate is how much is read, in bytes a second; 0 is without limit. With a limit one
+	// layer is read at a time, and little of it ahead.
 	Rate int64
 	// Resume is a file that notes which layers are proved; those that an earlier run
 	// has noted of the same generation are not read again. Empty is none.
@@ -232,6 +233,23 @@ func (r *run) count(ctx context.Context, n int, tell func()) error {
 	return r.wait(ctx, n)
 }
 
+// metadata is about what a path has on the disk beside its contents, in bytes.
+const metadata = 512
+
+// throttled reads no faster than wait allows.
+type throttled struct {
+	r    io.Reader
+	wait func(n int) error
+}
+
+func (t throttled) Read(p []byte) (int, error) {
+	p = p[:min(len(p), chunk)]
+	if err := t.wait(len(p)); err != nil {
+		return 0, err
+	}
+	return t.r.Read(p)
+}
+
 // wait waits until n more bytes may be read.
 func (r *run) wait(ctx context.Context, n int) error {
 	if r.limit != nil {
@@ -261,7 +279,7 @@ func (r *run) files(ctx context.Context, l manifest.Layer, tell func()) ([]strin
 	case headersErr != nil:
 		return append(problems, fmt.Sprintf("reading its recorded headers: %v", headersErr)), nil
 	}
-	more, err := want.compare(filepath.Join(r.disk.Dir, path))
+	more, err := want.compare(filepath.Join(r.disk.Dir, path), func() error { return r.wait(ctx, metadata) })
 	problems = append(problems, more...)
 	if got != l.DiffID && len(problems) == 0 {
 		problems = []string{fmt.Sprintf("its tar stream hashes to %s, not to its diff ID %s: its recorded headers %s are others",
@@ -280,12 +298,14 @@ func (r *run) rebuild(ctx context.Context, l manifest.Layer, dir *cachedisk.Root
 		return "", nil, nil, fmt.Errorf("reading its recorded headers: %w", err)
 	}
 	defer split.Close()
-	records := records(ctx, split, dir, r.depth)
+	records := records(ctx, throttled{split, func(n int) error { return r.wait(ctx, n) }}, dir, r.depth)
 	defer func() {
 		cancel()
-		for e := range records {
-			e.close()
-		}
+		go func() { // which may hang with its device
+			for e := range records {
+				e.close()
+			}
+		}()
 	}()
 
 	digester := l.DiffID.Algorithm().Digester()

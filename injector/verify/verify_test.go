@@ -591,6 +591,51 @@ func TestRate(t *testing.T) {
 	}
 }
 
+// TestRateOfMetadata has a layer without contents: its recorded headers and its paths are
+// read no faster than anything else.
+func TestRateOfMetadata(t *testing.T) {
+	var empty []entry
+	for i := range 200 {
+		empty = append(empty, entry{tar.Header{Name: fmt.Sprint("file", i), Mode: 0o644}, ""})
+	}
+	d, _ := newDisk(t, empty)
+	r, err := newRun(d, Options{Rate: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	if rep, err := r.all(t.Context()); err != nil || len(rep.Damaged) > 0 {
+		t.Fatalf("says %+v, %v", rep, err)
+	}
+	if used := chunk - r.limit.Tokens(); used < 200*metadata+4096 {
+		t.Errorf("%.0f bytes were waited for", used)
+	}
+}
+
+// TestHung ends although a file is not opened.
+func TestHung(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	file := make(chan opened)
+	defer func() { file <- opened{} }()
+	s := &stream{}
+	if err := s.file(ctx, record{file: file}); !errors.Is(err, context.Canceled) {
+		t.Errorf("says %v", err)
+	}
+}
+
+// TestCompareInterrupted ends at the path that it is at.
+func TestCompareInterrupted(t *testing.T) {
+	read := 0
+	_, err := tree{}.compare(t.TempDir(), func() error {
+		read++
+		return context.Canceled
+	})
+	if !errors.Is(err, context.Canceled) || read != 1 {
+		t.Errorf("says %v after %d paths", err, read)
+	}
+}
+
 // TestTree unpacks streams as Docker does.
 func TestTree(t *testing.T) {
 	dir := func(name string) tar.Header { return tar.Header{Name: name, Typeflag: tar.TypeDir} }
