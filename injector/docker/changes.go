@@ -71,6 +71,19 @@ func (c *changes) equal(o *changes) bool {
 	return reflect.DeepEqual(c.layers, o.layers) && reflect.DeepEqual(c.images, o.images) && reflect.DeepEqual(c.names, o.names)
 }
 
+// checkLinked is checkFiles for the layers that are linked to the generation of d already:
+// another disk may have the same layer manifest.
+func (s store) checkLinked(d *cachedisk.Disk) error {
+	var layers []newLayer
+	for _, l := range d.Manifest.Layers {
+		file := filepath.Join(mountpoint(d.ID), d.Manifest.TarSplitPath(l))
+		if to, err := os.Readlink(filepath.Join(s.layerdb(l.ChainID), "tar-split.json.gz")); err == nil && to == file {
+			layers = append(layers, newLayer{Chain: l.ChainID, Cache: d.ID, TarSplit: file})
+		}
+	}
+	return checkTarSplits(d, layers)
+}
+
 // checkFiles looks at the files of the disks that dockerd is going to open by links in
 // its store: such a file must not lead it anywhere else.
 func (c *changes) checkFiles(disks []*cachedisk.Disk) error {

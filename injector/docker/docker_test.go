@@ -379,6 +379,35 @@ func TestCheckFiles(t *testing.T) {
 	}
 }
 
+// TestRemountTwin has another disk with the layer manifest of one that is registered: its
+// files are looked at before dockerd finds them by the old links.
+func TestRemountTwin(t *testing.T) {
+	r := &Runtime{store: newStore(t), opt: Options{Link: LinkSymlink}}
+	d := newDisk(t, 3, "docker.io/library/x:1")
+	disks := []*cachedisk.Disk{d}
+	c, err := r.plan(disks, r.checker())
+	if err == nil {
+		err = errors.Join(r.save(c.records[0]), r.stage(c, LinkSymlink), r.commit(c))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.checkLinked(d); err != nil {
+		t.Error(err)
+	}
+	l := d.Manifest.Layers[1]
+	file := filepath.Join(d.Dir, d.Manifest.TarSplitPath(l))
+	if err := errors.Join(os.Remove(file), syscall.Mkfifo(file, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.remount(disks); err == nil || !strings.Contains(err.Error(), "not a regular file") || !strings.Contains(err.Error(), l.ChainID.String()) {
+		t.Errorf("error is %v", err)
+	}
+	if _, err := os.Stat(r.host(mountpoint(d.ID))); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the mount point: %v", err)
+	}
+}
+
 // TestLinks reads what a store must not have: it would end up in a mount's options.
 func TestLinks(t *testing.T) {
 	for name, tt := range map[string]struct{ link, lower, want string }{

@@ -171,6 +171,12 @@ func (r *Runtime) remount(disks []*cachedisk.Disk) error {
 		if _, err := os.Lstat(r.recordFile(d.ID)); err != nil {
 			continue // also if it cannot be told: mounting is repeated later
 		}
+		if cachedisk.CheckOnHost(r.opt.HostRoot, mountpoint(d.ID), d.ID) == nil {
+			continue
+		}
+		if err := r.checkLinked(d); err != nil {
+			return err
+		}
 		if err := r.mount(d); err != nil {
 			return err
 		}
