@@ -339,6 +339,11 @@ func TestValidate(t *testing.T) {
 		"config of another": {func(m *Manifest) {
 			m.Images[1].Config = m.Images[0].Config
 		}, "names config"},
+		"long index": {func(m *Manifest) {
+			index := descriptor(t, ocispec.MediaTypeImageIndex, ocispec.Index{Manifests: make([]ocispec.Descriptor, maxManifests+1)})
+			m.Images[0].Index = &index
+			m.Images[0].Names = []string{"localhost:5000/x:1"}
+		}, "index: it lists 1001 manifests"},
 		"index of another": {func(m *Manifest) { m.Images[1].Index = m.Images[0].Index; m.Images[1].Names = m.Images[1].Names[:1] }, "does not list"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -17,6 +17,9 @@ import (
 // maxChain is how many layers an overlay mount takes (OVL_MAX_STACK in the kernel).
 const maxChain = 500
 
+// maxManifests is how many manifests an index may list: containerd keeps a label for each.
+const maxManifests = 1000
+
 // platformWord is what an operating system, an architecture or a variant is called.
 var platformWord = regexp.MustCompile(`^[A-Za-z0-9_.-]{0,64}$`)
 
@@ -153,6 +156,9 @@ func (img Image) validateContent(platform ocispec.Platform) ([]digest.Digest, er
 		var index ocispec.Index
 		if err := json.Unmarshal(img.Index.Data, &index); err != nil {
 			return nil, fmt.Errorf("index: decoding: %w", err)
+		}
+		if n := len(index.Manifests); n > maxManifests {
+			return nil, fmt.Errorf("index: it lists %d manifests, more than %d", n, maxManifests)
 		}
 		if !lists(index.Manifests, img.Manifest.Digest) {
 			return nil, fmt.Errorf("index %s does not list manifest %.100q", img.Index.Digest, img.Manifest.Digest)

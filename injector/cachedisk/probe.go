@@ -23,32 +23,38 @@ var ErrUnreadable = errors.New("cache disk not readable")
 // milliseconds, after a fail-over in seconds.
 const probeTime = 20 * time.Second
 
-// probing are the directories whose device has not answered yet.
+// probing has a probe for each directory whose device has not answered yet.
 var probing sync.Map
+
+type probe struct {
+	end  time.Time // of the wait for it
+	done chan struct{}
+	err  error
+}
 
 // Probe says why the device of the cache disk at dir cannot be read now, or nil if
 // it can. What the page cache has of a device says nothing about it: the read goes
 // past it.
 func Probe(dir string) error {
-	hangs := fmt.Errorf("%w: %s: the device does not answer", ErrUnreadable, dir)
-	// A read that hangs cannot be interrupted. Its thread waits with it, once.
-	if _, waits := probing.LoadOrStore(dir, true); waits {
-		return hangs
+	p := &probe{end: time.Now().Add(probeTime), done: make(chan struct{})}
+	// A read that hangs cannot be interrupted. Its thread waits with it, once, whoever asks.
+	if other, waits := probing.LoadOrStore(dir, p); waits {
+		p = other.(*probe)
+	} else {
+		go func() {
+			p.err = readBlock(dir)
+			// First, so that who has the answer can ask again.
+			probing.Delete(dir)
+			close(p.done)
+		}()
 	}
-	done := make(chan error, 1)
-	go func() {
-		err := readBlock(dir)
-		// First, so that who has the answer can ask again.
-		probing.Delete(dir)
-		done <- err
-	}()
-	timeout := time.NewTimer(probeTime)
+	timeout := time.NewTimer(time.Until(p.end))
 	defer timeout.Stop()
 	select {
-	case err := <-done:
-		return unreadable(err)
+	case <-p.done:
+		return unreadable(p.err)
 	case <-timeout.C:
-		return hangs
+		return fmt.Errorf("%w: %s: the device does not answer", ErrUnreadable, dir)
 	}
 }
 
@@ -64,7 +70,7 @@ func unreadable(err error) error {
 
 // ofFiles are errors that stay, however often the disk is attached: of files that are
 // others than those expected, and of a file system that the kernel finds damaged.
-var ofFiles = []unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.ELOOP, unix.EXDEV, unix.EUCLEAN, unix.EBADMSG}
+var ofFiles = []unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.EISDIR, unix.ELOOP, unix.ENAMETOOLONG, unix.EXDEV, unix.EUCLEAN, unix.EBADMSG}
 
 // readBlock reads the first bytes of the layer manifest from its device.
 func readBlock(dir string) error {

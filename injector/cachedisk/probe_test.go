@@ -5,7 +5,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
+
+	"golang.org/x/sync/errgroup"
 
 	testdisk "github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
@@ -38,6 +42,61 @@ func TestProbe(t *testing.T) {
 	}
 	if err := cachedisk.Probe(dir); err == nil || errors.Is(err, cachedisk.ErrUnreadable) {
 		t.Errorf("a directory: %v", err)
+	}
+}
+
+// TestProbeAtOnce asks while others do.
+func TestProbeAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	testdisk.Example(t, dir)
+	var g errgroup.Group
+	for range 200 {
+		g.Go(func() error { return cachedisk.Probe(dir) })
+	}
+	if err := g.Wait(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestMoved opens a file by a link upward while a directory on the file system gets other
+// names, which the kernel answers with EAGAIN.
+func TestMoved(t *testing.T) {
+	dir, other := t.TempDir(), t.TempDir()
+	err := errors.Join(os.MkdirAll(filepath.Join(dir, "a/b"), 0o755), os.WriteFile(filepath.Join(dir, "file"), nil, 0o644),
+		os.Symlink(strings.Repeat("../a/", 50)+"..", filepath.Join(dir, "a/link")), os.Mkdir(filepath.Join(other, "0"), 0o755))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := cachedisk.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	var g errgroup.Group
+	stop := make(chan struct{})
+	g.Go(func() error {
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				return nil
+			default:
+			}
+			if err := os.Rename(filepath.Join(other, strconv.Itoa(i)), filepath.Join(other, strconv.Itoa(i+1))); err != nil {
+				return err
+			}
+		}
+	})
+	for range 5000 {
+		f, err := root.OpenInside("a/link/file")
+		if err != nil {
+			t.Error(err)
+			break
+		}
+		f.Close()
+	}
+	close(stop)
+	if err := g.Wait(); err != nil {
+		t.Error(err)
 	}
 }
 

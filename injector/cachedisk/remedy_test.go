@@ -13,14 +13,15 @@ import (
 // TestRemedy tells a disk that is not there from one that is not what it should be.
 func TestRemedy(t *testing.T) {
 	for errno, want := range map[unix.Errno]string{
-		unix.EIO:     "attach the disk again", // a device that fails
-		unix.ENODEV:  "attach the disk again", // or is gone
-		unix.EACCES:  "run as root",
-		unix.ENOENT:  "build the disk again",
-		unix.ELOOP:   "build the disk again", // a symbolic link
-		unix.EXDEV:   "build the disk again", // another mount
-		unix.EUCLEAN: "build the disk again", // ext4 is damaged
-		unix.EBADMSG: "build the disk again", // ext4's checksum is wrong
+		unix.EIO:          "attach the disk again", // a device that fails
+		unix.ENODEV:       "attach the disk again", // or is gone
+		unix.EACCES:       "run as root",
+		unix.ENOENT:       "build the disk again",
+		unix.ELOOP:        "build the disk again", // a symbolic link
+		unix.ENAMETOOLONG: "build the disk again",
+		unix.EXDEV:        "build the disk again", // another mount
+		unix.EUCLEAN:      "build the disk again", // ext4 is damaged
+		unix.EBADMSG:      "build the disk again", // ext4's checksum is wrong
 	} {
 		err := remedy(unreadable(&fs.PathError{Op: "open", Path: "/cache/file", Err: errno}))
 		if !strings.HasSuffix(err.Error(), "; "+want) || !errors.Is(err, errno) || !strings.Contains(err.Error(), "/cache/file") {

@@ -94,7 +94,7 @@ func (r *Root) open(name string, flags int, resolve uint64) (*os.File, error) {
 		resolve |= unix.RESOLVE_BENEATH
 	}
 	path := filepath.Join(r.dir.Name(), name)
-	for {
+	for tries := 1000; ; {
 		fd, err := r.openat2(name, &unix.OpenHow{
 			Flags:   uint64(flags | unix.O_CLOEXEC | unix.O_NOFOLLOW),
 			Resolve: resolve | unix.RESOLVE_NO_MAGICLINKS | unix.RESOLVE_NO_XDEV,
@@ -103,6 +103,10 @@ func (r *Root) open(name string, flags int, resolve uint64) (*os.File, error) {
 		case err == nil:
 			return os.NewFile(uintptr(fd), path), nil
 		case errors.Is(err, unix.EINTR):
+			continue
+		// Something was renamed or mounted, anywhere, while it went through "..".
+		case errors.Is(err, unix.EAGAIN) && tries > 0:
+			tries--
 			continue
 		case errors.Is(err, unix.ELOOP):
 			err = fmt.Errorf("a symbolic link leads there: %w", err)

@@ -363,7 +363,11 @@ func (n *node) compareXattrs(f *file, kind uint32) []string {
 		}
 	}
 	for name := range f.xattrs {
-		if _, ok := want[name]; ok || name == overlayOpaque {
+		if _, ok := want[name]; ok {
+			continue
+		}
+		// Another value than that of an opaque directory has another meaning to overlayfs.
+		if name == overlayOpaque && f.xattrs[name] == "y" {
 			continue
 		}
 		if own, ok := strings.CutPrefix(name, overlayPrefix); ok && slices.Contains(overlayHarmless, own) {

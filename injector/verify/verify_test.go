@@ -792,7 +792,7 @@ func TestOverlayAttributes(t *testing.T) {
 	for _, name := range []string{".", "implied", "implied/file"} {
 		for attribute, reported := range map[string]bool{
 			"trusted.overlay.redirect": true, "trusted.overlay.metacopy": true, "trusted.overlay.verity": true,
-			"trusted.overlay.origin": false, "trusted.overlay.impure": false, "trusted.overlay.nlink": false,
+			"trusted.overlay.opaque": true, "trusted.overlay.origin": false, "trusted.overlay.impure": false, "trusted.overlay.nlink": false,
 		} {
 			f := &file{xattrs: map[string]string{attribute: "/elsewhere"}}
 			f.st.Mode = unix.S_IFREG
