@@ -4,6 +4,7 @@ package faults_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -23,6 +24,8 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/nodestate"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/pods"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/treediff"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 // stepLimit is what nothing that is asked of the node while everything goes on at once
@@ -34,16 +37,41 @@ type crowd struct {
 	n    *ctrdNode
 	conn *grpc.ClientConn
 
-	// taking counts what takes images away: begun and ended.
-	taking struct{ begun, ended atomic.Int64 }
+	// agents is how many run.
+	agents atomic.Int64
 
-	mu    sync.Mutex
-	done  map[string]int
-	wrong []string
+	mu     sync.Mutex
+	done   map[string]int
+	wrong  []string
+	taken  []taking
+	missed []miss
 }
 
+// taking is when images were taken away, by their numbers in the layer manifest.
+type taking struct {
+	begun, ended time.Time
+	images       map[int]bool
+}
+
+// miss is an image that was not there for whoever asked for it.
+type miss struct {
+	verb, ref string
+	// from is when nobody had said yet that it is there.
+	from, to time.Time
+	err      error
+}
+
+// lag is how much later than the store the CRI may know that an image is gone: it learns
+// from events.
+const lag = time.Second
+
 // least is what has to have happened in any run.
-var least = []string{inject, eject, "garbage collected", "images pulled", "images removed", "pods run"}
+var least = []string{inject, eject, agents, overlap, "garbage collected", "images pulled", "images removed", "pods run"}
+
+const (
+	agents  = "agents ended"
+	overlap = "agents that began beside another"
+)
 
 // count notes what was done, or said.
 func (c *crowd) count(what string) {
@@ -65,11 +93,35 @@ func (c *crowd) whole() bool {
 	return !slices.ContainsFunc(least, func(what string) bool { return c.done[what] == 0 })
 }
 
-// take runs what takes images away.
-func (c *crowd) take(f func()) {
-	c.taking.begun.Add(1)
-	defer c.taking.ended.Add(1)
-	f()
+// take runs what takes images away, which says which, by any of their names.
+func (c *crowd) take(f func() (names []string)) {
+	begun := time.Now()
+	images := map[int]bool{}
+	for _, name := range f() {
+		images[imageOf(name)] = true
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.taken = append(c.taken, taking{begun, time.Now(), images})
+}
+
+// imageOf is the number of the image with a name, -1 if no image of the disk has it.
+func imageOf(name string) int {
+	return slices.IndexFunc(world.cache.Images, func(img manifest.Image) bool { return slices.Contains(img.Names, name) })
+}
+
+// judge fails for images that were missing though nobody was taking them away.
+func (c *crowd) judge() {
+	for _, m := range c.missed {
+		image := imageOf(m.ref)
+		if slices.ContainsFunc(c.taken, func(t taking) bool {
+			return t.images[image] && t.begun.Before(m.to) && t.ended.Add(lag).After(m.from)
+		}) {
+			c.count(m.verb + " an image that was removed meanwhile")
+		} else {
+			c.fail("%s %s, which nobody takes away: %v", m.verb, m.ref, m.err)
+		}
+	}
 }
 
 // TestConcurrent lets injectors, garbage collection and what kubelet does work on the
@@ -111,7 +163,7 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 	defer cancel()
 	var wg sync.WaitGroup
 	for i, member := range []func(ctx context.Context, r *rand.Rand, i int){
-		c.injects, c.injects, c.ejects, c.collects, c.kubelet, c.kubelet, c.kubelet,
+		c.injects, c.injects, c.ejects, c.collects, c.kubelet, c.kubelet, c.kubelet, c.agent, c.agent,
 	} {
 		r := rand.New(rand.NewPCG(*seed, uint64(i)))
 		wg.Go(func() {
@@ -121,6 +173,7 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 		})
 	}
 	wg.Wait()
+	c.judge()
 	duration = time.Since(start).Round(time.Second)
 	t.Logf("in %v: %v", duration, c.summary())
 	if !c.whole() {
@@ -162,12 +215,13 @@ func (c *crowd) summary() string {
 	return strings.Join(s, "")
 }
 
-// run runs the injector; refusals that refused names are none of its faults.
-func (c *crowd) run(command, refused string) {
-	i, err := newInjection(c.n.Machine, "containerd", command)
+// run runs the injector, and gives what it did, nil if nothing; refusals that refused names
+// are none of its faults.
+func (c *crowd) run(command, refused string) (did []byte) {
+	i, err := newInjection(c.n.Machine, "containerd", command, "--output", "json")
 	if err != nil {
 		c.fail("%v", err)
-		return
+		return nil
 	}
 	status, err := i.end()
 	switch {
@@ -175,6 +229,7 @@ func (c *crowd) run(command, refused string) {
 		c.fail("%v", err)
 	case status == 0:
 		c.count(command)
+		did = []byte(i.stdout.String())
 	default:
 		for line := range strings.Lines(i.stderr.String()) {
 			if refused == "" || !strings.Contains(line, refused) {
@@ -183,13 +238,53 @@ func (c *crowd) run(command, refused string) {
 		}
 		c.count(command + " refused")
 	}
+	return did
 }
 
 func (c *crowd) injects(_ context.Context, _ *rand.Rand, _ int) { c.run(inject, "") }
 
 func (c *crowd) ejects(_ context.Context, r *rand.Rand, _ int) {
 	time.Sleep(time.Duration(r.Int64N(int64(2 * time.Second))))
-	c.take(func() { c.run(eject, "remove the container first") })
+	c.take(func() []string {
+		var did report.Eject
+		if out := c.run(eject, "remove the container first"); out != nil {
+			if err := json.Unmarshal(out, &did); err != nil {
+				c.fail("eject says %q", out)
+			}
+		}
+		return did.Images
+	})
+}
+
+// agent runs the DaemonSet's agent for a while, as another one does: during a surge a node
+// has two.
+func (c *crowd) agent(_ context.Context, r *rand.Rand, _ int) {
+	i, err := newInjection(c.n.Machine, "containerd", "run", "--kubernetes=false", "--metrics-address", "", "--check-interval", "1s")
+	if err != nil {
+		c.fail("%v", err)
+		return
+	}
+	if c.agents.Add(1) > 1 {
+		c.count(overlap)
+	}
+	defer c.agents.Add(-1)
+	for end := time.Now().Add(stepLimit); !strings.Contains(i.stderr.String(), "the gate is open") && time.Now().Before(end); {
+		if !i.runsFor(50 * time.Millisecond) {
+			break
+		}
+	}
+	i.runsFor(time.Duration(r.Int64N(int64(3 * time.Second))))
+	if err := i.terminate(); err != nil {
+		c.fail("ending an agent: %v", err)
+	}
+	switch status, err := i.end(); {
+	case err != nil:
+		c.fail("%v", err)
+	case status != 0 || !strings.Contains(i.stderr.String(), "the gate is open"):
+		c.fail("an agent ends with %d: %s", status, i.stderr.String())
+	default:
+		c.count(agents)
+	}
 }
 
 func (c *crowd) collects(ctx context.Context, r *rand.Rand, _ int) {
@@ -208,23 +303,23 @@ func (c *crowd) collects(ctx context.Context, r *rand.Rand, _ int) {
 func (c *crowd) kubelet(ctx context.Context, r *rand.Rand, i int) {
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
-	ref, taken := pick(r, world.refs), c.taking.ended.Load()
+	ref, from := pick(r, world.refs), time.Now()
 	service, spec := cri.NewImageServiceClient(c.conn), &cri.ImageSpec{Image: ref}
 	there, err := service.ImageStatus(ctx, &cri.ImageStatusRequest{Image: spec})
 	if err != nil {
-		c.said(ctx, "asking for "+ref, err, taken)
+		c.said(ctx, "asking for", ref, from, err)
 		return
 	}
 	if there.Image == nil || r.IntN(2) == 0 {
 		if _, err := service.PullImage(ctx, &cri.PullImageRequest{Image: spec}); err != nil {
-			c.said(ctx, "pulling "+ref, err, taken)
+			c.said(ctx, "pulling", ref, from, err)
 			return
 		}
 		c.count("images pulled")
 	}
 	p, err := pods.Run(ctx, c.conn, fmt.Sprintf("pod-%d", i), ref, nil)
 	if err != nil {
-		c.said(ctx, "running "+ref, err, taken)
+		c.said(ctx, "running", ref, from, err)
 		return
 	}
 	tree, err := pods.Tree(ctx, c.n.Machine, c.n.ctrd, p.Container)
@@ -237,7 +332,10 @@ func (c *crowd) kubelet(ctx context.Context, r *rand.Rand, i int) {
 	}
 	c.count("pods run")
 	if r.IntN(3) == 0 {
-		c.take(func() { err = c.removeImage(ctx, ref) })
+		c.take(func() []string {
+			err = c.removeImage(ctx, ref)
+			return []string{ref}
+		})
 		if err != nil {
 			c.fail("removing %s: %v", ref, err)
 			return
@@ -252,20 +350,19 @@ func (c *crowd) removeImage(ctx context.Context, ref string) error {
 }
 
 // said sorts the errors of pulls and runs: an image that another member has taken away
-// since taken had ended is not there any more, which kubelet answers by trying again. At
-// any other time it would be half there.
-func (c *crowd) said(ctx context.Context, what string, err error, taken int64) {
-	if ctx.Err() != nil {
-		c.fail("%s hangs: %v", what, errors.Join(err, ctx.Err()))
-		return
+// meanwhile is not there any more, which kubelet answers by trying again. At any other time
+// it would be half there, which judge looks at.
+func (c *crowd) said(ctx context.Context, verb, ref string, from time.Time, err error) {
+	switch {
+	case ctx.Err() != nil:
+		c.fail("%s %s hangs: %v", verb, ref, errors.Join(err, ctx.Err()))
+	case !strings.Contains(err.Error(), "not found") && !strings.Contains(err.Error(), "does not exist"):
+		c.fail("%s %s: %v", verb, ref, err)
+	default:
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.missed = append(c.missed, miss{verb, ref, from, time.Now(), err})
 	}
-	missing := strings.Contains(err.Error(), "not found") || strings.Contains(err.Error(), "does not exist")
-	if !missing || c.taking.begun.Load() == taken {
-		c.fail("%s: %v", what, err)
-		return
-	}
-	verb, _, _ := strings.Cut(what, " ")
-	c.count(verb + " an image that was removed meanwhile")
 }
 
 // compare compares what a container sees with what it sees after a pull.

@@ -7,8 +7,11 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"os/exec"
+	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -26,10 +29,29 @@ const (
 // it is bounded by deadlines of its own.
 const runLimit = 10 * time.Minute
 
+// output is what a program has said so far.
+type output struct {
+	mu   sync.Mutex
+	said bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.said.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.said.String()
+}
+
 // injection is a run of the injector on a node.
 type injection struct {
 	cmd    *exec.Cmd
-	stderr bytes.Buffer
+	stdout output
+	stderr output
 	ended  chan struct{}
 	killed bool
 }
@@ -49,7 +71,7 @@ func newInjection(m *machine.Machine, runtime string, args ...string) (*injectio
 	i.cmd = m.Command(context.Background(), program, append([]string{"--runtime", runtime}, args...)...)
 	// The race detector sleeps a second at the end, in which nothing is left to strike.
 	i.cmd.Env = append(i.cmd.Env, "GORACE=atexit_sleep_ms=0")
-	i.cmd.Stderr = &i.stderr
+	i.cmd.Stdout, i.cmd.Stderr = &i.stdout, &i.stderr
 	if err := i.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -70,6 +92,19 @@ func (i *injection) kill() error {
 		return errNotRunning
 	}
 	return nil
+}
+
+// terminate asks it to end, as kubelet does: the injector alone, not nsenter that started it.
+func (i *injection) terminate() error {
+	children, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", i.cmd.Process.Pid))
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(children)))
+	if err != nil {
+		return fmt.Errorf("nsenter has the children %q", children)
+	}
+	return syscall.Kill(pid, syscall.SIGTERM)
 }
 
 // runsFor waits until it has run for that long, and says if it still does.
