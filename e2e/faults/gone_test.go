@@ -72,6 +72,7 @@ func TestDeviceGone(t *testing.T) {
 		n.start(t)
 		n.learn(t)
 		n.loseDevice(t)
+		n.hang(t)
 	})
 	t.Run("docker", func(t *testing.T) {
 		n := newDockerNode(t)

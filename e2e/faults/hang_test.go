@@ -15,6 +15,30 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/nodestate"
 )
 
+// hang stops containerd for good before runs that look for a runtime themselves. They end
+// soon, and say why.
+func (n *ctrdNode) hang(t *testing.T) {
+	t.Helper()
+	if err := n.signal(syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	var runs []*injection
+	for _, command := range []string{inject, eject, "plan", "status"} {
+		runs = append(runs, startInjector(t, n.Machine, "auto", command))
+	}
+	for _, i := range runs {
+		if status := i.wait(t); status != 1 || !strings.Contains(i.last(), "asking containerd at "+machine.Socket) || !strings.Contains(i.last(), "restart it") {
+			t.Errorf("%v, containerd stopped: exit status %d: %s", i.cmd.Args, status, i.stderr.String())
+		}
+	}
+	if err := n.signal(syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	total.fault("containerd stopped for good")
+	n.recover(t, inject, "containerd stopped for good")
+	n.recover(t, eject, "containerd stopped for good, then inject")
+}
+
 // TestContainerdHang stops containerd for good: inject ends by itself, and says why. Each round
 // waits for minutes, so that the short form has none.
 func TestContainerdHang(t *testing.T) {
