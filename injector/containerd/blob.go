@@ -180,8 +180,16 @@ func (r *Runtime) copyBlob(ctx context.Context, run string, desc ocispec.Descrip
 		return err
 	}
 	defer w.Close()
-	if _, err := w.Write(data); err != nil {
+	// What another namespace has, or what nobody has and is not collected yet, is all there
+	// already: a write would append to it.
+	status, err := w.Status()
+	if err != nil {
 		return err
+	}
+	if left := data[min(status.Offset, int64(len(data))):]; len(left) > 0 {
+		if _, err := w.Write(left); err != nil {
+			return err
+		}
 	}
 	if err := w.Commit(ctx, desc.Size, desc.Digest, content.WithLabels(all)); err != nil && !errdefs.IsAlreadyExists(err) {
 		return err
