@@ -45,8 +45,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/internal/coredump"
+	"github.com/selkies-project/packer-plugin-selkies/internal/printable"
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
@@ -144,7 +144,7 @@ func exitStatus(err error) int {
 		return 0
 	}
 	for _, e := range flatten(err) {
-		fmt.Fprintf(os.Stderr, "selkies-image-injector: %s\n", report.Line(e.Error(), maxLine))
+		fmt.Fprintf(os.Stderr, "selkies-image-injector: %s\n", printable.Line(e.Error(), maxLine))
 	}
 	if errors.As(err, new(usageError)) {
 		return 2

@@ -14,6 +14,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/injector/verify"
+	"github.com/selkies-project/packer-plugin-selkies/internal/printable"
 )
 
 func newVerifyCommand(f *flags) *cobra.Command {
@@ -103,7 +104,7 @@ func printVerify(w io.Writer, reports []*report.Verify) {
 		for _, l := range r.Damaged {
 			fmt.Fprintf(w, "%s: damaged %s\n", r.Dir, l.Directory)
 			for _, p := range l.Problems {
-				fmt.Fprintf(w, "  %s\n", report.Line(p, maxLine))
+				fmt.Fprintf(w, "  %s\n", printable.Line(p, maxLine))
 			}
 		}
 		fmt.Fprintf(w, "%s: cache %s: %d of %d layers are as built, %s in %d ms\n", r.Dir, report.Short(r.CacheID),

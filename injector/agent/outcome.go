@@ -9,6 +9,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/containerd"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
+	"github.com/selkies-project/packer-plugin-selkies/internal/printable"
 )
 
 // Reasons of the node's condition. Only with the first is it True.
@@ -183,5 +184,5 @@ func (a *Agent) warn(reason, format string, args ...any) {
 // oneLine is the text of an error, or of several, as a condition's message can take it.
 func oneLine(err error) string {
 	const most = 1000
-	return report.Line(strings.ReplaceAll(err.Error(), "\n", "; "), most)
+	return printable.Line(strings.ReplaceAll(err.Error(), "\n", "; "), most)
 }

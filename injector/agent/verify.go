@@ -14,6 +14,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/injector/verify"
+	"github.com/selkies-project/packer-plugin-selkies/internal/printable"
 )
 
 // notesDir is the host's directory of what is to be known until the next boot, which
@@ -143,6 +144,6 @@ func (a *Agent) verifyDisk(ctx context.Context, d *cachedisk.Disk) {
 	a.Log.Info("verified", "cache", report.Short(d.ID), "layers", r.Layers, "damaged", len(r.Damaged), "bytes", r.Bytes)
 	for _, l := range r.Damaged {
 		a.warn(eventDamaged, "cache %s: layer %s is damaged: %s: build the disk again, and take its images back with eject",
-			report.Short(d.ID), report.Short(l.DiffID), report.Line(l.Problems[0], 500))
+			report.Short(d.ID), report.Short(l.DiffID), printable.Line(l.Problems[0], 500))
 	}
 }

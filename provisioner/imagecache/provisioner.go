@@ -17,6 +17,7 @@ import (
 	packersdk "github.com/hashicorp/packer-plugin-sdk/packer"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/selkies-project/packer-plugin-selkies/internal/printable"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -74,7 +75,7 @@ func (p *Provisioner) Provision(ctx context.Context, ui packersdk.Ui, comm packe
 			return fmt.Errorf("%s: %w", s.name, context.Cause(ctx))
 		}
 		if err != nil {
-			return errors.New(packersdk.LogSecretFilter.FilterString(err.Error()))
+			return errors.New(shown(err.Error()))
 		}
 	}
 	return nil
@@ -109,7 +110,13 @@ type build struct {
 }
 
 func (b *build) say(format string, a ...any) {
-	b.ui.Say(packersdk.LogSecretFilter.FilterString(fmt.Sprintf(format, a...)))
+	b.ui.Say(shown(fmt.Sprintf(format, a...)))
+}
+
+// shown is text as Packer's terminal and log may have it: registries, containers and the build
+// VM have had a say in it.
+func shown(text string) string {
+	return printable.Lines(packersdk.LogSecretFilter.FilterString(text))
 }
 
 func (b *build) findCredentials(ctx context.Context) error {
@@ -368,7 +375,7 @@ func (b *build) cleanUp(ctx context.Context) {
 	}
 	if b.disk != nil {
 		if err := b.disk.free(ctx); err != nil {
-			b.ui.Error(packersdk.LogSecretFilter.FilterString(err.Error()))
+			b.ui.Error(shown(err.Error()))
 		}
 	}
 }
