@@ -81,12 +81,13 @@ func (m metadata) addSource(diffID digest.Digest, src blobSource) {
 
 // missing is the part of m that the node does not have, or has without its contents
 // after a power loss: these files are not durable at once, and dockerd believes them.
+// What the node has found out by its own pulls is not the disk's to say.
 func (s store) missing(m metadata) metadata {
 	left := newMetadata()
 	var diffIDs sync.WaitGroup
 	diffIDs.Go(func() {
 		for blob, diffID := range m.DiffIDs {
-			if b, err := os.ReadFile(s.diffIDFile(blob)); err != nil || digest.Digest(b) != diffID {
+			if s.diffIDOf(blob) == "" {
 				left.DiffIDs[blob] = diffID
 			}
 		}
@@ -101,6 +102,15 @@ func (s store) missing(m metadata) metadata {
 	}
 	diffIDs.Wait()
 	return left
+}
+
+// diffIDOf is the layer that the node knows a blob to be, "" where it knows none.
+func (s store) diffIDOf(blob digest.Digest) digest.Digest {
+	b, err := os.ReadFile(s.diffIDFile(blob))
+	if id := digest.Digest(b); err == nil && id.Validate() == nil {
+		return id
+	}
+	return ""
 }
 
 // readSources is empty for a file that is missing or unreadable: dockerd too starts
@@ -170,7 +180,10 @@ func (m *metadata) merge(other metadata) {
 // removeMetadata takes back what was added. dockerd reads these files anew each
 // time, so this may be done while it runs.
 func (s store) removeMetadata(m metadata) error {
-	for blob := range m.DiffIDs {
+	for blob, ours := range m.DiffIDs {
+		if id := s.diffIDOf(blob); id != "" && id != ours {
+			continue
+		}
 		if err := removeIfThere(s.diffIDFile(blob)); err != nil {
 			return err
 		}

@@ -159,6 +159,7 @@ func FuzzDistribution(f *testing.F) {
 	blob, diffID := digest.FromString("blob"), digest.FromString("layer")
 	f.Add([]byte(`[{"Digest":"`+blob.String()+`","SourceRepository":"docker.io/library/a","HMAC":""}]`), []byte(diffID))
 	f.Add([]byte(`[{"Digest":"x","SourceRepository":"\n","HMAC":"y"},{}]`), []byte("x"))
+	f.Add([]byte(`[]`), []byte(digest.FromString("the node's")))
 	f.Add([]byte(`[null,`), []byte{})
 	f.Add([]byte(`{}`), []byte("sha256:"))
 	s := newStore(f)
@@ -168,7 +169,7 @@ func FuzzDistribution(f *testing.F) {
 	f.Fuzz(func(t *testing.T, sources, of []byte) {
 		write(t, s.sourcesFile(diffID), string(sources))
 		write(t, s.diffIDFile(blob), string(of))
-		before := s.readSources(diffID)
+		before, knew := s.readSources(diffID), s.diffIDOf(blob)
 		if err := s.addMetadata(s.missing(ours)); err != nil {
 			t.Fatal(err)
 		}
@@ -177,6 +178,9 @@ func FuzzDistribution(f *testing.F) {
 		}
 		if err := s.removeMetadata(ours); err != nil {
 			t.Fatal(err)
+		}
+		if knew != diffID && s.diffIDOf(blob) != knew {
+			t.Fatalf("the node knew %s as %q", blob, knew)
 		}
 		for _, src := range s.readSources(diffID) {
 			if !slices.Contains(before, src) {
