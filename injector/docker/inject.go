@@ -158,7 +158,7 @@ func (r *Runtime) bindLayers(disks []*cachedisk.Disk, check checker) error {
 // mount makes the disk readable on the host at the generation's mount point.
 func (r *Runtime) mount(d *cachedisk.Disk) error {
 	target := mountpoint(d.ID)
-	if err := os.MkdirAll(r.host(target), 0o755); err != nil {
+	if err := os.MkdirAll(r.host(target), 0o700); err != nil {
 		return fmt.Errorf("making the mount point %s: %w", target, err)
 	}
 	return d.MountOnHost(r.opt.HostRoot, target)

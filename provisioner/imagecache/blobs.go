@@ -39,7 +39,8 @@ func (s *blobStore) path(d digest.Digest) string {
 // keep copies the blobs that are missing from the registries to the disk, several at
 // once. What is in place was checked against its digest on its way there.
 func (s *blobStore) keep(ctx context.Context, images []*wanted, concurrency int, patience patience) (kept []*wanted, failures []failure, err error) {
-	if _, err := s.vm.run(ctx, "mkdir", "--parents", path.Join(s.dir, digest.SHA256.String())); err != nil {
+	// As Docker's own directory: wherever a node mounts the disk, private layers are root's alone.
+	if _, err := s.vm.run(ctx, "install", "--directory", "--mode=700", s.dir, path.Join(s.dir, digest.SHA256.String())); err != nil {
 		return nil, nil, fmt.Errorf("making the directory for blobs: %w", err)
 	}
 	have, err := s.list(ctx)
