@@ -45,13 +45,14 @@ const (
 	other      = "zstd:latest"      // on no cache disk
 	app        = "shared:1"         // four layers, on both cache disks
 	appNext    = "shared:2"         // the same and one more, on the second cache disk
+	unreadable = "odd-files:latest" // with a file without permissions, on the second cache disk
 	indexed    = "platforms:latest" // behind an index, on the first cache disk
 	moving     = "unstable:latest"  // as app, on the first cache disk; a test moves the tag
 	injector   = "injector:1"
 	injectorV2 = "injector:2" // the same program, another image
 )
 
-var cached = map[string][]string{"first": {app, indexed, moving}, "second": {app, appNext}}
+var cached = map[string][]string{"first": {app, indexed, moving}, "second": {app, appNext, unreadable}}
 
 func TestMain(m *testing.M) {
 	cluster.Main(func(ctx context.Context, dir string) error {

@@ -78,8 +78,9 @@ func daemonSets(t *testing.T, variant string) []appsv1.DaemonSet {
 	return found
 }
 
-// TestPrivileges runs the injector's commands once each in pods like the daemon
-// set's, with all of its privileges and with each capability taken away.
+// TestPrivileges runs the injector's commands once each in pods like those of the daemon
+// sets, with the disk as a secondary boot disk and as a claim: with all of their
+// privileges, and with each capability taken away.
 func TestPrivileges(t *testing.T) {
 	t.Parallel()
 	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
@@ -91,52 +92,8 @@ func TestPrivileges(t *testing.T) {
 }
 
 func testPrivileges(t *testing.T, release machine.Release) {
-	disk := cluster.Disk{Name: firstDevice, Image: world.first}
+	disk := cluster.Disk{Name: firstDevice, Image: world.second}
 	n := world.cluster.Node(t, cluster.NodeConfig{Release: release, Disks: []cluster.Disk{disk}})
-	mountSecondary(t, n, disk)
-
-	set := daemonSets(t, "secondary-boot-disk")[0]
-	run := func(t *testing.T, change func(*corev1.Container), args ...string) (bool, string) {
-		t.Helper()
-		return runOnce(t, n, set.Spec.Template.Spec, change, args...)
-	}
-	must := func(t *testing.T, args ...string) string {
-		t.Helper()
-		ok, said := run(t, nil, args...)
-		if !ok {
-			t.Fatalf("%v: %s", args, said)
-		}
-		return said
-	}
-
-	if said := must(t, "version"); !strings.Contains(said, version.String()) {
-		t.Errorf("version says %q, want %s", said, version.String())
-	}
-	for _, c := range set.Spec.Template.Spec.Containers[0].SecurityContext.Capabilities.Add {
-		t.Run("without "+string(c), func(t *testing.T) {
-			ok, said := run(t, func(container *corev1.Container) {
-				caps := container.SecurityContext.Capabilities
-				caps.Add = slices.DeleteFunc(slices.Clone(caps.Add), func(o corev1.Capability) bool { return o == c })
-			}, "inject")
-			t.Log(said)
-			if ok {
-				t.Errorf("inject does without %s: do not give it", c)
-			}
-			if strings.Count(said, "\n") != 1 {
-				t.Errorf("more than a line: %s", said)
-			}
-			// What it began before it failed.
-			must(t, "eject")
-		})
-	}
-	for _, args := range [][]string{{"plan"}, {"plan", ref(app)}, {"inject"}, {"status"}, {"inject"}} {
-		t.Log(args, must(t, args...))
-	}
-	if out := n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", ref(app), "test", "/bin/echo", "hello"); out != "hello\n" {
-		t.Errorf("the cached image said %q", out)
-	}
-	t.Log(must(t, "eject"))
-
 	t.Run("claim", func(t *testing.T) {
 		spec := daemonSets(t, "pvc")[0].Spec.Template.Spec
 		// Of the test's own disk, which is in no zone.
@@ -147,17 +104,67 @@ func testPrivileges(t *testing.T, release machine.Release) {
 				world.cluster.Claim(t, agentNamespace, claim.ClaimName, disk, n)
 			}
 		}
-		if ok, said := runOnce(t, n, spec, nil, "inject"); !ok {
-			t.Fatal(said)
+		(&privileged{n, spec}).check(t)
+	})
+	t.Run("secondary boot disk", func(t *testing.T) {
+		mountSecondary(t, n, disk)
+		p := &privileged{n, daemonSets(t, "secondary-boot-disk")[0].Spec.Template.Spec}
+		p.check(t)
+		if said := p.must(t, nil, "version"); !strings.Contains(said, version.String()) {
+			t.Errorf("version says %q, want %s", said, version.String())
 		}
-		// The pod has ended, and with it kubelet's mounts of the claim.
-		if out := n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", ref(app), "test", "/bin/echo", "hello"); out != "hello\n" {
-			t.Errorf("the cached image said %q", out)
-		}
-		if ok, said := runOnce(t, n, spec, nil, "eject"); !ok {
-			t.Fatal(said)
+		for _, args := range [][]string{{"plan"}, {"plan", ref(app)}, {"inject"}, {"status"}, {"inject"}, {"eject"}} {
+			t.Log(args, p.must(t, nil, args...))
 		}
 	})
+}
+
+// privileged is a node with pods of a daemon set.
+type privileged struct {
+	n    *cluster.Node
+	spec corev1.PodSpec
+}
+
+// must runs a command in a pod of its own; it must succeed.
+func (p *privileged) must(t *testing.T, change func(*corev1.Container), args ...string) string {
+	t.Helper()
+	ok, said := runOnce(t, p.n, p.spec, change, args...)
+	if !ok {
+		t.Fatalf("%v: %s", args, said)
+	}
+	return said
+}
+
+// check shows that the capabilities are enough to register, and that none can be missing;
+// and that verify needs one more.
+func (p *privileged) check(t *testing.T) {
+	t.Helper()
+	for _, c := range p.spec.Containers[0].SecurityContext.Capabilities.Add {
+		ok, said := runOnce(t, p.n, p.spec, func(container *corev1.Container) {
+			caps := container.SecurityContext.Capabilities
+			caps.Add = slices.DeleteFunc(slices.Clone(caps.Add), func(o corev1.Capability) bool { return o == c })
+		}, "inject")
+		t.Logf("without %s: %s", c, said)
+		if ok {
+			t.Errorf("inject does without %s: do not give it", c)
+		}
+		if strings.Count(said, "\n") != 1 {
+			t.Errorf("without %s it says more than a line: %s", c, said)
+		}
+	}
+	p.must(t, nil, "inject")
+	// The pod has ended, and with it kubelet's mounts of a claim.
+	if out := p.n.Output(t, "ctr", "-n", "k8s.io", "run", "--rm", ref(app), "test", "/bin/echo", "hello"); out != "hello\n" {
+		t.Errorf("the cached image said %q", out)
+	}
+	if ok, said := runOnce(t, p.n, p.spec, nil, "verify", "--log-level=warn"); ok || !strings.Contains(said, "permission denied; run as root, in a container with CAP_DAC_READ_SEARCH") {
+		t.Errorf("verify without CAP_DAC_READ_SEARCH: success is %t: %s", ok, said)
+	}
+	p.must(t, func(container *corev1.Container) {
+		caps := container.SecurityContext.Capabilities
+		caps.Add = append(slices.Clone(caps.Add), "DAC_READ_SEARCH")
+	}, "verify")
+	p.must(t, nil, "eject")
 }
 
 // runOnce runs a command of the injector in a pod of the daemon set's, changed where a
