@@ -46,6 +46,7 @@ var benchmarks = []struct {
 	{"desktop-docker", "Docker, the image of a desktop", func(s *session) benchmark { return newDesktop(s, dockerPeers) }},
 	{"first-read", "containerd, the first start of a program on a network disk", newFirstRead},
 	{"packer-600", "packer build, 60 images of 11 layers", func(s *session) benchmark { return newBuild(s, 60) }},
+	{"verify-desktop", "verify of the disk with the images of a desktop, in the page cache", newProof},
 	{"agent-2000", "the node agent's memory with 200 images of 11 layers", func(s *session) benchmark { return newAgent(s, 200) }},
 }
 
