@@ -295,6 +295,9 @@ func (n *ctrdNode) struck(t *testing.T, r *rand.Rand, f ctrdFault, command strin
 		t.Fatalf("%s: %v", what, err)
 	}
 	t.Logf("%s: exit status %d %s", what, status, i.last())
+	if said := i.stderr.String(); status == 1 && f.says != "" && (strings.Count(said, "\n") != 1 || !strings.Contains(said, f.says)) {
+		t.Errorf("%s: it does not say %q in one line: %s", what, f.says, said)
+	}
 	if !f.passive || status != 0 {
 		total.fault(f.kind)
 	}

@@ -33,6 +33,8 @@ type ctrdFault struct {
 	unreadable bool
 	// passive is true of a fault that strikes only a run that fails by it.
 	passive bool
+	// says, if any, is what such a run has to say, in one line.
+	says string
 }
 
 var ctrdFaults = []ctrdFault{
@@ -50,7 +52,7 @@ var ctrdFaults = []ctrdFault{
 		heal:    func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
 	},
 	{
-		kind: "cache disk's device gone for good, containerd", unreadable: true, passive: true,
+		kind: "cache disk's device gone for good, containerd", unreadable: true, passive: true, says: "cache disk not readable",
 		prepare: func(t *testing.T, n *ctrdNode) { n.onMortalCache(t) },
 		strike:  func(_ *testing.T, n *ctrdNode, _ *rand.Rand, _ *injection) error { return n.device.Kill() },
 		heal:    func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },

@@ -132,6 +132,14 @@ func Open(dir string) (*Disk, error) {
 	return d, nil
 }
 
+// Lost says that the disk's device cannot be read any more, nil if it can.
+func (d *Disk) Lost() error {
+	if err := Probe(d.Dir); errors.Is(err, ErrUnreadable) {
+		return remedy(err)
+	}
+	return nil
+}
+
 // remedy adds to an error of reading the disk what to do about it.
 func remedy(err error) error {
 	switch {

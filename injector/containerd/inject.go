@@ -222,7 +222,31 @@ func (n *run) all(ctx context.Context, jobs []*job) ([]report.Image, error) {
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	return done, errors.Join(errs...)
+	return done, errors.Join(byDisk(jobs, errs)...)
+}
+
+// byDisk is the errors of images, but one alone for all those of a disk that cannot be
+// read any more.
+func byDisk(jobs []*job, errs []error) (all []error) {
+	lost := map[*cachedisk.Disk]error{}
+	for i, err := range errs {
+		if err == nil {
+			continue
+		}
+		d := jobs[i].disk
+		dead, known := lost[d]
+		if !known {
+			dead = d.Lost()
+			lost[d] = dead
+			if dead != nil {
+				all = append(all, dead)
+			}
+		}
+		if dead == nil {
+			all = append(all, err)
+		}
+	}
+	return all
 }
 
 // image registers one image and says what became of it, also after an error.
