@@ -222,6 +222,10 @@ func checkAgentProcess(t *testing.T, n *cluster.Node) {
 		}
 	}
 
+	if limits := n.Output(t, "cat", "/proc/"+pid+"/limits"); !regexp.MustCompile(`(?m)^Max core file size +0 +0 `).MatchString(limits) {
+		t.Errorf("%s: the kernel may write a core of the agent: %s", n.Name, limits)
+	}
+
 	token := strings.TrimSpace(n.Output(t, "cat", "/proc/"+pid+"/root/var/run/secrets/kubernetes.io/serviceaccount/token"))
 	if len(token) < 100 {
 		t.Fatalf("the agent's token is %q", token)
