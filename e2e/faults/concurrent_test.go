@@ -34,13 +34,11 @@ const stepLimit = 3 * time.Minute
 
 // crowd is everything that works on a node at once.
 type crowd struct {
-	n    *ctrdNode
-	conn *grpc.ClientConn
+	m       *machine.Machine
+	runtime string
 
-	// agents is how many run.
-	agents atomic.Int64
-
-	mu     sync.Mutex
+	mu sync.Mutex
+	// done counts what was done. What is there from the beginning has to happen in any run.
 	done   map[string]int
 	wrong  []string
 	taken  []taking
@@ -65,8 +63,22 @@ type miss struct {
 // from events.
 const lag = time.Second
 
-// least is what has to have happened in any run.
-var least = []string{inject, eject, agents, overlap, "garbage collected", "images pulled", "images removed", "pods run"}
+func newCrowd(m *machine.Machine, runtime string, least ...string) *crowd {
+	c := &crowd{m: m, runtime: runtime, done: map[string]int{}}
+	for _, what := range append([]string{inject, eject}, least...) {
+		c.done[what] = 0
+	}
+	return c
+}
+
+// ctrdCrowd works on a node with containerd.
+type ctrdCrowd struct {
+	*crowd
+	n    *ctrdNode
+	conn *grpc.ClientConn
+	// agents is how many run.
+	agents atomic.Int64
+}
 
 const (
 	agents  = "agents ended"
@@ -90,7 +102,12 @@ func (c *crowd) fail(format string, a ...any) {
 func (c *crowd) whole() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return !slices.ContainsFunc(least, func(what string) bool { return c.done[what] == 0 })
+	for _, n := range c.done {
+		if n == 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // take runs what takes images away, which says which, by any of their names.
@@ -140,7 +157,8 @@ func TestConcurrent(t *testing.T) {
 func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 	n.MountDisk(t, newStore(t), nodestate.ContainerdDir, "rw")
 	n.start(t)
-	c := &crowd{n: n, done: map[string]int{}}
+	least := []string{agents, overlap, "garbage collected", "images pulled", "images removed", "pods run"}
+	c := &ctrdCrowd{crowd: newCrowd(n.Machine, "containerd", least...), n: n}
 	var err error
 	if c.conn, err = grpc.NewClient("unix://"+n.Path(machine.Socket), grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		t.Fatal(err)
@@ -156,32 +174,8 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 	}
 	n.learn(t)
 
-	start := time.Now()
-	ctx, cancel := context.WithTimeout(n.context(t), duration)
-	defer cancel()
-	longest, cancel := context.WithTimeout(n.context(t), duration+stepLimit)
-	defer cancel()
-	var wg sync.WaitGroup
-	for i, member := range []func(ctx context.Context, r *rand.Rand, i int){
-		c.injects, c.injects, c.ejects, c.collects, c.kubelet, c.kubelet, c.kubelet, c.agent, c.agent,
-	} {
-		r := rand.New(rand.NewPCG(*seed, uint64(i)))
-		wg.Go(func() {
-			for ctx.Err() == nil || longest.Err() == nil && !c.whole() {
-				member(context.WithoutCancel(ctx), r, i)
-			}
-		})
-	}
-	wg.Wait()
-	c.judge()
-	duration = time.Since(start).Round(time.Second)
-	t.Logf("in %v: %v", duration, c.summary())
-	if !c.whole() {
-		t.Errorf("not all of %q happened", least)
-	}
-	for _, w := range c.wrong {
-		t.Error(w)
-	}
+	took := c.work(t, n.context(t), duration,
+		c.injects, c.injects, c.ejects, c.collects, c.kubelet, c.kubelet, c.kubelet, c.agent, c.agent)
 	if t.Failed() {
 		return
 	}
@@ -204,7 +198,37 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 	n.recover(t, inject, "everything at once, and eject")
 	n.checkVisible(t)
 	n.recover(t, eject, "everything at once, eject and inject")
-	total.crowded(duration)
+	total.crowded(took)
+}
+
+// work has all members work for that long, each again and again, and says how long it was.
+func (c *crowd) work(t *testing.T, ctx context.Context, duration time.Duration, members ...func(ctx context.Context, r *rand.Rand, i int)) time.Duration {
+	t.Helper()
+	start := time.Now()
+	shortest, cancel := context.WithTimeout(ctx, duration)
+	defer cancel()
+	longest, cancel := context.WithTimeout(ctx, duration+stepLimit)
+	defer cancel()
+	var wg sync.WaitGroup
+	for i, member := range members {
+		r := rand.New(rand.NewPCG(*seed, uint64(i)))
+		wg.Go(func() {
+			for shortest.Err() == nil || longest.Err() == nil && !c.whole() {
+				member(ctx, r, i)
+			}
+		})
+	}
+	wg.Wait()
+	c.judge()
+	took := time.Since(start).Round(time.Second)
+	t.Logf("in %v: %v", took, c.summary())
+	if !c.whole() {
+		t.Error("not all of that happened")
+	}
+	for _, w := range c.wrong {
+		t.Error(w)
+	}
+	return took
 }
 
 func (c *crowd) summary() string {
@@ -215,10 +239,10 @@ func (c *crowd) summary() string {
 	return strings.Join(s, "")
 }
 
-// run runs the injector, and gives what it did, nil if nothing; refusals that refused names
-// are none of its faults.
-func (c *crowd) run(command, refused string) (did []byte) {
-	i, err := newInjection(c.n.Machine, "containerd", command, "--output", "json")
+// run runs the injector, and gives what it did, nil if nothing; refusals with one of the
+// words are none of its faults.
+func (c *crowd) run(command string, refused ...string) (did []byte) {
+	i, err := newInjection(c.m, c.runtime, command, "--output", "json")
 	if err != nil {
 		c.fail("%v", err)
 		return nil
@@ -232,7 +256,7 @@ func (c *crowd) run(command, refused string) (did []byte) {
 		did = []byte(i.stdout.String())
 	default:
 		for line := range strings.Lines(i.stderr.String()) {
-			if refused == "" || !strings.Contains(line, refused) {
+			if !contains(line, refused...) {
 				c.fail("%s: %s", command, line)
 			}
 		}
@@ -241,25 +265,32 @@ func (c *crowd) run(command, refused string) (did []byte) {
 	return did
 }
 
-func (c *crowd) injects(_ context.Context, _ *rand.Rand, _ int) { c.run(inject, "") }
+func contains(s string, words ...string) bool {
+	return slices.ContainsFunc(words, func(w string) bool { return strings.Contains(s, w) })
+}
 
-func (c *crowd) ejects(_ context.Context, r *rand.Rand, _ int) {
-	time.Sleep(time.Duration(r.Int64N(int64(2 * time.Second))))
-	c.take(func() []string {
-		var did report.Eject
-		if out := c.run(eject, "remove the container first"); out != nil {
-			if err := json.Unmarshal(out, &did); err != nil {
-				c.fail("eject says %q", out)
-			}
+func (c *crowd) injects(context.Context, *rand.Rand, int) { c.run(inject) }
+
+// eject runs it, and gives the names of the images that it took.
+func (c *crowd) eject(refused ...string) []string {
+	var did report.Eject
+	if out := c.run(eject, refused...); out != nil {
+		if err := json.Unmarshal(out, &did); err != nil {
+			c.fail("eject says %q", out)
 		}
-		return did.Images
-	})
+	}
+	return did.Images
+}
+
+func (c *ctrdCrowd) ejects(_ context.Context, r *rand.Rand, _ int) {
+	time.Sleep(time.Duration(r.Int64N(int64(2 * time.Second))))
+	c.take(func() []string { return c.eject("remove the container first") })
 }
 
 // agent runs the DaemonSet's agent for a while, as another one does: during a surge a node
 // has two.
-func (c *crowd) agent(_ context.Context, r *rand.Rand, _ int) {
-	i, err := newInjection(c.n.Machine, "containerd", "run", "--kubernetes=false", "--metrics-address", "", "--check-interval", "1s")
+func (c *ctrdCrowd) agent(_ context.Context, r *rand.Rand, _ int) {
+	i, err := newInjection(c.m, c.runtime, "run", "--kubernetes=false", "--metrics-address", "", "--check-interval", "1s")
 	if err != nil {
 		c.fail("%v", err)
 		return
@@ -287,7 +318,7 @@ func (c *crowd) agent(_ context.Context, r *rand.Rand, _ int) {
 	}
 }
 
-func (c *crowd) collects(ctx context.Context, r *rand.Rand, _ int) {
+func (c *ctrdCrowd) collects(ctx context.Context, r *rand.Rand, _ int) {
 	time.Sleep(time.Duration(r.Int64N(int64(200 * time.Millisecond))))
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
@@ -300,7 +331,7 @@ func (c *crowd) collects(ctx context.Context, r *rand.Rand, _ int) {
 
 // kubelet pulls an image if it is not there, or always, runs it, compares what the
 // container sees, and now and then removes the image.
-func (c *crowd) kubelet(ctx context.Context, r *rand.Rand, i int) {
+func (c *ctrdCrowd) kubelet(ctx context.Context, r *rand.Rand, i int) {
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()
 	ref, from := pick(r, world.refs), time.Now()
@@ -344,19 +375,19 @@ func (c *crowd) kubelet(ctx context.Context, r *rand.Rand, i int) {
 	}
 }
 
-func (c *crowd) removeImage(ctx context.Context, ref string) error {
+func (c *ctrdCrowd) removeImage(ctx context.Context, ref string) error {
 	_, err := cri.NewImageServiceClient(c.conn).RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: ref}})
 	return err
 }
 
 // said sorts the errors of pulls and runs: an image that another member has taken away
-// meanwhile is not there any more, which kubelet answers by trying again. At any other time
+// meanwhile is not there any more, which a user answers by trying again. At any other time
 // it would be half there, which judge looks at.
 func (c *crowd) said(ctx context.Context, verb, ref string, from time.Time, err error) {
 	switch {
 	case ctx.Err() != nil:
 		c.fail("%s %s hangs: %v", verb, ref, errors.Join(err, ctx.Err()))
-	case !strings.Contains(err.Error(), "not found") && !strings.Contains(err.Error(), "does not exist"):
+	case !contains(err.Error(), "not found", "does not exist", "No such image"):
 		c.fail("%s %s: %v", verb, ref, err)
 	default:
 		c.mu.Lock()
