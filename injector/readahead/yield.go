@@ -23,6 +23,9 @@ const (
 	// calm is how long others must have read little, and how long it is no matter what they
 	// read once that was what the trace has.
 	calm = 200 * time.Millisecond
+	// patience is how long it waits for others without a moment of calm, once: what reads
+	// longer than that is no start, and may never end.
+	patience = time.Minute
 )
 
 // yield has the reading wait for others that read from the same device: for a start that
@@ -33,8 +36,9 @@ type yield struct {
 	counts func() (device, own int64, err error)
 	// before is the difference at the last look.
 	before int64
-	// trusted is until when others may read what they like.
+	// trusted is until when others may read what they like, and outworn that they may for good.
 	trusted time.Time
+	outworn bool
 }
 
 // newYield is for the device of the file system at dir; nil if the kernel does not count
@@ -72,11 +76,13 @@ func (y *yield) others() int64 {
 }
 
 // wait returns at once if others have read little. Otherwise it waits until they have
-// been quiet for a moment, or until what they read is what is left of the trace.
+// been quiet for a moment, or until what they read is what is left of the trace, but not
+// for ever.
 func (y *yield) wait(ctx context.Context, left []part) error {
-	if y.others() <= few || time.Now().Before(y.trusted) {
+	if y.outworn || y.others() <= few || time.Now().Before(y.trusted) {
 		return nil
 	}
+	began := time.Now()
 	next := newPrediction(left)
 	next.comesTrue() // since now
 	tick := time.NewTicker(look)
@@ -89,6 +95,10 @@ func (y *yield) wait(ctx context.Context, left []part) error {
 		}
 		if y.others() <= few {
 			continue
+		}
+		if time.Since(began) >= patience {
+			y.outworn = true
+			return nil
 		}
 		if next.comesTrue() {
 			y.trusted = time.Now().Add(calm)

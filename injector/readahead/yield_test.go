@@ -72,7 +72,7 @@ func TestYield(t *testing.T) {
 // TestYieldEnds has others that read for ever, and a device that goes away.
 func TestYieldEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		ctx, cancel := context.WithTimeout(t.Context(), patience/2)
 		defer cancel()
 		var device int64
 		y := &yield{counts: func() (int64, int64, error) {
@@ -82,6 +82,13 @@ func TestYieldEnds(t *testing.T) {
 		if err := y.wait(ctx, nil); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("error is %v", err)
 		}
+		for _, want := range []time.Duration{patience, 0} {
+			began := time.Now()
+			if err := y.wait(t.Context(), nil); err != nil || time.Since(began) != want {
+				t.Errorf("it waits for %v, %v, not %v", time.Since(began), err, want)
+			}
+		}
+		y.outworn = false
 		y.counts = func() (int64, int64, error) { return 0, 0, os.ErrNotExist }
 		if err := y.wait(t.Context(), nil); err != nil {
 			t.Error(err)
