@@ -174,7 +174,7 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 	}
 	n.learn(t)
 
-	took := c.work(t, n.context(t), duration,
+	took := c.work(n.context(t), t, duration,
 		c.injects, c.injects, c.ejects, c.collects, c.kubelet, c.kubelet, c.kubelet, c.agent, c.agent)
 	if t.Failed() {
 		return
@@ -202,7 +202,7 @@ func concurrent(t *testing.T, n *ctrdNode, duration time.Duration) {
 }
 
 // work has all members work for that long, each again and again, and says how long it was.
-func (c *crowd) work(t *testing.T, ctx context.Context, duration time.Duration, members ...func(ctx context.Context, r *rand.Rand, i int)) time.Duration {
+func (c *crowd) work(ctx context.Context, t *testing.T, duration time.Duration, members ...func(ctx context.Context, r *rand.Rand, i int)) time.Duration {
 	t.Helper()
 	start := time.Now()
 	shortest, cancel := context.WithTimeout(ctx, duration)

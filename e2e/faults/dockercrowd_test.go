@@ -46,7 +46,7 @@ func TestConcurrentDocker(t *testing.T) {
 	}
 	c.removeAll(t)
 	n.learn(t)
-	took := c.work(t, t.Context(), time.Duration(*faults)*time.Second/2, c.injects, c.injects, c.ejects, c.user, c.user, c.user)
+	took := c.work(t.Context(), t, time.Duration(*faults)*time.Second/2, c.injects, c.injects, c.ejects, c.user, c.user, c.user)
 	if t.Failed() {
 		return
 	}

@@ -116,7 +116,7 @@ func (p *pieces) tree(ctx context.Context) (tree, error) {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return t, nil
 		}
 		if err != nil {

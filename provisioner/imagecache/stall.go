@@ -106,7 +106,7 @@ func (b *impatientBody) Read(p []byte) (int, error) {
 
 // explain says silent if that is why the request has ended.
 func (b *impatientBody) explain(err error) error {
-	if err != nil && context.Cause(b.ctx) == b.silent {
+	if err != nil && errors.Is(context.Cause(b.ctx), b.silent) {
 		return b.silent
 	}
 	return err
