@@ -51,6 +51,7 @@ func TestConcurrentDocker(t *testing.T) {
 		return
 	}
 	c.removeAll(t)
+	c.adopt(t)
 	n.recoverOwn(t, eject, "everything at once")
 	n.recoverOwn(t, inject, "everything at once, and eject")
 	n.checkVisible(t)
@@ -81,10 +82,31 @@ func (n *dockerNode) recoverOwn(t *testing.T, command, after string) {
 	same(t, after+", then "+command, want, own(n.store(t)))
 }
 
+// adopt has Docker take layers that no image has, and removes them. dockerd keeps those that
+// it had unpacked of a pull as it was stopped, until a pull takes them; none is the injector's.
+func (c *dockerCrowd) adopt(t *testing.T) {
+	t.Helper()
+	runInjector(t, c.n.Machine, "docker", eject)
+	if links := c.n.Output(t, "find", nodestate.DockerDir+"/image", "-name", "tar-split.json.gz", "-type", "l"); links != "" {
+		t.Errorf("everything at once, then eject: the injector's layers are left: %s", links)
+	}
+	c.n.Output(t, "systemctl", "restart", "docker.service")
+	for _, ref := range world.refs {
+		c.n.Output(t, "docker", "pull", "-q", ref)
+	}
+	c.removeAll(t)
+}
+
 // removeAll removes every image.
 func (c *dockerCrowd) removeAll(t *testing.T) {
 	t.Helper()
 	c.n.Output(t, "sh", "-ec", "docker images -aq --no-trunc | sort -u | xargs -r docker rmi -f")
+}
+
+// injects may find that a user's call has had systemd start dockerd while its units were being
+// stopped.
+func (c *dockerCrowd) injects(context.Context, *rand.Rand, int) {
+	c.run(inject, "while images were being registered there; run inject again")
 }
 
 func (c *dockerCrowd) ejects(_ context.Context, r *rand.Rand, _ int) {
