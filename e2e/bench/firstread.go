@@ -63,8 +63,8 @@ func newFirstRead(s *session) benchmark {
 until DISPLAY=:7 glxinfo -B 2>/dev/null; do sleep 0.02; done`}}
 	fast, small := host.Profile{Delay: time.Millisecond, Rate: 140e6}, host.Profile{Delay: 2 * time.Millisecond, Rate: 30e6}
 	return &firstRead{s: s, starts: []*slowStart{
-		{program: browser, name: "1 ms, 140 MB/s", Profile: fast},
-		{program: browser, name: "2 ms, 30 MB/s", Profile: small},
+		{program: browser, name: "browser, 1 ms, 140 MB/s", Profile: fast},
+		{program: browser, name: "browser, 2 ms, 30 MB/s", Profile: small},
 		{program: display, name: "display, 1 ms, 140 MB/s", Profile: fast},
 	}}
 }
@@ -380,9 +380,9 @@ func (b *firstRead) figures() []figure {
 		if p.recorded > 0 {
 			t := p.trace
 			f = append(f, figure{name: p.program.name + ": read ahead", unit: bytes, runs: series{float64(t.Bytes())}},
-				figure{name: "  in files", unit: count, runs: series{float64(len(t.Files))}},
-				figure{name: "  in ranges", unit: count, runs: series{float64(len(t.Ranges))}},
-				figure{name: "  recorded in a start of", unit: seconds, runs: series{p.recorded.Seconds()},
+				figure{name: p.program.name + ": files of that", unit: count, runs: series{float64(len(t.Files))}},
+				figure{name: p.program.name + ": ranges of that", unit: count, runs: series{float64(len(t.Ranges))}},
+				figure{name: p.program.name + ": start in which that was recorded", unit: seconds, runs: series{p.recorded.Seconds()},
 					ratios: []ratio{{"cold", 0, series{p.recorded.Seconds() / p.cold.median()}}}})
 		}
 		var both series
