@@ -116,8 +116,13 @@ func (c *dockerCrowd) ejects(_ context.Context, r *rand.Rand, _ int) {
 		c.containers.Lock()
 		defer c.containers.Unlock()
 	}
-	// Of a container that was there, and of one that has come since.
-	c.take(func() []string { return c.eject("remove it with docker rm", "is using its referenced image") })
+	c.take(func() []string {
+		// Of a container that was there, and of one that has come since.
+		if took := c.eject("remove it with docker rm", "is using its referenced image"); took != nil {
+			return took
+		}
+		return world.refs // what it has removed until then
+	})
 }
 
 // life is the life of Docker's units, while both run; "" else.
@@ -191,7 +196,7 @@ func (c *dockerCrowd) container(ctx context.Context, r *rand.Rand, name, ref str
 			c.fail("removing a container: %v", err)
 		}
 	}()
-	if _, err := c.docker(ctx, "create", "--name", name, "--network", "none", ref, "/bin/busybox", "sleep", "86397"); err != nil && !strings.Contains(err.Error(), "is already in use") {
+	if _, err := c.docker(ctx, "create", "--pull", "never", "--name", name, "--network", "none", ref, "/bin/busybox", "sleep", "86397"); err != nil && !strings.Contains(err.Error(), "is already in use") {
 		c.said(ctx, "creating a container of", ref, from, err)
 		return false
 	}
