@@ -48,6 +48,8 @@ func startLifeline(ctx context.Context, r *vm, mountPoint string, made []string)
 		"systemd-run", "--unit=" + lifelineUnit, "--description=Packer build that fills an image cache",
 		"--collect", "--quiet", "--pipe", "--wait",
 		"--property=TimeoutStopSec=" + unmountTimeout.String(),
+		// Where the daemon's configuration is, before the daemon.
+		"--property=RuntimeDirectory=" + runtimeDirectory,
 		"--property=ExecStopPost=-/bin/systemctl stop " + dockerdUnit,
 		"--property=ExecStopPost=-/bin/umount --recursive " + mountPoint,
 	}
