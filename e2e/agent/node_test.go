@@ -3,7 +3,6 @@
 package agent_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,7 +12,6 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -23,6 +21,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
@@ -71,25 +70,8 @@ func (n *node) attach(t testing.TB) (detach func()) {
 type agent struct {
 	n   *node
 	cmd *exec.Cmd
-	log lockedBuffer
+	log host.Said
 	pid int // on the host
-}
-
-type lockedBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
 }
 
 // args are those of an agent with times for tests, without a cluster unless more

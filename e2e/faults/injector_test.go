@@ -3,7 +3,6 @@
 package faults_test
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"math/rand/v2"
@@ -11,7 +10,6 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -29,29 +27,11 @@ const (
 // it is bounded by deadlines of its own.
 const runLimit = 10 * time.Minute
 
-// output is what a program has said so far.
-type output struct {
-	mu   sync.Mutex
-	said bytes.Buffer
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.said.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.said.String()
-}
-
 // injection is a run of the injector on a node.
 type injection struct {
 	cmd    *exec.Cmd
-	stdout output
-	stderr output
+	stdout host.Said
+	stderr host.Said
 	ended  chan struct{}
 	killed bool
 }

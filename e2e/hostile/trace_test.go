@@ -14,10 +14,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
 // trace is a run of the injector and all that it did with paths.
@@ -37,31 +38,13 @@ type access struct {
 
 func (a access) String() string { return fmt.Sprintf("%s (%s)", a.path, a.call) }
 
-// output is what a program has said so far.
-type output struct {
-	mu   sync.Mutex
-	said strings.Builder
-}
-
-func (o *output) Write(p []byte) (int, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.said.Write(p)
-}
-
-func (o *output) String() string {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.said.String()
-}
-
 // tracing is a run of the injector under strace that has not ended.
 type tracing struct {
 	args           []string
 	cmd            *exec.Cmd
 	cancel         context.CancelFunc
 	dir            string // of strace's files
-	stdout, stderr *output
+	stdout, stderr *host.Said
 	start          time.Time
 }
 
@@ -80,7 +63,7 @@ func startTraced(t *testing.T, args ...string) *tracing {
 	cmd := exec.CommandContext(ctx, "strace", append([]string{"-ff", "-qq", "-y", "-s", "4096", "--seccomp-bpf",
 		"-e", "trace=%file", "-o", filepath.Join(dir, "trace"), "--"}, inner.Args...)...)
 	cmd.Env = inner.Env
-	tr := &tracing{args: args, cmd: cmd, cancel: cancel, dir: dir, stdout: &output{}, stderr: &output{}}
+	tr := &tracing{args: args, cmd: cmd, cancel: cancel, dir: dir, stdout: &host.Said{}, stderr: &host.Said{}}
 	cmd.Stdout, cmd.Stderr = tr.stdout, tr.stderr
 	// A process begins with the memory of the one that it was forked from, as far as its
 	// peak is concerned: proc(5), clear_refs.
