@@ -224,6 +224,10 @@ func checkAgentProcess(t *testing.T, n *cluster.Node) {
 		t.Errorf("%s: the kernel may write a core of the agent: %s", n.Name, limits)
 	}
 
+	if host := n.Output(t, "readlink", "/proc/1/ns/mnt"); host == n.Output(t, "readlink", "/proc/"+pid+"/ns/mnt") {
+		t.Errorf("%s: the agent, and with it kubectl exec, is in the host's mount namespace", n.Name)
+	}
+
 	token := strings.TrimSpace(n.Output(t, "cat", "/proc/"+pid+"/root/var/run/secrets/kubernetes.io/serviceaccount/token"))
 	if len(token) < 100 {
 		t.Fatalf("the agent's token is %q", token)

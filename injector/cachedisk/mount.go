@@ -130,27 +130,40 @@ func CheckOnHost(hostRoot, target string, id digest.Digest) error {
 // inHost calls f in the mount namespace of the host's process 1. Only f's own
 // system calls happen there.
 func inHost(hostRoot string, f func() error) error {
+	return onOwnThread(func() error {
+		ns := filepath.Join(hostRoot, "proc/1/ns/mnt")
+		fd, err := unix.Open(ns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("opening %s: %w", ns, err)
+		}
+		defer unix.Close(fd)
+		// setns refuses a thread that shares its working directory with others.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+		if err := unix.Setns(fd, unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("setns: %w", err)
+		}
+		return f()
+	})
+}
+
+// onOwnThread calls f on a thread that no other goroutine ever runs on, before or after
+// it in f's namespaces, and that is not the process's first. That one's namespaces count
+// as the process's: a command that kubectl exec runs in the agent's container joins
+// them. Nor does Go end it with its goroutine.
+func onOwnThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		// The thread is never unlocked: it ends with this goroutine, so that no other
-		// goroutine ever runs in the host's namespace.
+		// Never unlocked, a thread ends with its goroutine.
 		runtime.LockOSThread()
-		done <- func() error {
-			ns := filepath.Join(hostRoot, "proc/1/ns/mnt")
-			fd, err := unix.Open(ns, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-			if err != nil {
-				return fmt.Errorf("opening %s: %w", ns, err)
-			}
-			defer unix.Close(fd)
-			// setns refuses a thread that shares its working directory with others.
-			if err := unix.Unshare(unix.CLONE_FS); err != nil {
-				return fmt.Errorf("unshare: %w", err)
-			}
-			if err := unix.Setns(fd, unix.CLONE_NEWNS); err != nil {
-				return fmt.Errorf("setns: %w", err)
-			}
-			return f()
-		}()
+		if unix.Gettid() == unix.Getpid() {
+			// Kept by this goroutine, it is not the next one's.
+			defer runtime.UnlockOSThread()
+			done <- onOwnThread(f)
+			return
+		}
+		done <- f()
 	}()
 	return <-done
 }
