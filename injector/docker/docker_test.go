@@ -246,6 +246,15 @@ func TestCommit(t *testing.T) {
 	if len(again.relinks) > 0 {
 		t.Errorf("relinks %v of a disk that is there", again.relinks)
 	}
+
+	// As dockerd removes a layer that inject has just looked at.
+	l := c.layers[0]
+	if err := os.RemoveAll(r.overlay(l.ID)); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.relinkLayers([]relink{{l.Chain, l, false}}); err != nil {
+		t.Error(err)
+	}
 	repos, err := r.readRepositories()
 	if err != nil || len(repos.Repositories) != 2 {
 		t.Errorf("names %v, %v", repos, err)

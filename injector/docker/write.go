@@ -3,6 +3,7 @@ package docker
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -245,7 +246,8 @@ func (s store) removeOwn(l newLayer) error {
 	return os.RemoveAll(s.overlay(l.ID))
 }
 
-// relinkLayers makes layers reach their files anew, without dockerd noticing.
+// relinkLayers makes layers reach their files anew, without dockerd noticing. One that
+// dockerd removes meanwhile stays removed.
 func (s store) relinkLayers(relinks []relink) error {
 	var binds []cachedisk.Bind
 	for _, r := range relinks {
@@ -253,11 +255,11 @@ func (s store) relinkLayers(relinks []relink) error {
 			binds = append(binds, s.bind(r.Layer))
 			continue
 		}
-		if err := replaceLink(r.Layer.Source, s.overlay(r.Layer.ID, "diff")); err != nil {
-			return fmt.Errorf("linking layer %s: %w", r.Chain, err)
+		err := replaceLink(r.Layer.Source, s.overlay(r.Layer.ID, "diff"))
+		if err == nil {
+			err = replaceLink(r.Layer.TarSplit, filepath.Join(s.layerdb(r.Chain), "tar-split.json.gz"))
 		}
-		tarSplit := filepath.Join(s.layerdb(r.Chain), "tar-split.json.gz")
-		if err := replaceLink(r.Layer.TarSplit, tarSplit); err != nil {
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("linking layer %s: %w", r.Chain, err)
 		}
 	}
