@@ -62,10 +62,11 @@ func TestRace(t *testing.T) {
 }
 
 // TestReboot reboots the node: without its disk containers fail with an error,
-// with it they run, and nothing is registered anew.
+// with it they run, and nothing is registered anew. Blobs that the disk keeps are there again
+// too.
 func TestReboot(t *testing.T) {
 	onEach(t, func(t *testing.T, n *node) {
-		detach := n.attach(t, world.first, cacheDir)
+		detach := n.attach(t, world.second, cacheDir)
 		n.inject(t, cacheDir)
 		n.listed(t, ref(sandbox))
 		n.listed(t, ref(app1))
@@ -97,7 +98,7 @@ func TestReboot(t *testing.T) {
 			t.Errorf("status without the disk: %v", err)
 		}
 
-		n.attach(t, world.first, cacheDir)
+		n.attach(t, world.second, cacheDir)
 		// The mount alone brings the images back, whoever makes it.
 		fs := n.anchor(t)
 		n.Output(t, "mount", "--bind", cacheDir, fs)
@@ -121,8 +122,25 @@ func TestReboot(t *testing.T) {
 			t.Errorf("in the container: %q", got)
 		}
 		p.remove(t)
+		n.checkBlobs(t)
 		t.Run("a directory without a record", func(t *testing.T) { forgotten(t, n) })
 	})
+}
+
+// checkBlobs has containerd give every blob that it says it has.
+func (n *node) checkBlobs(t *testing.T) {
+	t.Helper()
+	out := n.Output(t, "sh", "-ec", "for d in $(ctr -n "+n.ns+" content ls -q); do echo $d $(ctr -n "+n.ns+" content get $d | sha256sum); done")
+	for line := range strings.Lines(out) {
+		if f := strings.Fields(line); f[0] != "sha256:"+f[1] {
+			t.Errorf("blob %s hashes to %s", f[0], f[1])
+		}
+	}
+	for _, d := range world.added {
+		if !strings.Contains(out, d) {
+			t.Errorf("no blob %s", d)
+		}
+	}
 }
 
 // forgotten has containerd find the directory of a snapshot that it is about to make, as

@@ -91,6 +91,19 @@ func device(file string, kind, major, minor uint32) func(dir string) error {
 	}
 }
 
+// flipped changes one bit of a file of the disk.
+func flipped(file string) func(dir string) error {
+	return func(dir string) error {
+		name := filepath.Join(dir, file)
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		data[len(data)/2] ^= 1
+		return os.WriteFile(name, data, 0o600)
+	}
+}
+
 // bombs replaces the recorded headers of every layer by two MB that expand to two GB: a
 // beginning, and one character again and again.
 func bombs(beginning, again string) func(dir string) error {
@@ -339,6 +352,7 @@ func TestRefusedFiles(t *testing.T) {
 		{"blob, inject into containerd", leadsOut(blob, "secret"), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
 		{"blob in containerd's store, inject into containerd", leadsTo(inside.containerd, blob, "secret"), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
 		{"blob a pipe, inject into containerd", pipe(blob), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "not a regular file"}},
+		{"blob of other bytes, inject into containerd", flipped(blob), []string{"inject", "--runtime", "containerd"}, []string{blobs[0], "hashes to"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			attach(t, cachedisk.Changed(t, world.disk, tt.spoil))
@@ -350,7 +364,56 @@ func TestRefusedFiles(t *testing.T) {
 				defer world.node.Output(t, injector, "eject", "--runtime", "containerd")
 			}
 			tr.checkAccesses(t, write)
+			if out := world.node.Output(t, "sh", "-ec", "ctr -n k8s.io content ls -q; ls "+blobsDir); strings.Contains(out, blobs[0]) {
+				t.Errorf("containerd has the blob: %s", out)
+			}
 		})
+	}
+}
+
+// blobsDir is where containerd looks for blobs.
+const blobsDir = "/var/lib/containerd/io.containerd.content.v1.content/blobs/sha256"
+
+// TestBlobsElsewhere has a disk with the same layer manifest take the place of one whose
+// blobs are registered, as after a reboot: containerd would open what is in their place.
+func TestBlobsElsewhere(t *testing.T) {
+	list, err := world.built.Images[0].LayerBlobs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := list[0].Digest.Encoded()
+	blob := filepath.Join(manifest.BlobsDir, "sha256", hash)
+	command := []string{"inject", "--runtime", "containerd", "--cache", cacheDir}
+	registered := func(t *testing.T) {
+		t.Helper()
+		attach(t, world.disk)
+		world.node.Output(t, append([]string{injector}, command...)...)
+		if out := world.node.Output(t, "sh", "-ec", "ctr -n k8s.io content get sha256:"+hash+" | sha256sum"); !strings.HasPrefix(out, hash) {
+			t.Errorf("containerd gives %s for %s", out, hash)
+		}
+	}
+	t.Run("registered", registered)
+	defer world.node.Output(t, injector, "eject", "--runtime", "containerd")
+	for _, tt := range []struct {
+		name  string
+		spoil func(dir string) error
+		words []string
+	}{
+		{"outside", leadsOut(blob, "secret"), []string{"not a regular file"}},
+		{"a pipe", pipe(blob), []string{"not a regular file"}},
+		{"shorter", func(dir string) error { return os.Truncate(filepath.Join(dir, blob), 1) }, []string{"has 1 bytes"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			world.node.Output(t, "sh", "-ec", "umount $(findmnt -rno TARGET | grep /snapshots/)")
+			attach(t, cachedisk.Changed(t, world.disk, tt.spoil))
+			tr := runTraced(t, command...)
+			tr.checkRefused(t, append(tt.words, hash, cacheDir, "build the disk again")...)
+			tr.checkAccesses(t, mayLock)
+			if out := world.node.Output(t, "cat", "/proc/1/mountinfo"); strings.Contains(out, "/snapshots/") {
+				t.Errorf("it is mounted for containerd: %s", out)
+			}
+		})
+		t.Run("registered again", registered)
 	}
 }
 

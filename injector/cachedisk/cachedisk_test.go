@@ -2,6 +2,7 @@ package cachedisk_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	testdisk "github.com/selkies-project/packer-plugin-selkies/e2e/cachedisk"
@@ -184,5 +186,38 @@ func TestFind(t *testing.T) {
 	disks, err = cachedisk.Find([]string{t.TempDir(), gke}, host)
 	if err == nil || len(disks) != 1 {
 		t.Errorf("found %v, %v", disks, err)
+	}
+}
+
+func TestCheckBlob(t *testing.T) {
+	dir := t.TempDir()
+	data := bytes.Repeat([]byte("blob"), 700_000) // more than is read at once
+	flipped := bytes.Clone(data)
+	flipped[len(data)-1] ^= 1
+	errs := []error{
+		os.WriteFile(filepath.Join(dir, "good"), data, 0o600),
+		os.WriteFile(filepath.Join(dir, "flipped"), flipped, 0o600),
+		os.WriteFile(filepath.Join(dir, "longer"), append(data, 0), 0o600),
+		os.Symlink("good", filepath.Join(dir, "link")),
+		syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600),
+	}
+	root, err := cachedisk.OpenRoot(dir)
+	if err := errors.Join(append(errs, err)...); err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	for name, want := range map[string]string{
+		"good": "", "flipped": "hashes to", "longer": "has 2800001 bytes, not 2800000",
+		"link": "not a regular file", "pipe": "not a regular file", "missing": "no such file",
+	} {
+		err := root.CheckBlob(t.Context(), name, digest.FromBytes(data), int64(len(data)))
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %q", name, err, want)
+		}
+	}
+	ended, end := context.WithCancel(t.Context())
+	end()
+	if err := root.CheckBlob(ended, "good", digest.FromBytes(data), int64(len(data))); !errors.Is(err, context.Canceled) {
+		t.Errorf("after the end: %v", err)
 	}
 }

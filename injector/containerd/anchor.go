@@ -75,7 +75,7 @@ func (r *Runtime) remount(ctx context.Context, disks []*cachedisk.Disk) error {
 		if a == nil {
 			continue
 		}
-		if err := d.MountOnHost(r.opt.HostRoot, r.mountPoint(a)); err != nil {
+		if err := r.mount(d, a); err != nil {
 			r.opt.Log.Debug("mounting a cache disk first", "error", err)
 		}
 	}
@@ -104,9 +104,20 @@ func (r *Runtime) ensureAnchor(ctx context.Context, run string, d *cachedisk.Dis
 	if a == nil {
 		return nil, fmt.Errorf("snapshot %s is not the anchor that its name says: remove it with ctr snapshots rm", name)
 	}
-	if err := d.MountOnHost(r.opt.HostRoot, r.mountPoint(a)); err != nil {
+	if err := r.mount(d, a); err != nil {
 		return nil, err
 	}
 	a.alive = func() error { return nil }
 	return a, nil
+}
+
+// mount mounts the disk on its anchor, if it is not.
+func (r *Runtime) mount(d *cachedisk.Disk, a *anchor) error {
+	if cachedisk.CheckOnHost(r.opt.HostRoot, r.mountPoint(a), d.ID) == nil {
+		return nil
+	}
+	if err := r.checkPlaced(d, a); err != nil {
+		return err
+	}
+	return d.MountOnHost(r.opt.HostRoot, r.mountPoint(a))
 }

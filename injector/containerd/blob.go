@@ -3,6 +3,7 @@ package containerd
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
@@ -213,24 +215,26 @@ func (r *Runtime) labelBlob(ctx context.Context, info content.Info, missing map[
 
 // linkBlob puts a link to the blob on the disk where containerd's content store
 // looks for it, then registers it by a write without bytes: containerd takes over
-// content that its store has, if size and digest are those it expects.
+// content that its store has, if only the size is right, and gives it to whoever asks,
+// as a manifest too. So the blob is hashed before.
 func (r *Runtime) linkBlob(ctx context.Context, run string, b blob, a *anchor, all map[string]string) error {
-	if err := r.checkBlob(a, b.file, b.desc.Size); err != nil {
-		return fmt.Errorf("%w; the layer manifest says that the disk keeps its blobs: build the disk again", err)
-	}
 	name := r.blobFile(b.desc.Digest)
 	if err := os.MkdirAll(filepath.Dir(r.host(name)), 0o755); err != nil {
 		return err
 	}
-	target, err := filepath.Rel(filepath.Dir(name), filepath.Join(r.mountPoint(a), b.file))
-	if err != nil {
-		return err
-	}
+	checked := false
+	var err error
 	// Garbage collection may find the link before it is registered, and remove it.
 	for range 3 {
 		// A link that leads nowhere is of a disk that is gone.
 		if _, err := os.Stat(r.host(name)); err != nil {
-			if err := replaceLink(target, r.host(name)); err != nil {
+			if !checked {
+				if err := r.checkBlob(ctx, a, b.file, b.desc); err != nil {
+					return err
+				}
+				checked = true
+			}
+			if err := r.placeBlob(a, b.file, b.desc.Digest); err != nil {
 				return err
 			}
 		}
@@ -251,20 +255,78 @@ func (r *Runtime) linkBlob(ctx context.Context, run string, b blob, a *anchor, a
 	return err
 }
 
-// checkBlob says why the disk on the anchor does not have a blob of that size. containerd
-// takes a file in its store for the blob that its name says if only the size is right,
-// and gives it to whoever asks: so no link may lead it elsewhere.
-func (r *Runtime) checkBlob(a *anchor, file string, size int64) error {
+// checkBlob says why the disk on the anchor does not have the blob, which it hashes.
+func (r *Runtime) checkBlob(ctx context.Context, a *anchor, file string, desc ocispec.Descriptor) error {
 	root, err := cachedisk.OpenRoot(r.host(r.mountPoint(a)))
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	got, err := root.CheckFile(file)
-	if err == nil && got != size {
-		err = fmt.Errorf("%s has %d bytes, not %d", file, got, size)
+	err = root.CheckBlob(ctx, file, desc.Digest, desc.Size)
+	if err == nil || ctx.Err() != nil || errors.Is(err, cachedisk.ErrUnreadable) {
+		return err
 	}
-	return err
+	return fmt.Errorf("%w; the layer manifest says that the disk keeps its blobs: build the disk again", err)
+}
+
+// placeBlob leads the blob's place in containerd's content store to the anchor's disk.
+func (r *Runtime) placeBlob(a *anchor, file string, d digest.Digest) error {
+	name := r.blobFile(d)
+	target, err := filepath.Rel(filepath.Dir(name), filepath.Join(r.mountPoint(a), file))
+	if err != nil {
+		return err
+	}
+	return replaceLink(target, r.host(name))
+}
+
+// placed is the path on the anchor's disk that the blob's place in the content store
+// leads to, "" if it leads elsewhere or is a file of containerd's own.
+func (r *Runtime) placed(a *anchor, d digest.Digest) string {
+	name := r.blobFile(d)
+	target, err := os.Readlink(r.host(name))
+	if err != nil {
+		return ""
+	}
+	file, ok := strings.CutPrefix(filepath.Join(filepath.Dir(name), target), r.mountPoint(a)+"/")
+	if !ok {
+		return ""
+	}
+	return file
+}
+
+// checkPlaced looks at the disk's files that places in the content store lead to, before
+// it is mounted there: another disk may have the same layer manifest, and containerd
+// opens what it finds, also a pipe or a link to elsewhere.
+func (r *Runtime) checkPlaced(d *cachedisk.Disk, a *anchor) error {
+	if !d.Manifest.Store.Blobs {
+		return nil
+	}
+	root, err := cachedisk.OpenRoot(d.Dir)
+	if err != nil {
+		return fmt.Errorf("cache disk %s: %w", d.Dir, err)
+	}
+	defer root.Close()
+	var g errgroup.Group
+	g.SetLimit(cachedisk.Lookups)
+	for _, img := range d.Manifest.Images {
+		blobs, err := img.LayerBlobs()
+		if err != nil {
+			return fmt.Errorf("cache disk %s: %w", d.Dir, err)
+		}
+		for _, b := range blobs {
+			g.Go(func() error {
+				file := r.placed(a, b.Digest)
+				if file == "" {
+					return nil
+				}
+				if err := root.CheckSize(file, b.Size); err != nil {
+					return fmt.Errorf("blob %s of cache disk %s: %w; build the disk again", b.Digest, d.Dir, err)
+				}
+				return nil
+			})
+		}
+	}
+	return g.Wait()
 }
 
 // blobFile is the host path of the blob in containerd's content store.
@@ -277,25 +339,18 @@ func (r *Runtime) blobFile(d digest.Digest) string {
 // images are registered without.
 func (r *Runtime) handOverBlobs(ctx context.Context, s *survey, from *anchor, to []*anchor) error {
 	for d := range s.blobs {
-		name := r.blobFile(d)
-		target, err := os.Readlink(r.host(name))
-		if err != nil {
-			continue // containerd's own file
-		}
-		file, ok := strings.CutPrefix(filepath.Join(filepath.Dir(name), target), r.mountPoint(from)+"/")
-		if !ok {
+		file := r.placed(from, d)
+		if file == "" {
 			continue
 		}
 		moved := false
 		for _, a := range to {
-			if r.checkBlob(a, file, s.blobs[d].Size) != nil {
+			if err := r.checkBlob(ctx, a, file, ocispec.Descriptor{Digest: d, Size: s.blobs[d].Size}); ctx.Err() != nil {
+				return ctx.Err()
+			} else if err != nil {
 				continue
 			}
-			target, err := filepath.Rel(filepath.Dir(name), filepath.Join(r.mountPoint(a), file))
-			if err != nil {
-				return err
-			}
-			if err := replaceLink(target, r.host(name)); err != nil {
+			if err := r.placeBlob(a, file, d); err != nil {
 				return fmt.Errorf("linking blob %s: %w", d, r.explain(err))
 			}
 			moved = true

@@ -95,8 +95,10 @@ type Config struct {
 	// Also keep the compressed layers as the registry serves them, in
 	// `selkies-image-cache/blobs` on the disk. A node whose Docker uses the
 	// containerd image store, the default since Docker 29, needs them for
-	// `docker save` and `docker push`. The disk grows by the compressed size of the
-	// images, which travel through the Packer host. Defaults to `false`.
+	// `docker save` and `docker push`; one in a cluster does not. The disk grows by the
+	// compressed size of the images, which travel through the Packer host. A node with
+	// containerd reads those of an image once, to compare them with their digests, before
+	// the image can be used. Defaults to `false`.
 	KeepBlobs bool `mapstructure:"keep_blobs"`
 	// Registries, as `host[:port]`, that are spoken to in plain HTTP or with
 	// certificates that nobody vouches for. By default only loopback addresses are,
