@@ -319,7 +319,8 @@ func metaPatch(now *corev1.Node, want *desired, taint, cachePD string) ([]byte, 
 }
 
 // conditionPatch is the strategic merge patch that makes the condition say the
-// outcome, nil if it does and has been confirmed lately.
+// outcome, nil if it does and has been confirmed lately. A heartbeat of the future is of
+// a clock that has been put back.
 func conditionPatch(now *corev1.Node, o outcome, at time.Time) ([]byte, error) {
 	if o.reason == "" {
 		return nil, nil // no pass has ended yet
@@ -342,7 +343,7 @@ func conditionPatch(now *corev1.Node, o outcome, at time.Time) ([]byte, error) {
 		if old.Status == c.Status {
 			c.LastTransitionTime = old.LastTransitionTime
 		}
-		if old.Status == c.Status && old.Reason == c.Reason && old.Message == c.Message && at.Sub(old.LastHeartbeatTime.Time) < heartbeat {
+		if old.Status == c.Status && old.Reason == c.Reason && old.Message == c.Message && at.Sub(old.LastHeartbeatTime.Time).Abs() < heartbeat {
 			return nil, nil
 		}
 	}

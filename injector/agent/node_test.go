@@ -81,6 +81,7 @@ func TestConditionPatch(t *testing.T) {
 		"first":         {now: good, late: time.Second, want: &corev1.NodeCondition{Status: corev1.ConditionTrue, LastTransitionTime: metav1.NewTime(then.Add(time.Second))}},
 		"the same":      {old: &old, now: good, late: time.Minute},
 		"heartbeat":     {old: &old, now: good, late: heartbeat, want: &corev1.NodeCondition{Status: corev1.ConditionTrue, LastTransitionTime: old.LastTransitionTime}},
+		"put back":      {old: &old, now: good, late: -heartbeat, want: &corev1.NodeCondition{Status: corev1.ConditionTrue, LastTransitionTime: old.LastTransitionTime}},
 		"other message": {old: &old, now: outcome{reason: Registered, message: "6 images"}, late: time.Second, want: &corev1.NodeCondition{Status: corev1.ConditionTrue, LastTransitionTime: old.LastTransitionTime}},
 		"worse":         {old: &old, now: outcome{reason: Partial, message: "6 images"}, late: time.Second, want: &corev1.NodeCondition{Status: corev1.ConditionFalse, LastTransitionTime: metav1.NewTime(then.Add(time.Second))}},
 	} {
