@@ -303,7 +303,7 @@ func (b *build) keepBlobs(ctx context.Context) error {
 
 func (b *build) record(ctx context.Context) error {
 	r := &recorder{engine: b.engine, platform: b.config.platform, store: b.store, dataRoot: b.engine.info.DockerRootDir}
-	m, err := r.record(ctx, b.images, time.Now())
+	m, err := r.record(ctx, b.images, b.created(time.Now()))
 	if err != nil {
 		return err
 	}
@@ -325,6 +325,15 @@ func (b *build) record(ctx context.Context) error {
 	}
 	b.say("recorded %d images with %d layers, cache ID %s", len(written.Images), len(written.Layers), id)
 	return nil
+}
+
+// created is when a generation is recorded: by nodes, of two the later one counts, so it
+// comes after the one before, also by a clock that was put back or is another host's.
+func (b *build) created(now time.Time) time.Time {
+	if b.earlier != nil && now.Before(b.earlier.Created.Add(time.Second)) {
+		return b.earlier.Created.Add(time.Second)
+	}
+	return now
 }
 
 // prune runs when everything wanted is there: an image that is dropped earlier

@@ -2,11 +2,14 @@ package imagecache
 
 import (
 	"testing"
+	"time"
 
 	"github.com/docker/docker/api/types/image"
 	"github.com/docker/docker/api/types/storage"
 	"github.com/google/go-cmp/cmp"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 // What Docker 20.10.24 answers for an image of three layers, shortened.
@@ -71,5 +74,24 @@ func TestLayerSizes(t *testing.T) {
 				t.Error(diff)
 			}
 		})
+	}
+}
+
+// TestCreated has a generation come after the one before by any clock.
+func TestCreated(t *testing.T) {
+	before := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	later := before.Add(time.Second)
+	for now, want := range map[time.Time]time.Time{
+		before.AddDate(0, 0, -1): later,
+		before:                   later,
+		before.AddDate(0, 0, 1):  before.AddDate(0, 0, 1),
+	} {
+		b := &build{earlier: &manifest.Manifest{Created: before}}
+		if got := b.created(now); got != want {
+			t.Errorf("at %v it is %v, want %v", now, got, want)
+		}
+	}
+	if got := new(build).created(before); got != before {
+		t.Errorf("the first is of %v, want %v", got, before)
 	}
 }

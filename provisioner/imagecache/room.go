@@ -180,7 +180,7 @@ func (b *build) forget(ctx context.Context, ids map[digest.Digest]bool) error {
 		return nil
 	}
 	rest := *b.earlier
-	rest.Created = time.Now()
+	rest.Created = b.created(time.Now())
 	rest.Images, rest.Layers = nil, nil
 	blobs, chains := wantedBlobs(b.images), map[digest.Digest]bool{}
 	for _, img := range b.earlier.Images {
