@@ -23,6 +23,7 @@ import (
 
 // TestRun registers, reads ahead, opens the gate and ends on SIGTERM, which harms nothing.
 func TestRun(t *testing.T) {
+	t.Parallel()
 	disk := traced(t)
 	onEach(t, func(t *testing.T, n *node) {
 		n.MountDisk(t, disk, cacheDir, "ro,noload")
@@ -88,6 +89,7 @@ func TestRun(t *testing.T) {
 
 // TestHeal takes labels and images away and has them back, or reported.
 func TestHeal(t *testing.T) {
+	t.Parallel()
 	onEach(t, func(t *testing.T, n *node) {
 		n.attach(t)
 		pin, removed := world.refs[0], world.refs[1]
@@ -143,6 +145,7 @@ func TestHeal(t *testing.T) {
 
 // TestRestart restarts containerd, stops it for a while, and empties its state.
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	onEach(t, func(t *testing.T, n *node) {
 		n.attach(t)
 		n.Output(t, "systemctl", "stop", "containerd")
@@ -212,6 +215,7 @@ func (n *node) waitWatch(t testing.TB, ref string) {
 // TestLate starts the agent before the disk is there: the gate opens at its deadline,
 // and the disk's images come when it does.
 func TestLate(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, machine.Upstream)
 	a := n.start(t, "--gate-deadline=10s")
 	n.waitMetric(t, "gate_open", is(0))
@@ -235,6 +239,7 @@ func TestLate(t *testing.T) {
 
 // TestBroken opens the gate at its deadline though nothing can be registered.
 func TestBroken(t *testing.T) {
+	t.Parallel()
 	for name, c := range map[string]struct {
 		spoil  func(t *testing.T, n *node)
 		reason string
@@ -252,6 +257,7 @@ func TestBroken(t *testing.T) {
 		}, "UnsupportedSnapshotter"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			n := newNode(t, machine.Upstream)
 			c.spoil(t, n)
 			a := n.start(t, "--gate-deadline=2s")
@@ -267,6 +273,7 @@ func TestBroken(t *testing.T) {
 // TestGone has the disk fail: what was registered is taken back, except what a
 // container uses, and pods pull. When the disk is there again, so are its images.
 func TestGone(t *testing.T) {
+	t.Parallel()
 	onEach(t, func(t *testing.T, n *node) {
 		image := copyDisk(t)
 		n.MountDisk(t, image, cacheDir, "ro,noload")
@@ -313,6 +320,7 @@ func TestGone(t *testing.T) {
 // TestDocker registers in Docker's store: at start, and when the disk comes back. A
 // container that runs is not disturbed by any of it.
 func TestDocker(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, machine.Debian)
 	if err := n.StartDocker(t.Context(), machine.Docker{Release: machine.Debian, Config: map[string]any{"live-restore": true}}); err != nil {
 		t.Fatal(err)
@@ -368,6 +376,7 @@ func TestDocker(t *testing.T) {
 // TestMount unmounts the disk under the containers' feet: as long as it is anywhere,
 // it is mounted again.
 func TestMount(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, machine.Upstream)
 	image := copyDisk(t)
 	n.MountDisk(t, image, cacheDir, "ro,noload")
@@ -422,6 +431,7 @@ func TestMount(t *testing.T) {
 // TestNoRoom has a node without room for registrations: its disk is mounted all the
 // same, for the images that it has, and one that is gone is taken back.
 func TestNoRoom(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, machine.Upstream)
 	n.Output(t, "systemctl", "stop", "containerd")
 	n.Output(t, "mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", stateDir)
@@ -470,6 +480,7 @@ func (n *node) anchorDevice(t testing.TB) string {
 // TestReboot has systemd start the agent: after a reboot it waits for the disk and
 // mounts it, and nothing is registered anew.
 func TestReboot(t *testing.T) {
+	t.Parallel()
 	onEach(t, func(t *testing.T, n *node) {
 		detach := n.attach(t)
 		unit := "[Unit]\nAfter=containerd.service\n[Service]\nExecStart=" + program + " " + strings.Join(n.args("--gone-after=10m"), " ") +

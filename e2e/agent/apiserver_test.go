@@ -155,6 +155,7 @@ func tainted(node *corev1.Node, key string) bool {
 // TestKubernetes has the agent keep its node at a real API server, with no more
 // rights than it asks for.
 func TestKubernetes(t *testing.T) {
+	t.Parallel()
 	c, err := cluster.Start(t.Context(), cluster.Config{Dir: t.TempDir(), Sandbox: world.pause})
 	if err != nil {
 		t.Fatal(err)

@@ -14,8 +14,10 @@ import (
 // it. What is taken back stays so, with --restore-removed too, until the agent starts
 // again.
 func TestEject(t *testing.T) {
+	t.Parallel()
 	for name, flags := range map[string][]string{"as it is": nil, "restoring": {"--restore-removed"}} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			n := newNode(t, machine.Upstream)
 			n.attach(t)
 			a := n.start(t, flags...)
@@ -58,6 +60,7 @@ func TestEject(t *testing.T) {
 // TestRemoveAll removes all images one by one, as a prune does, for longer than the agent
 // takes to answer.
 func TestRemoveAll(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, machine.Upstream)
 	n.attach(t)
 	a := n.start(t)

@@ -13,7 +13,10 @@ import (
 
 // TestIdle measures what an idle agent costs, over a minute. TestKubernetes does so with an
 // API server.
-func TestIdle(t *testing.T) { idleCost(t, time.Minute) }
+func TestIdle(t *testing.T) {
+	t.Parallel()
+	idleCost(t, time.Minute)
+}
 
 // BenchmarkIdle measures the same over ten minutes.
 func BenchmarkIdle(b *testing.B) {

@@ -21,6 +21,7 @@ var seed = flag.Uint64("seed", rand.Uint64(), "of the moments at which TestKill 
 // TestKill ends the agent at random moments, by SIGKILL and by SIGTERM, which leaves no
 // lease: the next one ends where an undisturbed one would.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	t.Logf("-seed=%d", *seed)
 	r := rand.New(rand.NewPCG(*seed, 0))
 	n := newNode(t, machine.Upstream)
@@ -56,6 +57,7 @@ func TestKill(t *testing.T) {
 
 // TestKillTakingBack kills the agent in the middle of taking back what is registered.
 func TestKillTakingBack(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, machine.Upstream)
 	image := copyDisk(t)
 	n.MountDisk(t, image, cacheDir, "ro,noload")
@@ -83,6 +85,7 @@ func TestKillTakingBack(t *testing.T) {
 
 // TestKillMounting kills the agent while it puts a disk in the place of one that is dead.
 func TestKillMounting(t *testing.T) {
+	t.Parallel()
 	n := newNode(t, machine.Upstream)
 	image := copyDisk(t)
 	n.MountDisk(t, image, cacheDir, "ro,noload")

@@ -2,7 +2,8 @@
 
 // Package agent_test runs the node agent in machines with real containerds, Debian
 // 12's 1.6 and the pinned 2.4, without a cluster, and with an API server that knows
-// the machine as a node. e2e/cluster has whole clusters.
+// the machine as a node. e2e/cluster has whole clusters. A test has machines of its own and
+// waits for the agent most of the time, so that they run in parallel.
 package agent_test
 
 import (

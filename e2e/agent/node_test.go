@@ -56,7 +56,10 @@ func newNode(t testing.TB, release machine.Release) *node {
 
 func onEach(t *testing.T, f func(t *testing.T, n *node)) {
 	for _, r := range []machine.Release{machine.Debian, machine.Upstream} {
-		t.Run(string(r), func(t *testing.T) { f(t, newNode(t, r)) })
+		t.Run(string(r), func(t *testing.T) {
+			t.Parallel()
+			f(t, newNode(t, r))
+		})
 	}
 }
 
