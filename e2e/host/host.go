@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"syscall"
 )
@@ -114,27 +113,6 @@ func Tool(ctx context.Context, name string) (string, error) {
 		return "", fmt.Errorf("building %s with tools/build.sh: %w", name, err)
 	}
 	return strings.TrimSpace(string(out)), nil
-}
-
-// Build builds a program of this module, named by its folder as in "./injector",
-// into the file out. It is static, as released ones are, but with the flag -race, whose
-// detector needs libc.
-func Build(ctx context.Context, pkg, out string, flags ...string) error {
-	src, err := Source(ctx)
-	if err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, "go", append(append([]string{"build", "-o", out}, flags...), pkg)...)
-	cmd.Dir = src
-	cgo := "0"
-	if slices.Contains(flags, "-race") {
-		cgo = "1"
-	}
-	cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
-	if _, err := Output(cmd); err != nil {
-		return fmt.Errorf("building %s: %w", pkg, err)
-	}
-	return nil
 }
 
 // Output runs cmd and returns its standard output. The error has what the command
