@@ -59,7 +59,8 @@ func layer(files ...file) ([]byte, error) {
 
 // compress makes a layer of a media type of a tar stream.
 func compress(stream []byte, mediaType types.MediaType) (v1.Layer, error) {
-	options := []tarball.LayerOption{tarball.WithMediaType(mediaType)}
+	// Its digest is asked for before it is pushed, to one registry or several.
+	options := []tarball.LayerOption{tarball.WithMediaType(mediaType), tarball.WithCompressedCaching}
 	if mediaType == types.OCILayerZStd {
 		options = append(options, tarball.WithCompression(compression.ZStd))
 	}
