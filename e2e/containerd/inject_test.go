@@ -234,12 +234,14 @@ func lifecycle(t *testing.T, n *node) {
 	}
 }
 
-// TestNodeWins injects where the node has another image under one of the names.
+// TestNodeWins injects where the node has another image under one of the names, and where
+// another namespace has the blobs of one, which containerd keeps once for all.
 func TestNodeWins(t *testing.T) {
 	onEach(t, func(t *testing.T, n *node) {
 		n.attach(t, world.first, cacheDir)
 		n.pull(t, ref(app2))
 		n.ctr(t, "images", "tag", ref(app2), ref(app1))
+		n.Output(t, "ctr", "-n", "other", "images", "pull", "--plain-http", ref(single))
 		before := n.settled(t, false)
 		r := n.inject(t, cacheDir)
 		i := slices.IndexFunc(r.Disks[0].Images, func(i report.Image) bool { return slices.Contains(i.Names, ref(app1)) })
@@ -250,6 +252,7 @@ func TestNodeWins(t *testing.T) {
 			t.Error("inject replaced the node's image")
 		}
 		n.listed(t, ref(stable))
+		n.listed(t, ref(single))
 		n.eject(t)
 		if diff := cmp.Diff(before, n.settled(t, false)); diff != "" {
 			t.Errorf("left over: %s", diff)
