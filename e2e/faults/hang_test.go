@@ -5,14 +5,18 @@ package faults_test
 import (
 	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/selkies-project/packer-plugin-selkies/e2e/buildvm"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/nodestate"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
 // hang stops containerd for good before runs that look for a runtime themselves. They end
@@ -194,4 +198,40 @@ func TestBuildHang(t *testing.T) {
 		t.Errorf("a build whose Docker is stopped ends with %v: %s", err, out)
 	}
 	total.fault("dockerd of the build VM stopped for good")
+}
+
+// TestBuildStall has Docker's download of an image stall, and Packer set no limit: the
+// provisioner's own ends it. That takes five minutes, so that the short form has none.
+func TestBuildStall(t *testing.T) {
+	t.Parallel()
+	if *faults < 50 {
+		return
+	}
+	b := newBuilds(t)
+	b.reg.Disturb(func(req *http.Request) registry.Fault {
+		if strings.Contains(req.URL.Path, "/blobs/") && strings.HasPrefix(req.UserAgent(), "docker/") {
+			return registry.Stall
+		}
+		return ""
+	})
+	const what = "registry: stalls for longer than the provisioner waits"
+	d := buildvm.OpenDisk(t, b.vm, b.copyOf(t, b.blank))
+	// Of more images than are pulled at once each lot has the time.
+	one := *b
+	one.refs = b.refs[:1]
+	u := one.start(t, d, "max_pull_attempts = 1")
+	u.waitFor(t, what, hangLimit)
+	b.reg.Disturb(nil)
+	b.waitClean(t, what, u)
+	if out := u.out.String(); u.cmd.ProcessState.ExitCode() == 0 || !strings.Contains(out, "nothing has come from the registry for 5m0s") {
+		t.Errorf("%s: the build says: %s", what, out)
+	}
+	u.checkError(t, what)
+	total.fault(what)
+	checkCache(t, d, what)
+	b.plain(t, d, b.refs)
+	total.state()
+	if diff := cmp.Diff(b.want, normal(t, d)); diff != "" {
+		t.Errorf("%s, then a plain build: %s", what, diff)
+	}
 }
