@@ -332,7 +332,7 @@ func (k *cluster) waitBound(ctx context.Context, name string) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, bindTimeout, fmt.Errorf("claim %s is not bound to its volume after %s; see kubectl -n %s describe pvc %s", name, bindTimeout, namespace, name))
 	defer cancel()
-	for {
+	for interval := firstLook; ; interval = min(2*interval, longLook) {
 		claim, err := k.typed.CoreV1().PersistentVolumeClaims(namespace).Get(ctx, name, metav1.GetOptions{})
 		if err == nil && claim.Status.Phase == corev1.ClaimBound {
 			return nil
@@ -346,7 +346,7 @@ func (k *cluster) waitBound(ctx context.Context, name string) error {
 		if err != nil {
 			return fmt.Errorf("getting claim %s: %w", name, explain(err))
 		}
-		if err := gcp.Sleep(ctx, pollInterval); err != nil {
+		if err := gcp.Sleep(ctx, interval); err != nil {
 			return err
 		}
 	}

@@ -17,8 +17,8 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/gcp"
 )
 
-// The pods of a DaemonSet are looked at soon, since there may be nothing to wait for, and
-// then less and less often.
+// A claim and the pods of a DaemonSet are looked at soon, since there may be little to wait
+// for, and then less and less often.
 const (
 	firstLook = 50 * time.Millisecond
 	longLook  = 2 * time.Second
