@@ -23,8 +23,8 @@ var marks = []string{"needs Google Cloud", "needs a cluster"}
 var commands = []struct{ begin, file, text string }{
 	{"make test", ".ci/run", "exec make test"},
 	{"make test-unit", "GNUmakefile", "\ntest-unit:"},
-	{"make test-faults", "GNUmakefile", " test-e2e test-faults "},      // fewer
-	{"make test-flips", "e2e/hostile/flip_test.go", "func TestFlips("}, // fewer
+	{"make test-faults", "e2e/faults/main_test.go", "flag.Int(\"faults\""}, // fewer
+	{"make test-flips", "e2e/hostile/flip_test.go", "func TestFlips("},     // fewer
 	{"make demo", "e2e/walk/walk_test.go", `"make demo"`},
 	{"make walk", "GNUmakefile", "\nwalk: "},
 	{"apt-get update && apt-get install -y git make", "e2e/walk/walk_test.go", `"../../README.md"`},

@@ -217,12 +217,12 @@ func clean() error {
 	if len(live) > 0 {
 		return fmt.Errorf("%s runs: end the demo or the tests that use it", live[0])
 	}
-	for _, name := range []string{"machines", "demo", "bench", "roots", "tools"} {
+	for _, name := range []string{"machines", "demo", "bench", "roots", "tools", "programs"} {
 		if err := os.RemoveAll(filepath.Join(top, name)); err != nil {
 			return err
 		}
 	}
-	fmt.Println("removed the machines, images, roots and tools in", top)
+	fmt.Println("removed the machines, images, roots, tools and programs in", top)
 	// Others may keep something there.
 	if err := os.Remove(top); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
 		return err

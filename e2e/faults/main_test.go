@@ -36,7 +36,7 @@ import (
 
 var (
 	seed   = flag.Uint64("seed", rand.Uint64(), "of all randomness")
-	faults = flag.Int("faults", 16, "how many faults the node's containerd gets; the others in proportion")
+	faults = flag.Int("faults", 10, "how many faults the node's containerd gets; the others in proportion")
 )
 
 // world is what all tests share.
