@@ -62,7 +62,7 @@ func newSession(ctx context.Context) (*session, error) {
 	s.injector = filepath.Join(s.dir, "selkies-image-injector")
 	if err = errors.Join(os.RemoveAll(s.dir), os.Mkdir(s.dir, 0o755)); err == nil {
 		// As make injector does it.
-		err = host.Build(ctx, "./injector", s.injector, "-trimpath", "-ldflags=-s -w")
+		err = host.Build(ctx, "./injector", s.injector, "-trimpath")
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.close())

@@ -140,7 +140,7 @@ func push(ctx context.Context, tmp string) error {
 		return err
 	}
 	program := filepath.Join(tmp, "euid")
-	if err := host.Build(ctx, "./e2e/containerd/testdata/euid", program, "-ldflags=-s -w"); err != nil {
+	if err := host.Build(ctx, "./e2e/containerd/testdata/euid", program); err != nil {
 		return err
 	}
 	euid, err := os.ReadFile(program)
