@@ -4,9 +4,11 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -19,7 +21,7 @@ import (
 	"github.com/santhosh-tekuri/jsonschema/v6"
 )
 
-var update = flag.Bool("update", false, "write the golden file")
+var update = flag.Bool("update", false, "write the golden file and the documented example")
 
 var amd64 = ocispec.Platform{OS: "linux", Architecture: "amd64"}
 
@@ -120,6 +122,35 @@ func TestGolden(t *testing.T) {
 	}
 	if diff := cmp.Diff(string(want), string(got)); diff != "" {
 		t.Errorf("encoding differs from %s; if that is meant, run go test ./manifest -update (-want +got):\n%s", golden, diff)
+	}
+}
+
+// TestDocumentedExample compares the example of docs/layer-manifest.md, in which digests and
+// inlined documents are cut short, with what is written.
+func TestDocumentedExample(t *testing.T) {
+	got, err := of(t, image(t, "docker.io/library/debian", "12", true, "base", "tools")).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got = regexp.MustCompile(`(sha256:[0-9a-f]{8}|"data": "\w{8})[\w+/=]+`).ReplaceAll(got, []byte("$1…"))
+	const page = "../docs/layer-manifest.md"
+	text, err := os.ReadFile(page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := regexp.MustCompile("(?s)```json\n(.*?)```\n")
+	if *update {
+		text = block.ReplaceAllLiteral(text, fmt.Appendf(nil, "```json\n%s```\n", got))
+		if err := os.WriteFile(page, text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var want string
+	if m := block.FindSubmatch(text); m != nil {
+		want = string(m[1])
+	}
+	if diff := cmp.Diff(want, string(got)); diff != "" {
+		t.Errorf("%s has another example; go test ./manifest -update writes it (-page +written):\n%s", page, diff)
 	}
 }
 

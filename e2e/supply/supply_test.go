@@ -11,9 +11,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
+	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
 var binaries = []string{"packer-plugin-selkies", "selkies-image-injector"}
@@ -32,6 +34,33 @@ func TestReproducible(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Log(sums)
+}
+
+// TestDev has make install the plugin as a development version.
+func TestDev(t *testing.T) {
+	src, err := host.Source(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	tools, err := host.Tool(t.Context(), "packer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	run := func(name string, args ...string) string {
+		cmd := exec.CommandContext(t.Context(), name, args...)
+		cmd.Dir = src
+		cmd.Env = append(os.Environ(), "PATH="+tools+":"+os.Getenv("PATH"), "PACKER_CONFIG_DIR="+dir, "PACKER_PLUGIN_PATH="+dir, "CHECKPOINT_DISABLE=1")
+		out, err := host.Output(cmd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	run("make", "-s", "dev")
+	if out := run(filepath.Join(tools, "packer"), "plugins", "installed"); !strings.Contains(out, "packer-plugin-selkies_v"+version.String()+"_") {
+		t.Errorf("Packer has the plugins %s", out)
+	}
 }
 
 // TestSBOM finds every module that a binary has in its SBOM, and no other.
