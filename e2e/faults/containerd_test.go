@@ -236,6 +236,7 @@ func TestContainerd(t *testing.T) {
 			n.MountDisk(t, newStore(t), nodestate.ContainerdDir, "rw")
 			n.start(t)
 			n.learn(t)
+			n.loseLease(t, share(20))
 			state := eject
 			rounds(t, tt.faults, func(t *testing.T, r *rand.Rand) {
 				command := inject
@@ -257,6 +258,30 @@ func TestContainerd(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// loseLease takes the lease away, and what only it keeps, between an image's content and
+// its record.
+func (n *ctrdNode) loseLease(t *testing.T, times int) {
+	t.Helper()
+	for i := range times {
+		config := world.cache.Images[i%len(world.cache.Images)].Config.Digest
+		run := startInjector(t, n.Machine, "containerd", inject)
+		for written := false; !written && run.runsFor(0); {
+			_, err := n.ctrd.ContentStore().Info(n.context(t), config)
+			written = err == nil
+		}
+		err := expireLease(t, n, nil, run)
+		run.wait(t)
+		if err != nil && !errors.Is(err, errNotRunning) {
+			t.Fatal(err)
+		}
+		if err == nil {
+			total.fault(leaseExpired)
+		}
+		n.checkVisible(t)
+		n.recover(t, eject, leaseExpired)
 	}
 }
 

@@ -42,7 +42,7 @@ var ctrdFaults = []ctrdFault{
 	{kind: "containerd killed", strike: killContainerd, heal: restartContainerd},
 	{kind: "containerd and injector killed", strike: killBoth, heal: restartContainerd},
 	{kind: "containerd stopped for a moment", strike: stopContainerd},
-	{kind: "lease expired, as when the clock jumps a day ahead", strike: expireLease},
+	{kind: leaseExpired, strike: expireLease},
 	{kind: "disk full, containerd", passive: true, strike: onStore(fillDisk, 512<<10), heal: emptyStore},
 	{kind: "inodes used up, containerd", passive: true, strike: onStore(fillInodes, 64), heal: emptyStore},
 	{
@@ -63,6 +63,8 @@ var ctrdFaults = []ctrdFault{
 		heal:   func(t *testing.T, n *ctrdNode) { n.replaceCache(t) },
 	},
 }
+
+const leaseExpired = "lease expired, as when the clock jumps a day ahead"
 
 // onMortalCache has what is registered, if anything, read from a device that can go.
 func (n *ctrdNode) onMortalCache(t *testing.T) {

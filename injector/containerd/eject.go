@@ -163,12 +163,17 @@ func (r *Runtime) removeRecords(ctx context.Context, s *survey, wanted func(dige
 			delete(ids, config.Digest.String())
 		}
 	}
-	for _, name := range slices.Concat(slices.Sorted(maps.Keys(ids)), names) {
+	return names, r.deleteRecords(ctx, slices.Concat(slices.Sorted(maps.Keys(ids)), names))
+}
+
+// deleteRecords removes image records that may be gone.
+func (r *Runtime) deleteRecords(ctx context.Context, names []string) error {
+	for _, name := range names {
 		if err := r.images.Delete(ctx, name); err != nil && !errdefs.IsNotFound(err) {
-			return nil, fmt.Errorf("removing image record %s: %w", name, r.explain(err))
+			return fmt.Errorf("removing image record %s: %w", name, r.explain(err))
 		}
 	}
-	return names, nil
+	return nil
 }
 
 // isID says whether a record's name is an image ID, as the CRI makes it.

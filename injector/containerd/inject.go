@@ -286,6 +286,9 @@ func (n *run) register(ctx context.Context, j *job) (report.Image, error) {
 			return img, err
 		}
 	}
+	if err := n.r.held(ctx); err != nil {
+		return img, err
+	}
 	for _, name := range j.write {
 		left, err := n.name(ctx, j, name)
 		if err != nil {
@@ -299,9 +302,34 @@ func (n *run) register(ctx context.Context, j *job) (report.Image, error) {
 		}
 		img.Reason = strings.TrimPrefix(img.Reason+"; "+left, "; ")
 	}
+	if err := n.kept(ctx, j); err != nil {
+		return img, err
+	}
 	img.Milliseconds = time.Since(start).Milliseconds()
 	n.r.opt.Log.Debug("registered", "image", j.image.Names[0], "layers", img.Registered, "present", img.Present)
 	return img, nil
+}
+
+// kept fails if the lease was gone before the image's records kept what they lead to, and
+// something of that is gone too: then they go again.
+func (n *run) kept(ctx context.Context, j *job) error {
+	lost := n.r.held(ctx)
+	if lost == nil {
+		return nil
+	}
+	var errs []error
+	for _, id := range j.chain {
+		_, err := n.r.snapshots.Stat(ctx, chainName(id))
+		errs = append(errs, err)
+	}
+	for _, b := range j.blobs {
+		_, err := n.r.content.Info(ctx, b.desc.Digest)
+		errs = append(errs, err)
+	}
+	if errors.Join(errs...) == nil {
+		return nil
+	}
+	return errors.Join(lost, n.r.deleteRecords(ctx, j.write))
 }
 
 // layer registers the chain id, whose parent is there, and says whether this run

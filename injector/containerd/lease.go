@@ -98,6 +98,20 @@ func (r *Runtime) hold(ctx context.Context, typ, id string) error {
 	return nil
 }
 
+// held fails if the context's lease is gone. By a clock that has jumped containerd takes it
+// for expired, and garbage collection removes it along with what only it kept.
+func (r *Runtime) held(ctx context.Context) error {
+	lease, _ := leases.FromContext(ctx)
+	list, err := r.leases.List(ctx, "id=="+lease)
+	if err != nil {
+		return fmt.Errorf("looking up lease %s: %w", lease, r.explain(err))
+	}
+	if len(list) == 0 {
+		return fmt.Errorf("lease %s has expired (did the clock jump?): run inject again", lease)
+	}
+	return nil
+}
+
 func (r *Runtime) deleteLeases(ctx context.Context, list []leases.Lease, opts ...leases.DeleteOpt) error {
 	for _, l := range list {
 		if err := r.leases.Delete(ctx, l, opts...); err != nil && !errdefs.IsNotFound(err) {
