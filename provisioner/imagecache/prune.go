@@ -67,7 +67,7 @@ func (p *pruner) prune(ctx context.Context, images []*wanted) error {
 func (p *pruner) list(ctx context.Context) ([]image.Summary, error) {
 	stored, err := p.engine.ImageList(ctx, image.ListOptions{})
 	if err != nil {
-		return nil, fmt.Errorf("listing the images in the store: %w", err)
+		return nil, fmt.Errorf("listing the images in Docker on the build VM: %w", err)
 	}
 	return stored, nil
 }

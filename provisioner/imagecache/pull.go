@@ -69,7 +69,7 @@ func (p *puller) pull(ctx context.Context, w *wanted) error {
 	for _, ref := range w.refs {
 		if t := ref.tag(); t != "" {
 			if err := p.engine.ImageTag(ctx, w.id(), t); err != nil {
-				return fmt.Errorf("tagging: %w", err)
+				return fmt.Errorf("tagging %s: %w", t, err)
 			}
 		}
 	}

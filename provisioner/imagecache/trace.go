@@ -153,7 +153,7 @@ func (b *build) lastWords(ctx context.Context, id string) string {
 
 func (b *build) removeContainer(ctx context.Context, id string) error {
 	if err := b.engine.ContainerRemove(ctx, id, container.RemoveOptions{Force: true, RemoveVolumes: true}); err != nil {
-		return fmt.Errorf("removing the container of a trace: %w", err)
+		return fmt.Errorf("removing the container of a trace from the build VM: %w", err)
 	}
 	return nil
 }
@@ -162,7 +162,7 @@ func (b *build) removeContainer(ctx context.Context, id string) error {
 func (b *build) removeTraced(ctx context.Context) error {
 	left, err := b.engine.ContainerList(ctx, container.ListOptions{All: true, Filters: filters.NewArgs(filters.Arg("label", traceLabel))})
 	if err != nil {
-		return fmt.Errorf("listing containers: %w", err)
+		return fmt.Errorf("listing the containers of the build VM: %w", err)
 	}
 	for _, c := range left {
 		if err := b.removeContainer(ctx, c.ID); err != nil {
