@@ -252,11 +252,15 @@ func (c *tally) tree() {
 func (c *tally) print(status int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	sum := 0
+	sum, kinds := 0, map[string]int{}
+	for kind, n := range c.faults {
+		kind, _, _ = strings.Cut(kind, ",") // whatever it struck, or happened in
+		kinds[kind] += n
+		sum += n
+	}
 	var rows strings.Builder
-	for _, kind := range slices.Sorted(maps.Keys(c.faults)) {
-		fmt.Fprintf(&rows, "| %s | %d |\n", kind, c.faults[kind])
-		sum += c.faults[kind]
+	for _, kind := range slices.Sorted(maps.Keys(kinds)) {
+		fmt.Fprintf(&rows, "| %s | %d |\n", kind, kinds[kind])
 	}
 	lost := "see above"
 	if status == 0 {
