@@ -166,8 +166,8 @@ func (a *Agent) loop(ctx context.Context) {
 func (a *Agent) pass(ctx context.Context) {
 	a.health.beat(a.CheckInterval)
 	a.takeChanges()
-	var err error
-	if a.pending != "" {
+	err := a.checkRuntime(ctx)
+	if err == nil && a.pending != "" {
 		err = a.openRuntime(ctx)
 	}
 	diskErr := a.findDisks()

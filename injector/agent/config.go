@@ -78,10 +78,11 @@ type Runtime interface {
 	Close() error
 }
 
-// watcher is a Runtime that tells of changes to images. One that does not is asked
-// when there is something to do, and not kept open.
+// watcher is a Runtime that tells of changes to images, and can be asked whether it still
+// answers. Another one is asked when there is something to do, and not kept open.
 type watcher interface {
 	Watch(ctx context.Context) (follow func(changed func(report.Change)) error)
+	Check(ctx context.Context) error
 }
 
 // Validate names what is wrong by flag.

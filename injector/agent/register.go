@@ -38,6 +38,21 @@ func (a *Agent) openRuntime(ctx context.Context) error {
 	return nil
 }
 
+// checkRuntime asks a runtime that is watched whether it still answers: of one that hangs
+// the watch tells nothing. It is connected to again in the next pass.
+func (a *Agent) checkRuntime(ctx context.Context) error {
+	w, ok := a.runtime.(watcher)
+	if !ok {
+		return nil
+	}
+	err := w.Check(ctx)
+	if err != nil && ctx.Err() == nil {
+		a.closeRuntime()
+		a.need(reasonRuntime)
+	}
+	return err
+}
+
 func (a *Agent) closeRuntime() {
 	if a.runtime != nil {
 		a.runtime.Close()

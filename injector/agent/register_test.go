@@ -25,7 +25,12 @@ type fakeRuntime struct {
 	asked map[string]bool
 	// meanwhile happens during an Inject.
 	meanwhile func()
+	// hangs is what Check says.
+	hangs  error
+	closed bool
 }
+
+func (f *fakeRuntime) Check(context.Context) error { return f.hangs }
 
 func (f *fakeRuntime) Watch(context.Context) func(func(report.Change)) error {
 	f.watched = true
@@ -40,6 +45,9 @@ func (f *fakeRuntime) Inject(_ context.Context, disks []*cachedisk.Disk, opt rep
 	if f.meanwhile != nil {
 		f.meanwhile()
 	}
+	if len(disks) == 0 {
+		return &report.Inject{}, nil
+	}
 	return &report.Inject{Disks: []report.Disk{{CacheID: disks[0].ID, Images: f.images}}}, nil
 }
 
@@ -47,7 +55,10 @@ func (f *fakeRuntime) Generations(context.Context) ([]report.Generation, error) 
 func (f *fakeRuntime) Eject(context.Context, report.EjectOptions) (*report.Eject, error) {
 	return nil, errors.New("not asked for")
 }
-func (f *fakeRuntime) Close() error { return nil }
+func (f *fakeRuntime) Close() error {
+	f.closed = true
+	return nil
+}
 
 // TestRemovedMeanwhile has the agent register again: what it left on the node and is gone
 // was removed by someone, also where no event has told of it yet, unless containerd may
@@ -95,4 +106,26 @@ func TestRemovedMeanwhile(t *testing.T) {
 
 	a.RestoreRemoved = true
 	register(reasonPin)
+}
+
+// TestHangs has a containerd that is watched answer no more, of which no event tells: the
+// agent says so at once, and connects again when there is an answer.
+func TestHangs(t *testing.T) {
+	rt := &fakeRuntime{t: t, images: []report.Image{{State: report.Registered, Names: []string{"a"}}}}
+	a, err := newAgent(Config{
+		GateDeadline: DefaultGateDeadline, GoneAfter: DefaultGoneAfter, CheckInterval: DefaultCheckInterval,
+		Log: slog.New(slog.DiscardHandler), HostRoot: t.TempDir(), Caches: []string{t.TempDir()},
+		Open: func(context.Context) (Runtime, error) { return rt, rt.hangs },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, hangs := range []error{nil, errors.New("containerd does not answer"), nil} {
+		rt.hangs, rt.closed = hangs, false
+		a.pass(t.Context())
+		unavailable := a.last.reason == RuntimeUnavailable
+		if unavailable != (hangs != nil) || rt.closed != unavailable || (a.pending != "") != unavailable {
+			t.Errorf("it answers %v, and the agent says %s: %s; closed %t, to be registered %q", hangs, a.last.reason, a.last.message, rt.closed, a.pending)
+		}
+	}
 }

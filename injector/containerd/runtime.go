@@ -205,15 +205,25 @@ var ErrSnapshotter = errors.New("unsupported snapshotter")
 // ErrNotRunning is that of a containerd without a socket or behind none.
 var ErrNotRunning = errors.New("containerd is not running")
 
-// criTimeout bounds the wait for a containerd that hangs: what it is asked takes
+// answerTime bounds the wait for a containerd that may hang: what it is asked takes
 // milliseconds.
-const criTimeout = 10 * time.Second
+const answerTime = 10 * time.Second
+
+// Check says why containerd does not answer, within ten seconds, or nil if it does.
+func (r *Runtime) Check(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	if _, err := r.client.Version(ctx); err != nil {
+		return fmt.Errorf("asking containerd for its version: %w", r.explain(err))
+	}
+	return nil
+}
 
 // ServesCRI says whether a containerd at address has a CRI plugin that answers. A
 // containerd without one gives false and no error, one that is stopped
 // ErrNotRunning.
 func ServesCRI(ctx context.Context, address string) (bool, error) {
-	ctx, cancel := context.WithTimeout(ctx, criTimeout)
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	if err := dial(ctx, address); err != nil {
 		return false, err
