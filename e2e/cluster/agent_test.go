@@ -33,46 +33,16 @@ const (
 	firstDevice, secondDevice = "first", "second"
 )
 
-// agentConfig is how the agent's manifests are applied.
-type agentConfig struct {
-	component string            // of example/kustomize/components
-	image     string            // injector by default
-	env       map[string]string // of the containers
-	// eager has kubelet ask every second whether the agent is ready, for tests that wait
-	// for it: as often as the manifests say, it takes a minute to see that it is.
-	eager bool
-}
-
-// deploy applies the agent's manifests, and deletes the DaemonSet at the test's end.
-func deploy(t testing.TB, a agentConfig) {
+// deploy applies the agent's manifests, with the injector's image by default, and deletes
+// the DaemonSet at the test's end.
+func deploy(t testing.TB, a cluster.Agent) {
 	t.Helper()
-	if a.image == "" {
-		a.image = injector
+	if a.Image == "" {
+		a.Image = ref(injector)
 	}
-	repository, tag, _ := strings.Cut(a.image, ":")
-	var patches strings.Builder
-	for _, key := range sortedKeys(a.env) {
-		fmt.Fprintf(&patches, "    - {op: add, path: /spec/template/spec/containers/0/env/-, value: {name: %s, value: %q}}\n", key, a.env[key])
+	if err := world.cluster.ApplyAgent(t.Context(), a); err != nil {
+		t.Fatal(err)
 	}
-	if patches.Len() == 0 {
-		patches.WriteString("    []\n")
-	}
-	if a.eager {
-		patches.WriteString(`- target: {kind: DaemonSet, name: selkies-image-injector}
-  patch: |-
-    - {op: replace, path: /spec/template/spec/containers/0/readinessProbe/periodSeconds, value: 1}
-`)
-	}
-	applyKustomization(t, fmt.Sprintf(`resources:
-- EXAMPLES/base
-components:
-- EXAMPLES/components/%s
-images:
-- {name: selkies-image-injector, newName: %s, newTag: %q}
-patches:
-- target: {kind: DaemonSet}
-  patch: |-
-%s`, a.component, ref(repository), tag, patches.String()))
 	t.Cleanup(func() {
 		ctx := context.Background()
 		if t.Failed() {
@@ -84,22 +54,6 @@ patches:
 	})
 }
 
-// applyKustomization applies a kustomization in which EXAMPLES stands for example/kustomize.
-func applyKustomization(t testing.TB, kustomization string) {
-	t.Helper()
-	dir := t.TempDir()
-	// kustomize takes no absolute paths.
-	examples, err := filepath.Rel(dir, filepath.Join(world.source, "example/kustomize"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	kustomization = strings.ReplaceAll(kustomization, "EXAMPLES", examples)
-	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(kustomization), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	world.cluster.Apply(t, dir)
-}
-
 // removeAgent deletes the DaemonSet and waits for its pods to be gone.
 func removeAgent(ctx context.Context, t testing.TB) {
 	t.Helper()
@@ -107,15 +61,6 @@ func removeAgent(ctx context.Context, t testing.TB) {
 	if err != nil {
 		t.Error(err)
 	}
-}
-
-func sortedKeys(m map[string]string) []string {
-	var keys []string
-	for k := range m {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	return keys
 }
 
 // waitEvent waits for an event that the agent, or the gate, records about a node.
@@ -224,7 +169,7 @@ func TestAgent(t *testing.T) {
 	world.reg.Reset()
 	var configs []cluster.NodeConfig
 	for _, release := range []machine.Release{machine.Upstream, machine.Debian} {
-		configs = append(configs, cluster.NodeConfig{Release: release, Taints: []corev1.Taint{startupTaint}, Disks: []cluster.Disk{disk}})
+		configs = append(configs, cluster.NodeConfig{Release: release, Taints: []corev1.Taint{cluster.StartupTaint}, Disks: []cluster.Disk{disk}})
 	}
 	nodes := c.Nodes(t, configs...)
 	c.Claim(t, agentNamespace, "image-cache", disk, nodes...)
@@ -252,9 +197,9 @@ func TestAgent(t *testing.T) {
 	}
 
 	// The gate opens because images are registered.
-	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_CACHE_PD": "cache-1", "SELKIES_GATE_DEADLINE": "1h"}})
+	deploy(t, cluster.Agent{Component: "pvc", Env: map[string]string{"SELKIES_CACHE_PD": "cache-1", "SELKIES_GATE_DEADLINE": "1h"}})
 	for _, n := range nodes {
-		n.WaitTaint(t, startupTaint.Key, false)
+		n.WaitTaint(t, cluster.StartupTaint.Key, false)
 		n.WaitCondition(t, agentCondition)
 		n.Wait(t, "have the broker's labels", func(node *corev1.Node) error {
 			if node.Labels["app.broker/image-load-initialized"] != "true" || node.Labels["app.broker/cache-pd"] != "cache-1" {

@@ -22,13 +22,13 @@ import (
 
 // readyNode is a node with the first cache disk as a claim, whose images an agent has
 // registered.
-func readyNode(t testing.TB, config cluster.NodeConfig, agent agentConfig) *cluster.Node {
+func readyNode(t testing.TB, config cluster.NodeConfig, agent cluster.Agent) *cluster.Node {
 	t.Helper()
 	disk := cluster.Disk{Name: firstDevice, Image: world.first}
 	config.Disks = []cluster.Disk{disk}
 	n := world.cluster.Node(t, config)
 	world.cluster.Claim(t, agentNamespace, "image-cache", disk, n)
-	agent.component = "pvc"
+	agent.Component = "pvc"
 	deploy(t, agent)
 	n.WaitCondition(t, agentCondition)
 	return n
@@ -114,7 +114,7 @@ const (
 // it comes long after them.
 func TestReboot(t *testing.T) {
 	c := world.cluster
-	n := readyNode(t, cluster.NodeConfig{Kubelet: quickRestarts}, agentConfig{})
+	n := readyNode(t, cluster.NodeConfig{Kubelet: quickRestarts}, cluster.Agent{})
 	ns := c.Namespace(t)
 	pod := podOn(n, ns, "pod", ref(app))
 	pod.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
@@ -144,7 +144,7 @@ func TestReboot(t *testing.T) {
 		}
 		return fmt.Errorf("its containers are %+v", s)
 	})
-	deploy(t, agentConfig{component: "pvc"})
+	deploy(t, cluster.Agent{Component: "pvc"})
 	waitRestarted(t, before)
 	expectPulls(t)
 }
@@ -178,7 +178,7 @@ func TestKillAgent(t *testing.T) {
 	c := world.cluster
 	disk := cluster.Disk{Name: firstDevice, Image: world.first}
 	n := c.Node(t, cluster.NodeConfig{
-		Taints:  []corev1.Taint{startupTaint},
+		Taints:  []corev1.Taint{cluster.StartupTaint},
 		Disks:   []cluster.Disk{disk},
 		Kubelet: quickRestarts,
 	})
@@ -188,7 +188,7 @@ func TestKillAgent(t *testing.T) {
 	pod.Spec.Containers[0].ImagePullPolicy = corev1.PullNever
 	c.Run(t, pod)
 	config := strings.TrimPrefix(blobsOf(t, indexed)[0], "sha256:")
-	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_GATE_DEADLINE": "1h"}, eager: true})
+	deploy(t, cluster.Agent{Component: "pvc", Env: map[string]string{"SELKIES_GATE_DEADLINE": "1h"}, Eager: true})
 	kill := func(phase, condition string) (layers int) {
 		t.Helper()
 		layers, err := strconv.Atoi(strings.TrimSpace(n.Output(t, "sh", "-c", fmt.Sprintf(killWhen, condition))))
@@ -208,7 +208,7 @@ func TestKillAgent(t *testing.T) {
 	}
 	kill("all layers are linked", fmt.Sprintf("[ $(links) -ge %d ]", all))
 	kill("an image's content is there", "[ -e "+stateDir+"/io.containerd.content.v1.content/blobs/sha256/"+config+" ]")
-	n.WaitTaint(t, startupTaint.Key, false)
+	n.WaitTaint(t, cluster.StartupTaint.Key, false)
 	kill("the gate is open", "true")
 	n.WaitCondition(t, agentCondition)
 	c.WaitPodReady(t, ns, "pod")
@@ -302,7 +302,7 @@ func isReady(pod *corev1.Pod) bool {
 // nothing.
 func TestRollOut(t *testing.T) {
 	c := world.cluster
-	n := readyNode(t, cluster.NodeConfig{}, agentConfig{eager: true})
+	n := readyNode(t, cluster.NodeConfig{}, cluster.Agent{Eager: true})
 	rolledOut(t)
 	ns := c.Namespace(t)
 	pod := podOn(n, ns, "pod", ref(app))
@@ -329,7 +329,7 @@ func TestRollOut(t *testing.T) {
 	}
 
 	stop := watchAgents(t)
-	deploy(t, agentConfig{component: "pvc", image: injectorV2, eager: true})
+	deploy(t, cluster.Agent{Component: "pvc", Image: ref(injectorV2), Eager: true})
 	rolledOut(t)
 	stop()
 	undisturbed("after the roll-out")
@@ -364,7 +364,7 @@ func TestRollOut(t *testing.T) {
 // on the disk.
 func TestImageGCKeepsCached(t *testing.T) {
 	c := world.cluster
-	n := readyNode(t, cluster.NodeConfig{}, agentConfig{})
+	n := readyNode(t, cluster.NodeConfig{}, cluster.Agent{})
 	ns := c.Namespace(t)
 	agent := containers(onlyAgent(t, n))
 	n.Output(t, "ctr", "-n", "k8s.io", "images", "pull", "--plain-http", ref(other))
@@ -439,16 +439,16 @@ func onlyAgent(t *testing.T, n *cluster.Node) *corev1.Pod {
 func TestTwoDisks(t *testing.T) {
 	c := world.cluster
 	disks := []cluster.Disk{{Name: firstDevice, Image: world.first}, {Name: secondDevice, Image: world.second}}
-	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{startupTaint}, Disks: disks})
+	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{cluster.StartupTaint}, Disks: disks})
 	for _, d := range disks {
 		mountSecondary(t, n, d)
 	}
 	ns := c.Namespace(t)
 	world.reg.Reset()
-	deploy(t, agentConfig{component: "secondary-boot-disk", env: map[string]string{
+	deploy(t, cluster.Agent{Component: "secondary-boot-disk", Env: map[string]string{
 		"SELKIES_GATE_DEADLINE": "1h", "SELKIES_CHECK_INTERVAL": "2s", "SELKIES_GONE_AFTER": "3s",
 	}})
-	n.WaitTaint(t, startupTaint.Key, false)
+	n.WaitTaint(t, cluster.StartupTaint.Key, false)
 	n.WaitCondition(t, agentCondition)
 	for _, image := range []string{app, appNext} {
 		name := strings.ReplaceAll(image, ":", "-")
@@ -461,7 +461,7 @@ func TestTwoDisks(t *testing.T) {
 	ctr("run", "--rm", ref(indexed), "test", "/bin/busybox", "true") // an image of the first disk alone
 	expectPulls(t, sandbox, injector)
 
-	if err := n.WriteFile(secondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
+	if err := n.WriteFile(cluster.SecondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	waitEvent(t, n, "Partial")
@@ -477,12 +477,12 @@ func TestTwoDisks(t *testing.T) {
 // agent without a disk takes back what is registered, and pods pull.
 func TestTakeBack(t *testing.T) {
 	c := world.cluster
-	n := readyNode(t, cluster.NodeConfig{}, agentConfig{})
+	n := readyNode(t, cluster.NodeConfig{}, cluster.Agent{})
 	removeAgent(t.Context(), t)
 	n.Output(t, "umount", "--lazy", "--all-targets", cluster.Disk{Name: firstDevice}.Device())
 
 	repository, tag, _ := strings.Cut(injector, ":")
-	applyKustomization(t, fmt.Sprintf(`resources:
+	err := c.ApplyKustomization(t.Context(), fmt.Sprintf(`resources:
 - EXAMPLES/take-back
 images:
 - {name: us-docker.pkg.dev/my-project/tools/selkies-image-injector, newName: %s, newTag: %q}
@@ -492,6 +492,9 @@ patches:
     - {op: replace, path: /spec/template/spec/nodeSelector/kubernetes.io~1hostname, value: %s}
     - {op: add, path: /spec/template/spec/containers/0/env/-, value: {name: SELKIES_GONE_AFTER, value: 3s}}
 `, ref(repository), tag, n.Name))
+	if err != nil {
+		t.Fatal(err)
+	}
 	waitEvent(t, n, "TakenBack")
 	if out := n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q", "name=="+ref(app)); out != "" {
 		t.Errorf("%s is there without its disk", ref(app))

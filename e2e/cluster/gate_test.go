@@ -17,14 +17,12 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 )
 
-// secondaryDisks is where GKE mounts secondary boot disks in data mode.
-const secondaryDisks = "/mnt/disks/gke-secondary-disks/"
-
 // mountSecondary mounts an attached disk as GKE does.
 func mountSecondary(t *testing.T, n *cluster.Node, d cluster.Disk) {
 	t.Helper()
-	n.Output(t, "mkdir", "-p", secondaryDisks+d.Name)
-	n.Output(t, "mount", "-o", "ro,noload", d.Device(), secondaryDisks+d.Name)
+	if err := n.MountSecondary(t.Context(), d); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // TestGateOpensAtDeadline has nodes whose images cannot be registered: pods start all
@@ -33,11 +31,11 @@ func TestGateOpensAtDeadline(t *testing.T) {
 	const deadline = 30 * time.Second
 	c := world.cluster
 	disk := cluster.Disk{Name: firstDevice, Image: world.first}
-	tainted := []corev1.Taint{startupTaint}
+	tainted := []corev1.Taint{cluster.StartupTaint}
 	nodes := c.Nodes(t, cluster.NodeConfig{Taints: tainted}, cluster.NodeConfig{Taints: tainted},
 		cluster.NodeConfig{Taints: tainted, Snapshotter: "native", Disks: []cluster.Disk{disk}})
 	noDisk, broken, native := nodes[0], nodes[1], nodes[2]
-	if err := broken.WriteFile(secondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
+	if err := broken.WriteFile(cluster.SecondaryDisks+"broken/selkies-image-cache/manifest.json", []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	mountSecondary(t, native, disk)
@@ -50,12 +48,12 @@ func TestGateOpensAtDeadline(t *testing.T) {
 	}
 	world.reg.Reset()
 	opened := openings(t)
-	config := agentConfig{component: "secondary-boot-disk", env: map[string]string{"SELKIES_GATE_DEADLINE": deadline.String()}, eager: true}
+	config := cluster.Agent{Component: "secondary-boot-disk", Env: map[string]string{"SELKIES_GATE_DEADLINE": deadline.String()}, Eager: true}
 	deploy(t, config)
 	for n, reason := range map[*cluster.Node]string{
 		noDisk: "NoCacheDisk", broken: "BrokenManifest", native: "UnsupportedSnapshotter",
 	} {
-		n.WaitTaint(t, startupTaint.Key, false)
+		n.WaitTaint(t, cluster.StartupTaint.Key, false)
 		expectOpenedAt(t, n, opened(n), deadline)
 		c.WaitPodReady(t, ns, n.Name)
 		n.Wait(t, "say "+reason, func(node *corev1.Node) error {
@@ -83,7 +81,7 @@ func TestGateOpensAtDeadline(t *testing.T) {
 		}
 	}
 
-	config.image = injectorV2
+	config.Image = ref(injectorV2)
 	deploy(t, config)
 	rolledOut(t)
 }
@@ -100,7 +98,7 @@ func openings(t *testing.T) (of func(*cluster.Node) time.Time) {
 	go func() {
 		for e := range w.ResultChan() {
 			node, ok := e.Object.(*corev1.Node)
-			if ok && !slices.ContainsFunc(node.Spec.Taints, func(taint corev1.Taint) bool { return taint.Key == startupTaint.Key }) {
+			if ok && !slices.ContainsFunc(node.Spec.Taints, func(taint corev1.Taint) bool { return taint.Key == cluster.StartupTaint.Key }) {
 				opened.LoadOrStore(node.Name, time.Now())
 			}
 		}
@@ -146,19 +144,19 @@ func expectOpenedAt(t *testing.T, n *cluster.Node, opened time.Time, deadline ti
 // never starts the agent.
 func TestGateOpensWithoutAgent(t *testing.T) {
 	c := world.cluster
-	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{startupTaint}})
+	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{cluster.StartupTaint}})
 	ns := c.Namespace(t)
 	c.Run(t, podOn(n, ns, "pod", ref(app)))
 	c.WaitPodUnschedulable(t, ns, "pod")
 	c.Claim(t, agentNamespace, "image-cache", cluster.Disk{Name: "absent"}, n)
-	deploy(t, agentConfig{component: "pvc", env: map[string]string{"SELKIES_GATE_DEADLINE": "1s"}})
-	n.WaitTaint(t, startupTaint.Key, false)
+	deploy(t, cluster.Agent{Component: "pvc", Env: map[string]string{"SELKIES_GATE_DEADLINE": "1s"}})
+	n.WaitTaint(t, cluster.StartupTaint.Key, false)
 	waitEvent(t, n, "GateDeadline")
 	c.WaitPodReady(t, ns, "pod")
 	if agent := onlyAgent(t, n); agent.Status.Phase != corev1.PodPending {
 		t.Errorf("the agent is %s: this shows nothing", agent.Status.Phase)
 	}
 	// As an upgrade of the node does.
-	c.Output(t, "taint", "node", n.Name, startupTaint.ToString())
-	n.WaitTaint(t, startupTaint.Key, false)
+	c.Output(t, "taint", "node", n.Name, cluster.StartupTaint.ToString())
+	n.WaitTaint(t, cluster.StartupTaint.Key, false)
 }

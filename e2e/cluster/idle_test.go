@@ -15,7 +15,7 @@ import (
 // BenchmarkIdle measures what the agent and the gate cost on a node where nothing happens,
 // over ten minutes. kubelet's probes of the agent are part of it.
 func BenchmarkIdle(b *testing.B) {
-	n := readyNode(b, cluster.NodeConfig{}, agentConfig{})
+	n := readyNode(b, cluster.NodeConfig{}, cluster.Agent{})
 	// The gate has a user of its own.
 	pids := strings.Fields(n.Output(b, "sh", "-c", `for p in $(pidof selkies-image-injector); do [ ! -O /proc/$p ] || echo $p; done
 		for p in $(pidof selkies-image-injector); do [ -O /proc/$p ] || echo $p; done`))

@@ -16,12 +16,12 @@ import (
 // network namespace only.
 const isolated = "E2E_CLUSTER_DIR"
 
-// Main is for the TestMain of packages whose tests have a cluster. It calls build,
-// which may use the network, and then starts this program again in a network
-// namespace of its own, where run has all ports and addresses to itself and pods can
-// have addresses of their own. The process ends with run's status. dir is a folder for
-// both, which is removed afterwards, as are machines that run leaves, however it ends:
-// by a signal, a panic or a time-out.
+// Main is for the TestMain of packages whose tests have a cluster, and for the main of
+// programs that have one. It calls build, which may use the network, and then starts this
+// program again in a network namespace of its own, where run has all ports and addresses to
+// itself and pods can have addresses of their own. The process ends with run's status. dir is
+// a folder for both, which is removed afterwards, as are machines that run leaves, however it
+// ends: by a signal, a panic or a time-out.
 func Main(build func(ctx context.Context, dir string) error, run func(ctx context.Context, dir string) (status int, err error)) {
 	dir := os.Getenv(isolated)
 	if dir == "" {

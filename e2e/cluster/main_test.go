@@ -15,7 +15,6 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
@@ -135,21 +134,28 @@ func push(ctx context.Context, injectorLayout string) error {
 	if err := tag(ctx, app, moving); err != nil {
 		return err
 	}
-	index, err := layout.ImageIndexFromPath(injectorLayout)
+	if err := cluster.PushInjector(ctx, injectorLayout, ref(injector)); err != nil {
+		return err
+	}
+	return pushAnnotated(ctx, injector, injectorV2)
+}
+
+// pushAnnotated makes another image of one that is behind an index.
+func pushAnnotated(ctx context.Context, image, as string) error {
+	from, err := name.ParseReference(ref(image))
+	if err != nil {
+		return err
+	}
+	to, err := name.ParseReference(ref(as))
+	if err != nil {
+		return err
+	}
+	index, err := remote.Index(from, remote.WithContext(ctx))
 	if err != nil {
 		return err
 	}
 	next := mutate.Annotations(index, map[string]string{"generation": "2"}).(v1.ImageIndex)
-	for image, index := range map[string]v1.ImageIndex{injector: index, injectorV2: next} {
-		r, err := name.ParseReference(ref(image))
-		if err != nil {
-			return err
-		}
-		if err := remote.WriteIndex(r, index, remote.WithContext(ctx)); err != nil {
-			return err
-		}
-	}
-	return nil
+	return remote.WriteIndex(to, next, remote.WithContext(ctx))
 }
 
 // ref is an image's reference in the test registry.

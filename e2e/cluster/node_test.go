@@ -19,13 +19,6 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
-// startupTaint is the one of nodes that wait for their cache.
-var startupTaint = corev1.Taint{
-	Key:    "startup-taint.cluster-autoscaler.kubernetes.io/selkies-image-cache",
-	Value:  "true",
-	Effect: corev1.TaintEffectNoSchedule,
-}
-
 // podOn is a pod that has to run on one node and stays until it is deleted.
 func podOn(n *cluster.Node, namespace, name, image string) *corev1.Pod {
 	return &corev1.Pod{
@@ -47,10 +40,10 @@ func podOn(n *cluster.Node, namespace, name, image string) *corev1.Pod {
 func TestStartupTaint(t *testing.T) {
 	t.Parallel()
 	c := world.cluster
-	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{startupTaint}})
+	n := c.Node(t, cluster.NodeConfig{Taints: []corev1.Taint{cluster.StartupTaint}})
 	ns := c.Namespace(t)
 	tolerant := podOn(n, ns, "tolerant", ref(plain))
-	tolerant.Spec.Tolerations = []corev1.Toleration{{Key: startupTaint.Key, Operator: corev1.TolerationOpExists}}
+	tolerant.Spec.Tolerations = []corev1.Toleration{{Key: cluster.StartupTaint.Key, Operator: corev1.TolerationOpExists}}
 	c.Run(t, tolerant)
 	c.Run(t, podOn(n, ns, "other", ref(plain)))
 
@@ -64,8 +57,8 @@ func TestStartupTaint(t *testing.T) {
 		`nc -w 10 "$KUBERNETES_SERVICE_HOST" "$KUBERNETES_SERVICE_PORT" </dev/null`)
 
 	c.WaitPodUnschedulable(t, ns, "other")
-	c.Output(t, "taint", "node", n.Name, startupTaint.Key+"-")
-	n.WaitTaint(t, startupTaint.Key, false)
+	c.Output(t, "taint", "node", n.Name, cluster.StartupTaint.Key+"-")
+	n.WaitTaint(t, cluster.StartupTaint.Key, false)
 	c.WaitPodReady(t, ns, "other")
 }
 

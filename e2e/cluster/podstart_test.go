@@ -20,7 +20,7 @@ import (
 // API server has the pod until it tells that it runs, and what of that kubelet waits for
 // containerd.
 func BenchmarkPodStart(b *testing.B) {
-	n := readyNode(b, cluster.NodeConfig{}, agentConfig{})
+	n := readyNode(b, cluster.NodeConfig{}, cluster.Agent{})
 	namespace := world.cluster.Namespace(b)
 	startPod(b, n, namespace, "first") // containerd pulls the sandbox's image
 	before := runtimeSeconds(b, n)

@@ -98,8 +98,8 @@ func TestPolicy(t *testing.T) {
 		}},
 		{"taint added", "changes no other", func() error { return changeTaints(t, agent, own, `[{"key":"new","effect":"NoSchedule"}]`, "") }},
 		{"other taint removed", "changes no other", func() error { return changeTaints(t, agent, own, `[]`, "other") }},
-		{"gate: startup taint removed", "", func() error { return changeTaints(t, gate, own, `[]`, startupTaint.Key) }},
-		{"gate: startup taint of another node", "may not change node " + foreign, func() error { return changeTaints(t, gate, foreign, `[]`, startupTaint.Key) }},
+		{"gate: startup taint removed", "", func() error { return changeTaints(t, gate, own, `[]`, cluster.StartupTaint.Key) }},
+		{"gate: startup taint of another node", "may not change node " + foreign, func() error { return changeTaints(t, gate, foreign, `[]`, cluster.StartupTaint.Key) }},
 		{"gate: other taint", "changes no other", func() error { return changeTaints(t, gate, own, `[]`, "other") }},
 		{"gate: event", "", func() error { _, err := event(gate, metav1.NamespaceDefault, about(own)); return err }},
 		{"gate: event of another node", "its own node only", func() error { _, err := event(gate, metav1.NamespaceDefault, about(foreign)); return err }},
@@ -111,13 +111,13 @@ func TestPolicy(t *testing.T) {
 			return err
 		}},
 		{"startup taint added", "", func() error {
-			return changeTaints(t, c.Client, own, fmt.Sprintf(`[{"key":%q,"effect":"NoSchedule"}]`, startupTaint.Key), "")
+			return changeTaints(t, c.Client, own, fmt.Sprintf(`[{"key":%q,"effect":"NoSchedule"}]`, cluster.StartupTaint.Key), "")
 		}},
-		{"startup taint removed", "", func() error { return changeTaints(t, agent, own, `[]`, startupTaint.Key) }},
+		{"startup taint removed", "", func() error { return changeTaints(t, agent, own, `[]`, cluster.StartupTaint.Key) }},
 
 		{"other node's label", "may not change node " + foreign, func() error { return merge(foreign, `{"metadata":{"labels":{"app.broker/test":"1"}}}`) }},
 		{"other node's condition", "may not change node " + foreign, func() error { return strategic(foreign, condition("SelkiesImageCacheReady"), "status") }},
-		{"other node's taint", "may not change node " + foreign, func() error { return changeTaints(t, agent, foreign, `[]`, startupTaint.Key) }},
+		{"other node's taint", "may not change node " + foreign, func() error { return changeTaints(t, agent, foreign, `[]`, cluster.StartupTaint.Key) }},
 		{"token without a node", "does not say which node", func() error {
 			return patch(anywhere, types.MergePatchType, own, `{"metadata":{"labels":{"app.broker/test":"1"}}}`)
 		}},
@@ -226,7 +226,7 @@ func nodeObject(t *testing.T) string {
 	n, err := nodes.Create(t.Context(), &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: "object-", Labels: map[string]string{"keep": "this"}},
 		Spec: corev1.NodeSpec{Taints: []corev1.Taint{
-			{Key: startupTaint.Key, Effect: corev1.TaintEffectNoSchedule},
+			{Key: cluster.StartupTaint.Key, Effect: corev1.TaintEffectNoSchedule},
 			{Key: "other", Effect: corev1.TaintEffectNoSchedule},
 		}},
 		Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{

@@ -139,7 +139,7 @@ func TestTagMoves(t *testing.T) {
 	empty := settledStore(t, n)
 	old := byDigest(t, moving)
 
-	deploy(t, agentConfig{component: "secondary-boot-disk"})
+	deploy(t, cluster.Agent{Component: "secondary-boot-disk"})
 	n.WaitCondition(t, agentCondition)
 	ns := c.Namespace(t)
 	run := func(name, image string, policy corev1.PullPolicy, files string) {
@@ -184,7 +184,7 @@ func TestTagMoves(t *testing.T) {
 	}
 	// An agent that starts anew does not take the tag back.
 	removeAgent(t.Context(), t)
-	deploy(t, agentConfig{component: "secondary-boot-disk"})
+	deploy(t, cluster.Agent{Component: "secondary-boot-disk"})
 	n.WaitCondition(t, agentCondition)
 	run("still", ref(moving), corev1.PullIfNotPresent, "newer")
 	expectPulls(t)

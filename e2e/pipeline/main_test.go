@@ -17,9 +17,6 @@ import (
 	"testing"
 
 	"cloud.google.com/go/compute/apiv1/computepb"
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
 
@@ -140,15 +137,7 @@ func pushBasics(ctx context.Context, dir string) (sandbox string, err error) {
 	if err != nil {
 		return "", err
 	}
-	index, err := layout.ImageIndexFromPath(filepath.Join(dir, "injector"))
-	if err != nil {
-		return "", err
-	}
-	injector, err := name.ParseReference(world.registry.Addr + "/injector:1")
-	if err != nil {
-		return "", err
-	}
-	return refs[0], remote.WriteIndex(injector, index, remote.WithContext(ctx))
+	return refs[0], cluster.PushInjector(ctx, filepath.Join(dir, "injector"), world.registry.Addr+"/injector:1")
 }
 
 // packerCommand is a Packer that sees nothing of the user's own configuration and
