@@ -48,6 +48,7 @@ var benchmarks = []struct {
 	{"packer-600", "packer build, 60 images of 11 layers", func(s *session) benchmark { return newBuild(s, 60) }},
 	{"verify-desktop", "verify of the disk with the images of a desktop, in the page cache", newProof},
 	{"agent-2000", "the node agent's memory with 200 images of 11 layers", func(s *session) benchmark { return newAgent(s, 200) }},
+	{"node-boot", "a node of a cluster, from its boot until the application of a desktop runs", newNodeBoot},
 }
 
 func main() {
