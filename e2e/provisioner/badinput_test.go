@@ -30,7 +30,8 @@ import (
 // TestBadInput gives the build what it cannot use. Each ends with one line that
 // names the thing and the remedy, and the VM and the disk as they were.
 func TestBadInput(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	good := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
 	arm := newImage(t, layer(t, map[string]int{"b": 1000}))
@@ -127,7 +128,8 @@ func TestBadInput(t *testing.T) {
 
 // TestSomeFail has two images among forty that cannot be had.
 func TestSomeFail(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	blobs := t.TempDir()
 	reg := registry.New(t, registry.Config{Dir: blobs})
 	var images []v1.Image
@@ -181,7 +183,8 @@ func TestSomeFail(t *testing.T) {
 // TestZstd has layers that Debian's Docker cannot unpack: of one image the registry says
 // so, and of another it does not.
 func TestZstd(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	stream := layer(t, map[string]int{"a": 1000})
 	zstd, err := images.New(images.Zstd, stream)
@@ -235,7 +238,8 @@ func TestZstd(t *testing.T) {
 
 // TestDiskFull has a layer of zeros, which only its contents show to be too large.
 func TestDiskFull(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	small := pushed(t, reg, "small:1", newImage(t, layer(t, map[string]int{"small": 1000})))
 	large := pushed(t, reg, "large:1", newImage(t, zeros(t, 100<<20)))
@@ -259,6 +263,7 @@ func TestDiskFull(t *testing.T) {
 
 // TestUnusableDocker has a VM without a Docker that can be used.
 func TestUnusableDocker(t *testing.T) {
+	t.Parallel()
 	bare, err := buildvm.BootBare(t.Context(), world.packer)
 	if err != nil {
 		t.Fatal(err)

@@ -24,7 +24,8 @@ const maxBuildMemory = 512 << 20
 
 // TestBomb has a registry answer with what expands without end.
 func TestBomb(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	good := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
 	claimed := claimConfig(t, reg, "app", 1<<40)

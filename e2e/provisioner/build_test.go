@@ -42,7 +42,7 @@ import (
 // TestBuild puts every shape of image on a blank disk, with Debian's Docker and
 // with Docker 29, and finds the registry's own bytes and every layer there.
 func TestBuild(t *testing.T) {
-	t.Run("debian", func(t *testing.T) { testBuild(t, world.debian, false) })
+	t.Run("debian", func(t *testing.T) { testBuild(t, debian(t), false) })
 	t.Run("upstream", func(t *testing.T) {
 		v, err := bootVM(t.Context(), machine.Upstream)
 		if err != nil {
@@ -233,7 +233,10 @@ func checkBlobs(t *testing.T, dir string, m *manifest.Manifest) {
 
 // TestRebuild builds several times on one disk: only what is new is pulled, what is
 // no longer listed leaves, and without a change not a byte of the manifest changes.
-func TestRebuild(t *testing.T) { testRebuild(t, world.debian) }
+func TestRebuild(t *testing.T) {
+	t.Parallel()
+	testRebuild(t, debian(t))
+}
 
 func testRebuild(t *testing.T, v *vm) {
 	reg := registry.New(t, registry.Config{})
@@ -323,7 +326,10 @@ func checkReport(t *testing.T, page, pulled, kept string) {
 }
 
 // TestProgress has a registry so slow that the build tells how far it is.
-func TestProgress(t *testing.T) { testProgress(t, world.debian, true) }
+func TestProgress(t *testing.T) {
+	t.Parallel()
+	testProgress(t, debian(t), true)
+}
 
 func testProgress(t *testing.T, v *vm, keepBlobs bool) {
 	reg := registry.New(t, registry.Config{})
@@ -368,7 +374,8 @@ func testProgress(t *testing.T, v *vm, keepBlobs bool) {
 
 // TestLabel finds a disk by its label, and keeps what is no longer listed if asked.
 func TestLabel(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	first := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"first": 1000})))
 	second := pushed(t, reg, "app:2", newImage(t, layer(t, map[string]int{"second": 1000})))
@@ -402,7 +409,8 @@ func TestLabel(t *testing.T) {
 
 // TestUser logs in as a user who is not root.
 func TestUser(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
 	d := newDisk(t, v, 64)
@@ -428,7 +436,8 @@ func TestUser(t *testing.T) {
 
 // TestRetry has a registry that fails the first requests of Docker.
 func TestRetry(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
 	proxy := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: reg.Addr})
@@ -458,7 +467,8 @@ func TestRetry(t *testing.T) {
 // TestKeepBlobs has a registry that serves the Packer host one blob in part at first, and
 // another not at all.
 func TestKeepBlobs(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	var refs, blobs []string
 	sizes := map[string]int64{}
@@ -537,7 +547,8 @@ func TestKeepBlobs(t *testing.T) {
 // TestInsecureRegistry pulls in plain HTTP from an address that is not loopback, if it may.
 // With addresses like this one go-containerregistry would do so unasked.
 func TestInsecureRegistry(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	const ip, user, password = "10.255.77.77", "robot", "battery-staple"
 	v.Output(t, "ip", "address", "add", ip+"/32", "dev", "lo")
 	t.Cleanup(func() { v.Run(context.Background(), "ip", "address", "delete", ip+"/32", "dev", "lo") })
@@ -561,7 +572,8 @@ func TestInsecureRegistry(t *testing.T) {
 // TestOwnDaemon fills the store of the VM's own Docker, and leaves alone what it
 // did not put there.
 func TestOwnDaemon(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	mine := pushed(t, reg, "mine:1", newImage(t, layer(t, map[string]int{"mine": 1000})))
 	first := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"first": 1000})))
@@ -646,7 +658,8 @@ func TestOwnDaemon(t *testing.T) {
 
 // TestTwoRegistries has one image in two registries, of which pods may name either.
 func TestTwoRegistries(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	image := newImage(t, layer(t, map[string]int{"a": 1 << 20}))
 	digest, err := image.Digest()
 	if err != nil {
@@ -680,7 +693,8 @@ func TestTwoRegistries(t *testing.T) {
 
 // TestDamagedLayer has a byte change on the disk between two builds.
 func TestDamagedLayer(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	kept := pushed(t, reg, "kept:1", newImage(t, layer(t, map[string]int{"kept": 1000})))
 	dropped := pushed(t, reg, "dropped:1", newImage(t, layer(t, map[string]int{"dropped": 1000})))
@@ -718,7 +732,8 @@ func TestDamagedLayer(t *testing.T) {
 // certificates of registries and systemd's environment, but nothing that the VM's own
 // daemon is given.
 func TestDaemonConfiguration(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	// A documentation address, given to the loopback device: Docker takes any
 	// certificate of a loopback address.
 	const ip = "192.0.2.78"

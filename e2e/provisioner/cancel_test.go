@@ -191,7 +191,8 @@ func layerDescriptor(t *testing.T, image v1.Image, i int) v1.Descriptor {
 // TestCancel ends a build in the middle of a download, in every way in which a build
 // can end, and finds the VM as it was and the disk good for the next build.
 func TestCancel(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	image := newImage(t, layer(t, map[string]int{"small": 1 << 20}), layer(t, map[string]int{"large": 8 << 20}))
 	pushed(t, reg, "app:1", image)
@@ -208,7 +209,8 @@ func TestCancel(t *testing.T) {
 
 // TestCancelExtraction ends a build while Docker unpacks a layer of many small files.
 func TestCancelExtraction(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	const files = 15000
 	sizes := map[string]int{}
@@ -231,7 +233,8 @@ func TestCancelExtraction(t *testing.T) {
 // TestKilledDaemon has the daemon on the disk die when it has one layer of two. The
 // layer has no image, but Docker has registered it and never pulls it again.
 func TestKilledDaemon(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	base := layer(t, map[string]int{"base": 1 << 20})
 	alone, image := newImage(t, base), newImage(t, base, layer(t, map[string]int{"large": 8 << 20}))
@@ -273,7 +276,8 @@ func TestKilledDaemon(t *testing.T) {
 // TestLeftovers builds on a disk that an earlier build has mounted and runs a daemon
 // on, as after the Packer host lost its power: the connection is still there.
 func TestLeftovers(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	image := newImage(t, layer(t, map[string]int{"large": 8 << 20}))
 	ref := pushed(t, reg, "app:1", image)
@@ -303,7 +307,8 @@ func TestLeftovers(t *testing.T) {
 // TestLeftoverStops builds while an earlier build's unit is still at work on the disk,
 // as when a cancelled build has much to write back.
 func TestLeftoverStops(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
 	for _, unit := range []string{"selkies-image-cache.service", "selkies-image-cache-dockerd.service"} {
@@ -332,7 +337,8 @@ func TestLeftoverStops(t *testing.T) {
 
 // TestNoSystemd has a VM whose systemd cannot be asked: the disk stays as it is.
 func TestNoSystemd(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
 	d := newDisk(t, v, 64)

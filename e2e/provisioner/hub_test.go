@@ -25,7 +25,8 @@ import (
 // password. The hub has one name in references, others on the network and yet another in
 // Docker's configuration.
 func TestDockerHub(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	const (
 		ip, hosts      = "192.0.2.79", "192.0.2.79 index.docker.io registry-1.docker.io\n"
 		user, password = "robot", "correct-horse"

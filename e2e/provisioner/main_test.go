@@ -8,6 +8,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
@@ -26,9 +27,13 @@ import (
 var world struct {
 	packer            *buildvm.Packer
 	busybox, injector string
-	// debian is a build VM with Docker 20.10.
-	debian *vm
+	// debian has the build VMs with Docker 20.10 that no test uses.
+	debian chan *vm
 }
+
+// vms is how many tests have a VM at once. Those that look at the network, which all VMs
+// share with the host, run alone.
+const vms = 2
 
 // vm is a machine that Packer can log in to.
 type vm struct{ *buildvm.VM }
@@ -38,7 +43,11 @@ func TestMain(m *testing.M) {
 		if err := setUp(ctx, dir); err != nil {
 			return 1, err
 		}
-		defer world.debian.Close()
+		defer func() {
+			for range vms {
+				err = errors.Join(err, (<-world.debian).Close())
+			}
+		}()
 		return m.Run(), nil
 	})
 }
@@ -55,8 +64,23 @@ func setUp(ctx context.Context, dir string) error {
 	if world.busybox, err = machine.Busybox(ctx); err != nil {
 		return err
 	}
-	world.debian, err = bootVM(ctx, machine.Debian)
-	return err
+	world.debian = make(chan *vm, vms)
+	for range vms {
+		v, err := bootVM(ctx, machine.Debian)
+		if err != nil {
+			return err
+		}
+		world.debian <- v
+	}
+	return nil
+}
+
+// debian waits for a build VM with Docker 20.10, which is the test's until its end.
+func debian(t *testing.T) *vm {
+	t.Helper()
+	v := <-world.debian
+	t.Cleanup(func() { world.debian <- v })
+	return v
 }
 
 func bootVM(ctx context.Context, release machine.Release) (*vm, error) {

@@ -34,7 +34,8 @@ func row(t *testing.T, out, name string) string {
 // TestDryRun has a blank disk, one with a cache, and one with the layers of a build that
 // failed.
 func TestDryRun(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	base := layer(t, map[string]int{"base": 4 << 20})
 	firstImage := newImage(t, base, layer(t, map[string]int{"first": 2 << 20}))
@@ -106,7 +107,8 @@ func TestDryRun(t *testing.T) {
 
 // TestTooSmall has more compressed bytes to pull than a disk has room for.
 func TestTooSmall(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	smallImage, largeImage := newImage(t, layer(t, map[string]int{"small": 1000})), newImage(t, layer(t, map[string]int{"large": 100 << 20}))
 	small, large := pushed(t, reg, "small:1", smallImage), pushed(t, reg, "large:1", largeImage)
@@ -137,7 +139,8 @@ func TestTooSmall(t *testing.T) {
 // TestGrow gives a cache disk to a build that has become larger, as one made from an
 // image with a larger size.
 func TestGrow(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	small := pushed(t, reg, "small:1", newImage(t, layer(t, map[string]int{"small": 1000})))
 	large := pushed(t, reg, "large:1", newImage(t, layer(t, map[string]int{"large": 100 << 20})))
@@ -176,7 +179,8 @@ func TestGrow(t *testing.T) {
 // TestCatalog takes the images of a registry that asks for a password, beside those of a
 // list.
 func TestCatalog(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	const user, password = "robot", "correct-horse"
 	reg := registry.New(t, registry.Config{Username: user, Password: password})
 	for _, ref := range []string{"apps/editor:latest", "apps/editor:v1", "apps/team/desktop:v1", "apps/team/desktop:v2", "apps/old:v1", "other:v1"} {

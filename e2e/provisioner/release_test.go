@@ -45,6 +45,7 @@ const (
 // TestRelease makes a release, has packer init install it for a template that requires the
 // plugin, and builds a cache with it.
 func TestRelease(t *testing.T) {
+	t.Parallel()
 	tree := t.TempDir()
 	dist := makeRelease(t, tree)
 	for file, name := range map[string]string{plugin + ".zip": plugin, injector + ".tar.gz": "selkies-image-injector"} {
@@ -66,7 +67,8 @@ func TestRelease(t *testing.T) {
 	template := filepath.Join(dir, "template.pkr.hcl")
 	reg := registry.New(t, registry.Config{})
 	ref := pushed(t, reg, "app:1", newImage(t, layer(t, map[string]int{"a": 1000})))
-	d := newDisk(t, world.debian, 64)
+	v := debian(t)
+	d := newDisk(t, v, 64)
 	text := `
 packer {
   required_plugins {
@@ -76,7 +78,7 @@ packer {
     }
   }
 }
-source "null" "vm" {` + world.debian.Communicator("root") + `}
+source "null" "vm" {` + v.Communicator("root") + `}
 build {
   sources = ["source.null.vm"]
   provisioner "selkies-image-cache" {

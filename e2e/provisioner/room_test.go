@@ -18,7 +18,8 @@ import (
 // TestMakeRoom has disks with room for the images of one list or the other, but not for
 // both.
 func TestMakeRoom(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	base := layer(t, map[string]int{"base": 1 << 20})
 	keptImage, oldImage := newImage(t, layer(t, map[string]int{"kept": 1000})), newImage(t, base, layer(t, map[string]int{"old": 20 << 20}))

@@ -26,7 +26,8 @@ import (
 // looks for them, in plain and in the forms in which they travel, wherever they must not
 // be; and for the key that Packer logs in with.
 func TestCredentials(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	const user, password = "robot", "correct-horse-battery-staple-7391"
 	reg := registry.New(t, registry.Config{Username: user, Password: password})
 	tokens := registry.New(t, registry.Config{Username: user, Password: password, Tokens: true})

@@ -88,7 +88,7 @@ func readAhead(t *testing.T, v *vm, d *buildvm.Disk) string {
 
 // TestTrace traces a container that reads a part of a file, and reads that ahead.
 func TestTrace(t *testing.T) {
-	v := world.debian
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	ref := pushed(t, reg, "app:1", traced(t))
 	d := newDisk(t, v, 256)
@@ -169,7 +169,8 @@ func TestTrace(t *testing.T) {
 // TestTraceFails has starts that are not worth recording. What was pulled stays, and the
 // layer manifest with it.
 func TestTraceFails(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	ref := pushed(t, reg, "app:1", traced(t))
 	script := filepath.Join(t.TempDir(), "script")
@@ -188,6 +189,7 @@ func TestTraceFails(t *testing.T) {
 		if err == nil || !strings.Contains(errorLine(t, out), c.want) {
 			t.Errorf("%s: packer build: %v, want %q\n%s", name, err, c.want, out)
 		}
+		t.Logf("%s: packer build:\n%s", name, out)
 		d.CheckStore(t, 2)
 		if readTrace(t, d) != nil {
 			t.Errorf("%s: there is a trace", name)
@@ -205,7 +207,8 @@ func TestTraceFails(t *testing.T) {
 
 // TestCancelTrace ends a build while it traces, in every way.
 func TestCancelTrace(t *testing.T) {
-	v := world.debian
+	t.Parallel()
+	v := debian(t)
 	reg := registry.New(t, registry.Config{})
 	ref := pushed(t, reg, "app:1", traced(t))
 	d := newDisk(t, v, 256)
