@@ -16,7 +16,8 @@ func isDiskFull(f failure) bool { return errors.Is(f.err, errDiskFull) }
 
 // each calls do for every item, in the order given and several at once, and returns
 // their errors. An item that fails does not stop the others, except when the disk is
-// full: then that is the error of all that were not done.
+// full: then that is the error of all that were not done. Nor is anything done with a
+// Docker that is silent: that is the error of each itself.
 func each[T any](ctx context.Context, concurrency int, items []T, do func(context.Context, T) error) ([]error, error) {
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
@@ -29,8 +30,12 @@ func each[T any](ctx context.Context, concurrency int, items []T, do func(contex
 				errs[i] = context.Cause(ctx)
 				return nil
 			}
-			if errs[i] = do(ctx, item); errors.Is(errs[i], errDiskFull) {
+			errs[i] = do(ctx, item)
+			if errors.Is(errs[i], errDiskFull) {
 				stop(errDiskFull)
+			}
+			if silent, ok := errors.AsType[silence](errs[i]); ok {
+				stop(silent)
 			}
 			return nil
 		})

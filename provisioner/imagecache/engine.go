@@ -68,7 +68,17 @@ func connectEngine(ctx context.Context, r *vm, host string, conns int) (*engine,
 	return e, nil
 }
 
-// answerTime is how long Docker may take to answer first. It may be starting.
+// silent is a silence if Docker answers nothing now, nil otherwise.
+func (e *engine) silent(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, silence(answerTime))
+	defer cancel()
+	if _, err := e.Ping(ctx); err != nil && errors.Is(context.Cause(ctx), silence(answerTime)) {
+		return silence(answerTime)
+	}
+	return nil
+}
+
+// answerTime is how long Docker may take to answer a ping. It may be starting.
 const answerTime = 2 * time.Minute
 
 // saveLimit is how long Docker may prepare the archive of an image, which it writes to its

@@ -40,7 +40,7 @@ func (p patience) try(ctx context.Context, what string, do func() error) error {
 // mayPass reports whether an error of Docker or of a registry may be gone at the next
 // attempt.
 func mayPass(err error) bool {
-	if errors.Is(err, errDiskFull) || errors.Is(err, errLost) {
+	if _, silent := errors.AsType[silence](err); silent || errors.Is(err, errDiskFull) || errors.Is(err, errLost) {
 		return false
 	}
 	// Errors in the stream of a pull that has begun have no type.

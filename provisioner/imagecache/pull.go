@@ -1,6 +1,7 @@
 package imagecache
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -102,9 +103,14 @@ type event struct {
 }
 
 func (p *puller) pullOnce(ctx context.Context, w *wanted) error {
-	ctx, stop := p.progress.watch(ctx)
+	watched, stop := p.progress.watch(ctx)
 	defer stop()
-	return stalled(ctx, p.pullWatched(ctx, w))
+	err := stalled(watched, p.pullWatched(watched, w))
+	if errors.Is(err, errStalled) {
+		// If it is Docker that tells nothing, the other images need not be tried.
+		err = cmp.Or(p.engine.silent(ctx), err)
+	}
+	return err
 }
 
 func (p *puller) pullWatched(ctx context.Context, w *wanted) error {

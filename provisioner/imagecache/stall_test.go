@@ -3,11 +3,17 @@ package imagecache
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/docker/docker/client"
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/opencontainers/go-digest"
 )
 
 // TestWatch has Docker tell of one of two pulls, and then of none.
@@ -110,6 +116,44 @@ func TestSilentDocker(t *testing.T) {
 				t.Errorf("%s: after %v: %v, %v", path, time.Since(start), resp, err)
 			}
 			cancel()
+		}
+	})
+}
+
+// TestHungDocker has Docker hang while it pulls the first of many images: the others are not
+// tried.
+func TestHungDocker(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		docker := answers(func(req *http.Request) (*http.Response, error) {
+			if strings.HasSuffix(req.URL.Path, "/json") { // whether it has the image
+				return &http.Response{StatusCode: http.StatusNotFound, Header: http.Header{}, Body: http.NoBody}, nil
+			}
+			<-req.Context().Done()
+			return nil, req.Context().Err()
+		})
+		c, err := client.NewClientWithOpts(client.WithHost("http://build-vm"), client.WithVersion("1.41"),
+			client.WithHTTPClient(&http.Client{Transport: impatient{docker, ofEngine}}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var images []*wanted
+		for i := range 20 {
+			ref, err := parseReference("images", fmt.Sprintf("app:%d", i))
+			if err != nil {
+				t.Fatal(err)
+			}
+			w := &wanted{refs: []reference{ref}}
+			w.image.Config.Digest, w.image.Manifest.Digest = digest.FromString("config"), digest.FromString("manifest")
+			images = append(images, w)
+		}
+		p := &puller{
+			engine: &engine{Client: c}, registries: &registries{keychain: authn.NewMultiKeychain()},
+			patience: patience{attempts: 5, say: func(string, ...any) {}}, progress: pullProgress(images, nil, time.Now()),
+		}
+		start := time.Now()
+		_, _, err = p.pullAll(t.Context(), images, 4)
+		if took := time.Since(start); !errors.Is(err, silence(answerTime)) || took != stallLimit+answerTime {
+			t.Errorf("after %v: %v", took, err)
 		}
 	})
 }
