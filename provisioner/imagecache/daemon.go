@@ -167,6 +167,9 @@ func (d *cacheDisk) startDaemon(ctx context.Context, c *Config) (host string, er
 		"--collect", "--quiet", "--service-type=notify",
 		"--property=RuntimeDirectory="+runtimeDirectory,
 		"--property=TimeoutStartSec=90", "--property=TimeoutStopSec=15",
+		// It ends its containerd itself, after the containers, which it could not end
+		// without.
+		"--property=KillMode=mixed",
 		"--property=LimitNOFILE=1048576", "--property=TasksMax=infinity",
 		// It has credentials in memory.
 		"--property=LimitCORE=0",
