@@ -16,7 +16,7 @@ import (
 )
 
 // marks are what a block of commands says that no test runs.
-var marks = []string{"needs Google Cloud", "needs a cluster"}
+var marks = []string{"needs Google Cloud"}
 
 // commands are those that tests run, by how they begin: a file that runs them, or the
 // same by other means, and a text in it that shows it.
@@ -49,8 +49,15 @@ var commands = []struct{ begin, file, text string }{
 	{"selkies-image-injector report --html", "e2e/report/report_test.go", `"report", "--html"`},
 	{"NODE=name-of-the-node", "e2e/cluster/agent_test.go", `documented(t, page, "NODE=name-of-the-node", `},
 	{"agent=$(kubectl get pods -n selkies-image-cache -o name -l app.kubernetes.io/name=selkies-image-injector", "e2e/cluster/agent_test.go", `documented(t, page, "NODE=name-of-the-node", `},
+	{"kubectl exec -n selkies-image-cache $agent -- selkies-image-injector eject", "e2e/cluster/repull_test.go", `"    kubectl exec -n selkies-image-cache $agent -- selkies-image-injector eject"`},
 	{"kubectl exec -n selkies-image-cache $agent -- selkies-image-injector", "e2e/cluster/agent_test.go", `documented(t, page, "NODE=name-of-the-node", `},
-	{"kubectl apply -k example/kustomize/", "e2e/cluster/privileges_test.go", `"-k", examples+variant`},
+	{"cp -r example/kustomize image-cache", "e2e/cluster/privileges_test.go", `documented(t, "docs/clusters.md", "cp -r example/kustomize image-cache"`},
+	{"kubectl describe node NODE", "e2e/cluster/agent_test.go", `documented(t, "docs/operations.md", "kubectl describe node NODE"`},
+	{"kubectl get events -n default --field-selector involvedObject.kind=Node", "e2e/cluster/agent_test.go", `documented(t, "docs/operations.md", "kubectl describe node NODE"`},
+	{"kubectl get nodes -L", "e2e/cluster/agent_test.go", `"kubectl get nodes -L `},
+	{"kubectl logs -n selkies-image-cache", "e2e/cluster/agent_test.go", `"kubectl logs -n selkies-image-cache `},
+	{"kubectl taint node NODE", "e2e/cluster/gate_test.go", `documented(t, "docs/troubleshooting.md", "kubectl taint node NODE `},
+	{"kubectl apply -k image-cache/", "e2e/cluster/privileges_test.go", `"-k", filepath.Join(dir, variant)`},
 	{"kubectl apply -k example/gke", "e2e/pipeline/cronjob_test.go", `"apply", "-k", dir`},
 	{"kubectl get jobs -n pod-broker-system", "e2e/pipeline/cronjob_test.go", `"kubectl get jobs -n pod-broker-system"`},
 	{"kubectl patch cronjob update-image-cache -n pod-broker-system", "e2e/pipeline/cronjob_test.go", "kubectl patch cronjob update-image-cache"},
@@ -77,7 +84,6 @@ var notCommands = []string{
 	"registry.example.com/desktop:1.4: ", "docker.io/library/golang:1.26-bookworm: ", // the agent's log
 	"/mnt/disks/images: cache 8b5024e61953",                     // inject's output
 	"the disk has room for ",                                    // the provisioner's error
-	"selkies_image_cache_",                                      // PromQL
 	"packer build   ", "BUILD (packer build)", "│", "└", "┌───", // pictures
 }
 

@@ -87,6 +87,16 @@ func inAgent(t *testing.T, n *cluster.Node, args ...string) string {
 // the place of some, and returns what they print.
 func documented(t *testing.T, page, begin string, replace ...string) string {
 	t.Helper()
+	out, err := host.Output(documentedCommand(t, page, begin, replace...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// documentedCommand is such a block.
+func documentedCommand(t *testing.T, page, begin string, replace ...string) *exec.Cmd {
+	t.Helper()
 	text, err := os.ReadFile(filepath.Join(world.source, page))
 	if err != nil {
 		t.Fatal(err)
@@ -95,18 +105,14 @@ func documented(t *testing.T, page, begin string, replace ...string) string {
 	if !ok {
 		t.Fatalf("%s has no commands that begin with %q", page, begin)
 	}
-	block, _, _ := strings.Cut(rest, "\n\n")
+	block, _, _ := strings.Cut("\n"+rest, "\n\n")
 	tools, err := host.Tool(t.Context(), "kubernetes")
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "bash", "-ceu", "-o", "pipefail", strings.NewReplacer(replace...).Replace(begin+"\n"+block))
+	cmd := exec.CommandContext(t.Context(), "bash", "-ceu", "-o", "pipefail", strings.NewReplacer(replace...).Replace(begin+block))
 	cmd.Env = append(os.Environ(), "PATH="+tools+":"+os.Getenv("PATH"), "KUBECONFIG="+world.cluster.Kubeconfig)
-	out, err := host.Output(cmd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return out
+	return cmd
 }
 
 // blobsOf are the digests of what a pull of the images fetches as blobs.
@@ -231,6 +237,20 @@ func TestAgent(t *testing.T) {
 			if !regexp.MustCompile(regexp.QuoteMeta(ref(app)) + ` .*\bhit\b`).MatchString(out) {
 				t.Errorf("the commands of %s print %q", page, out)
 			}
+		}
+		out := documented(t, "docs/operations.md", "kubectl describe node NODE", "NODE", n.Name)
+		for _, want := range []string{string(agentCondition), "selkies-image-injector", " Registered ", "node/" + n.Name} {
+			if !strings.Contains(out, want) {
+				t.Errorf("the commands of docs/operations.md do not print %q: %s", want, out)
+			}
+		}
+	}
+	for begin, want := range map[string]string{
+		"kubectl get nodes -L app.broker/cache-pd,app.broker/image-load-initialized":                              "cache-1",
+		"kubectl logs -n selkies-image-cache -l app.kubernetes.io/name=selkies-image-injector --tail=-1 --prefix": ref(app) + ": ",
+	} {
+		if out := documented(t, "docs/operations.md", begin); strings.Count(out, want) < len(nodes) {
+			t.Errorf("%s does not print %q for each node: %s", begin, want, out)
 		}
 	}
 

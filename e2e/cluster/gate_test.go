@@ -86,6 +86,12 @@ func TestGateOpensAtDeadline(t *testing.T) {
 	rolledOut(t)
 }
 
+// TestGateOpenedByHand removes the taint as docs/troubleshooting.md says.
+func TestGateOpenedByHand(t *testing.T) {
+	node := nodeObject(t)
+	documented(t, "docs/troubleshooting.md", "kubectl taint node NODE "+cluster.StartupTaint.Key+"-", "NODE", node)
+}
+
 // openings notes when nodes lose the startup taint, from now on.
 func openings(t *testing.T) (of func(*cluster.Node) time.Time) {
 	t.Helper()

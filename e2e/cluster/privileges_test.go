@@ -29,19 +29,35 @@ import (
 // examples are the manifests as users have them.
 const examples = "../../example/kustomize/"
 
-// TestExamples has the API server check the set-ups whole.
+// TestExamples has the API server check the set-ups whole, in a copy that is changed as
+// docs/clusters.md says.
 func TestExamples(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "image-cache")
+	documented(t, "docs/clusters.md", "cp -r example/kustomize image-cache",
+		"example/kustomize", filepath.Join(world.source, "example/kustomize"), " image-cache", " "+dir)
+	digest := "sha256:" + strings.Repeat("0", 64)
 	for _, variant := range []string{"pvc", "secondary-boot-disk", "take-back"} {
 		t.Run(variant, func(t *testing.T) {
-			out := world.cluster.Output(t, "apply", "--dry-run=server", "-k", examples+variant)
+			file := filepath.Join(dir, variant, "kustomization.yaml")
+			data, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(file, []byte(strings.Replace(string(data), "newTag: 0.1.0", "digest: "+digest, 1)), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			out := world.cluster.Output(t, "apply", "--dry-run=server", "-k", filepath.Join(dir, variant))
 			if n := strings.Count(out, "daemonset.apps/selkies-image-injector"); n != len(daemonSets(t, variant)) {
 				t.Errorf("%d daemon sets would be made: %s", n, out)
 			}
-			text := world.cluster.Output(t, "kustomize", examples+variant)
+			text := world.cluster.Output(t, "kustomize", filepath.Join(dir, variant))
 			for _, placeholder := range []string{"PROJECT", "ZONE", "DISK"} {
 				if strings.Contains(text, placeholder) {
 					t.Errorf("the placeholder %s is left", placeholder)
 				}
+			}
+			if images, pinned := strings.Count(text, " image: "), strings.Count(text, "/selkies-image-injector@"+digest+"\n"); images == 0 || images != pinned {
+				t.Errorf("%d of %d containers have the image by digest", pinned, images)
 			}
 		})
 	}

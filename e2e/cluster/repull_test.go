@@ -19,6 +19,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
 )
 
@@ -201,8 +202,14 @@ func TestTagMoves(t *testing.T) {
 		}
 	}
 	remove("before", "after", "by-digest", "still")
+	cluster.Wait(t, "eject in the agent's pod to succeed", func(context.Context) error {
+		_, err := host.Output(documentedCommand(t, "docs/operations.md", "    kubectl exec -n selkies-image-cache $agent -- selkies-image-injector eject", "$agent", onlyAgent(t, n).Name))
+		if err != nil && !strings.Contains(err.Error(), "remove the container first") {
+			t.Fatal(err)
+		}
+		return err
+	})
 	removeAgent(t.Context(), t)
-	eject(t, n)
 	// The newer image is the node's, and stands on layers of the cache.
 	run("ejected", ref(moving), corev1.PullNever, "newer")
 	remove("ejected")
