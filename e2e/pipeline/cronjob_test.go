@@ -39,7 +39,9 @@ func TestCronJob(t *testing.T) {
 	})
 	// As in the repository, and as installed.
 	world.Output(t, "apply", "--dry-run=server", "-k", examples)
-	dir := installed(t, map[string]string{"_EXCLUDE_REGIONS": "europe-west4 us-east1", "_IMAGE_BUILD_SCHEDULE": "30 2 * * *"})
+	const traces = `[{ image = "us-docker.pkg.dev/my-project/apps/desktop:1.4", command = [], seconds = 30 }]`
+	inPipeline(t, "PKR_VAR_traces="+traces)
+	dir := installed(t, map[string]string{"_EXCLUDE_REGIONS": "europe-west4 us-east1", "_IMAGE_BUILD_SCHEDULE": "30 2 * * *", "_TRACES": traces})
 	world.Output(t, "apply", "-k", dir)
 
 	cron, err := world.Client.BatchV1().CronJobs(broker).Get(t.Context(), "update-image-cache", metav1.GetOptions{})
@@ -78,7 +80,7 @@ func TestCronJob(t *testing.T) {
 			files, env := mounted(t, c)
 			want := map[string]string{
 				"project_id": "broker", "region": "us-central1", "zone": "us-central1-a", "machine_type": "e2-standard-8", "disk_size_gb": "100",
-				"exclude_regions": "europe-west4 us-east1", "repositories": "", "image_list_file": files + "/images.txt",
+				"exclude_regions": "europe-west4 us-east1", "repositories": "", "image_list_file": files + "/images.txt", "traces": traces,
 				"injector_image": "us-docker.pkg.dev/broker/tools/selkies-image-injector:0.1.0",
 			}
 			for name, value := range tt.more {
@@ -88,7 +90,7 @@ func TestCronJob(t *testing.T) {
 				t.Errorf("variables (-want +got):\n%s", diff)
 			}
 			args := strings.Split(strings.ReplaceAll(strings.Join(c.Args, " "), "/template/", files+"/"), " ")
-			validate(t, t.TempDir(), args, env)
+			validate(t, t.TempDir(), args, append(env, "PKR_VAR_injector="+world.injector))
 			kubectl(t, "kubectl delete job -n pod-broker-system "+tt.job)
 		})
 	}
@@ -185,13 +187,19 @@ func byHand(job, settings string) string {
 // IMAGE there.
 func documented(t *testing.T, command string) {
 	t.Helper()
+	command = strings.ReplaceAll(command, "selkies-image-cache-1700000001", "IMAGE")
+	inPipeline(t, "    "+strings.ReplaceAll(command, "\n", "\n    "))
+}
+
+// inPipeline fails the test if docs/pipeline.md lacks lines.
+func inPipeline(t *testing.T, lines string) {
+	t.Helper()
 	data, err := os.ReadFile("../../docs/pipeline.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	command = strings.ReplaceAll(command, "selkies-image-cache-1700000001", "IMAGE")
-	if !strings.Contains(string(data), "    "+strings.ReplaceAll(command, "\n", "\n    ")+"\n") {
-		t.Errorf("docs/pipeline.md does not have\n%s", command)
+	if !strings.Contains(string(data), "\n"+lines+"\n") {
+		t.Errorf("docs/pipeline.md does not have\n%s", lines)
 	}
 }
 

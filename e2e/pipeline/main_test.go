@@ -41,6 +41,7 @@ var world struct {
 	registry *registry.Registry
 	packer   string
 	home     string // of Packer, with both plugins
+	injector string // the program, for traces
 	busybox  []byte // a layer that a container needs to run
 }
 
@@ -65,6 +66,9 @@ func build(ctx context.Context, dir string) error {
 	if err := host.Build(ctx, ".", filepath.Join(dir, "packer-plugin-selkies")); err != nil {
 		return err
 	}
+	if err := host.Build(ctx, "./injector", filepath.Join(dir, "selkies-image-injector")); err != nil {
+		return err
+	}
 	return cluster.BuildInjector(ctx, filepath.Join(dir, "injector"))
 }
 
@@ -72,6 +76,7 @@ func build(ctx context.Context, dir string) error {
 // never nil.
 func setUp(ctx context.Context, dir string) (stop func(), err error) {
 	stop = func() {}
+	world.injector = filepath.Join(dir, "selkies-image-injector")
 	if err := installPlugins(ctx, dir); err != nil {
 		return stop, err
 	}

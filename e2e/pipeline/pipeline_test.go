@@ -5,6 +5,7 @@ package pipeline_test
 import (
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -37,9 +38,23 @@ func TestPipeline(t *testing.T) {
 	app := push(t, world.registry, "app:1", world.busybox, newLayer(t))
 
 	world.registry.Reset()
-	c.run(t)
+	kept := t.TempDir()
+	report, copied := filepath.Join(kept, "cache.html"), filepath.Join(kept, "manifest.json")
+	c.run(t, "-var", traces(world.registry.Addr+"/app:1"), "-var", "injector="+world.injector, "-var", "report="+report, "-var", "manifest_output="+copied)
 	checkFetched(t, world.registry.Reset(), stable, app)
+	for _, file := range []string{report, copied} {
+		if fi, err := os.Stat(file); err != nil || fi.Size() == 0 {
+			t.Errorf("the build keeps no %s: %v", file, err)
+		}
+	}
 	first := c.node(t)
+	cluster.Wait(t, "the agent to read the recorded start ahead", func(ctx context.Context) error {
+		log, err := world.Kubectl(ctx, "logs", "-n", "selkies-image-cache", "-l", "app.kubernetes.io/name=selkies-image-injector", "--tail=-1")
+		if err == nil && !strings.Contains(log, `msg="read ahead"`) {
+			err = errors.New(log)
+		}
+		return err
+	})
 	c.startPods(t, first)
 	checkNotFetched(t, stable, app)
 
@@ -204,6 +219,11 @@ func (c *cloud) template(t *testing.T, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// traces sets the template's variable: a start of an image to be recorded.
+func traces(image string) string {
+	return fmt.Sprintf(`traces=[{ image = %q, command = ["/bin/busybox", "true"], seconds = 5 }]`, image)
+}
+
 // run runs such a build and returns what Packer said.
 func (c *cloud) run(t *testing.T, args ...string) string {
 	t.Helper()
@@ -341,7 +361,8 @@ func TestTemplates(t *testing.T) {
 		t.Fatal(err)
 	}
 	variables := map[string][]string{ // those that have no default
-		"gke":   {"project_id=broker", "zone=us-central1-a", "injector_image=registry.example/injector:1", "repositories=registry.example/apps registry.example/games"},
+		"gke": {"project_id=broker", "zone=us-central1-a", "injector_image=registry.example/injector:1", "repositories=registry.example/apps registry.example/games",
+			traces("registry.example/apps/app:1"), "injector=" + world.injector, "report=cache.html", "manifest_output=manifest.json"},
 		"local": {`images=["debian:12"]`, "device=/dev/sdb", "ssh_host=localhost", "ssh_private_key_file=" + key},
 	}
 	templates, err := filepath.Glob("../../example/*/*.pkr.hcl")

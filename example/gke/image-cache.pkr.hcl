@@ -64,10 +64,36 @@ variable "disk_size_gb" {
   default = 100
 }
 
+variable "traces" {
+  description = "Which images to start on the build VM, to record what a start reads: nodes read that ahead (docs/read-ahead.md). An empty command is the image's own."
+  type        = list(object({ image = string, command = list(string), seconds = number }))
+  default     = []
+}
+
+variable "injector" {
+  description = "The selkies-image-injector that records the traces, a file on the Packer host."
+  type        = string
+  default     = "/usr/local/bin/selkies-image-injector"
+}
+
 variable "rebuild" {
   description = "Start from a blank disk, not from the last build's."
   type        = bool
   default     = false
+}
+
+# What the Packer host keeps of a build: nothing by default.
+
+variable "report" {
+  description = "A file for the report of what the disk holds, such as cache.html."
+  type        = string
+  default     = ""
+}
+
+variable "manifest_output" {
+  description = "A file for a copy of the layer manifest."
+  type        = string
+  default     = ""
 }
 
 # The roll-out.
@@ -230,11 +256,23 @@ build {
     images          = var.images
     image_list_file = var.image_list_file
     dry_run         = var.dry_run
+    injector        = var.injector
+    report          = var.report
+    manifest_output = var.manifest_output
 
     dynamic "catalog" {
       for_each = local.repositories
       content {
         repository = catalog.value
+      }
+    }
+
+    dynamic "trace" {
+      for_each = var.traces
+      content {
+        image   = trace.value.image
+        command = trace.value.command
+        seconds = trace.value.seconds
       }
     }
 
