@@ -1,6 +1,6 @@
 # The whole pipeline: container images from the registry to the nodes of GKE clusters.
-# A build starts from the last one's disk, pulls what has changed, makes an image of
-# the disk, a disk per zone from that, and rolls it out. docs/pipeline.md has the rest.
+# A build starts from the last one's disk, pulls what has changed, makes a disk image
+# of the disk, a disk per zone from that, and rolls it out. docs/pipeline.md has the rest.
 
 packer {
   required_plugins {
@@ -135,7 +135,7 @@ variable "dry_run" {
 }
 
 variable "rollback_to" {
-  description = "Build nothing and roll out this image of an earlier build."
+  description = "Build nothing and roll out this disk image of an earlier build."
   type        = string
   default     = ""
 }
