@@ -209,6 +209,12 @@ func TestDiagram(t *testing.T) {
 			}
 		}
 	}
+	for _, m := range regexp.MustCompile(`(?m)^ *(\w+ -> \w+)(.*)$`).FindAllStringSubmatch(string(source), -1) {
+		title := "<title>" + strings.ReplaceAll(m[1], " ", "") + "</title>"
+		if !strings.Contains(m[2], "style=invis") && !strings.Contains(html.UnescapeString(string(drawn)), title) {
+			t.Errorf("architecture.svg lacks %s; run make docs/architecture.svg", m[1])
+		}
+	}
 }
 
 // page is a document of the repository.
