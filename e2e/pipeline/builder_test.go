@@ -16,6 +16,7 @@ import (
 // TestSourceOfImage pins down what of the googlecompute builder docs/incremental.md
 // rests on: which disk an image is made from, and what the disk is made from.
 func TestSourceOfImage(t *testing.T) {
+	t.Parallel()
 	attachment := func(more string) string {
 		return `
   disk_attachment {

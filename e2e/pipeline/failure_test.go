@@ -57,6 +57,7 @@ const (
 // TestBuilderFails has Google fail at every step of the builder. It leaves nothing,
 // unless it cannot know or is not let.
 func TestBuilderFails(t *testing.T) {
+	t.Parallel()
 	failed := &gcp.OperationError{Code: "INTERNAL_ERROR", Message: "Internal error.", HTTPStatus: 500}
 	unavailable := &gcp.Error{Code: 503, Reason: "backendError", Message: "Backend Error"}
 	tests := []struct {
@@ -196,6 +197,7 @@ func TestRollOutFails(t *testing.T) {
 // TestEnded ends Packer at every step of the builder, from the first that makes
 // something. Told to end, it cleans up. Killed, it leaves what the next run deletes.
 func TestEnded(t *testing.T) {
+	t.Parallel()
 	whole := newRecords(t)
 	whole.mustBuild(t, named, "")
 	calls := whole.Calls()
@@ -244,6 +246,7 @@ func TestEnded(t *testing.T) {
 
 // TestInterrupt presses Ctrl-C while the builder waits for its VM.
 func TestInterrupt(t *testing.T) {
+	t.Parallel()
 	c := newRecords(t)
 	before := c.Resources()
 	b := c.startHeld(t, "instances.get", 0, c.command(t, named, ""))
@@ -257,6 +260,7 @@ func TestInterrupt(t *testing.T) {
 
 // TestInterruptProvisioner presses Ctrl-C while a real VM pulls images.
 func TestInterruptProvisioner(t *testing.T) {
+	t.Parallel()
 	c := newCloud(t, "ya29.interrupt")
 	before := c.Resources()
 	reg := registry.New(t, registry.Config{Latency: time.Second})

@@ -25,6 +25,7 @@ import (
 // TestIncremental builds twice, with one image changed in between, for both kinds of
 // cache disk. The second build pulls the changed layer and nothing else.
 func TestIncremental(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		name string
 		// options of the source by the image that it starts from, "" for the first.
@@ -36,6 +37,7 @@ func TestIncremental(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			c := newCloud(t, "ya29.incremental")
 			reg := registry.New(t, registry.Config{})
 			base := newLayer(t)

@@ -356,6 +356,7 @@ func checkNotFetched(t *testing.T, images ...v1.Image) {
 
 // TestTemplates has Packer look at every template of the project.
 func TestTemplates(t *testing.T) {
+	t.Parallel()
 	key := filepath.Join(t.TempDir(), "key")
 	if _, err := host.Output(exec.CommandContext(t.Context(), "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)); err != nil {
 		t.Fatal(err)
