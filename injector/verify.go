@@ -25,9 +25,9 @@ func newVerifyCommand(f *flags) *cobra.Command {
 		Short: "Prove the cache disks' layers bit for bit",
 		Long: `Rebuild each layer's tar stream from the files on the cache disk and compare its
 hash with the diff ID in the image's config, then compare the files' owners, modes,
-times, links and extended attributes with the stream's. Reads the whole disk, needs
-no runtime and changes nothing. The exit status is 1 if a layer is damaged; each
-damaged file is named.
+times, links and extended attributes with the stream's. Compressed layers that the disk
+keeps must hash to their digests. Reads the whole disk, needs no runtime and changes
+nothing. The exit status is 1 if a layer is damaged; each damaged file is named.
 
 With --resume FILE an interrupted run is continued: FILE notes the layers that are
 proved, and is removed in the end. The log, at level info by default, tells how far
