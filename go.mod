@@ -39,7 +39,7 @@ require (
 	github.com/spf13/pflag v1.0.10 // cobra's flags
 	github.com/vbatts/tar-split v0.12.3 // layers' tar streams, rebuilt as Docker recorded them
 	github.com/zclconf/go-cty v1.19.0 // generated HCL2 code
-	go.etcd.io/bbolt v1.5.0 // benchmark: the transactions that containerd makes, alone
+	go.etcd.io/bbolt v1.5.0 // benchmark and unit test: containerd's database, alone
 	golang.org/x/oauth2 v0.37.0 // tests: the token that the stand-in for Google's APIs takes
 	golang.org/x/sync v0.24.0 // errgroup, and a semaphore for what is being read ahead
 	golang.org/x/sys v0.49.0 // open_tree, move_mount, setns

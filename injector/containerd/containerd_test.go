@@ -11,14 +11,18 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/distribution/reference"
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	bolt "go.etcd.io/bbolt"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
@@ -101,6 +105,37 @@ func loadManifest(t *testing.T) *manifest.Manifest {
 		t.Fatal(err)
 	}
 	return m
+}
+
+// TestPullBetween has a pull lead a name elsewhere after the run has looked at it: only its
+// labels were to be put right.
+func TestPullBetween(t *testing.T) {
+	db, err := bolt.Open(filepath.Join(t.TempDir(), "meta.db"), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	ctx := namespaces.WithNamespace(t.Context(), "k8s.io")
+	store := metadata.NewImageStore(metadata.NewDB(db, nil, nil))
+	j := &job{disk: &cachedisk.Disk{ID: digest.FromString("this")}, image: loadManifest(t).Images[0]}
+	name := j.image.Names[0]
+	seen := j.record(name)
+	seen.Labels = nil // as a pull of the same image leaves it
+	if seen, err = store.Create(ctx, seen); err != nil {
+		t.Fatal(err)
+	}
+	pulled := seen
+	pulled.Target.Digest = digest.FromString("newer image")
+	if _, err := store.Update(ctx, pulled, "target"); err != nil {
+		t.Fatal(err)
+	}
+	n := (&Runtime{images: store}).newRun(&survey{images: map[string]images.Image{name: seen}}, report.InjectOptions{})
+	if left, err := n.name(ctx, j, name); left != name+" was pulled meanwhile" || err != nil {
+		t.Fatal(left, err)
+	}
+	if got, err := store.Get(ctx, name); err != nil || got.Target.Digest != pulled.Target.Digest || len(got.Labels) != 0 {
+		t.Errorf("the name is %+v, %v", got, err)
+	}
 }
 
 // TestNames is who wins a name: the node over us, a newer generation over an older.

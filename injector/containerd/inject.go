@@ -391,11 +391,24 @@ func (n *run) name(ctx context.Context, j *job, name string) (left string, err e
 		if j.lacksID(n.survey, known) {
 			record.Labels[labelManaged] = "" // removes it
 		}
-		paths := []string{"target"}
+		var labels []string
 		for key := range record.Labels {
-			paths = append(paths, "labels."+key)
+			labels = append(labels, "labels."+key)
 		}
-		_, err := n.r.images.Update(ctx, record, paths...)
+		paths := labels
+		if known.Target.Digest != record.Target.Digest {
+			paths = append(slices.Clone(labels), "target")
+		}
+		got, err := n.r.images.Update(ctx, record, paths...)
+		if err == nil && got.Target.Digest != record.Target.Digest {
+			// The image that was pulled is not ours to pin.
+			for key := range record.Labels {
+				record.Labels[key] = ""
+			}
+			if _, err = n.r.images.Update(ctx, record, labels...); err == nil {
+				return name + " was pulled meanwhile", nil
+			}
+		}
 		if err == nil {
 			return "", nil
 		}
