@@ -40,11 +40,11 @@ func (r *Root) Sub(name string) (*Root, error) {
 
 // CheckDir says why name is not a directory below r, or nil if it is one.
 func (r *Root) CheckDir(name string) error {
-	d, err := r.Sub(name)
+	fd, err := r.openFD(name, unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_NO_SYMLINKS)
 	if err != nil {
 		return err
 	}
-	return d.Close()
+	return unix.Close(fd)
 }
 
 // CheckFile says why name is not a regular file below r, or nil if it is one. It gives
@@ -90,10 +90,17 @@ func (r *Root) checkFile(name string, resolve uint64) (size int64, err error) {
 }
 
 func (r *Root) open(name string, flags int, resolve uint64) (*os.File, error) {
+	fd, err := r.openFD(name, flags, resolve)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), filepath.Join(r.dir.Name(), name)), nil
+}
+
+func (r *Root) openFD(name string, flags int, resolve uint64) (int, error) {
 	if resolve&unix.RESOLVE_IN_ROOT == 0 {
 		resolve |= unix.RESOLVE_BENEATH
 	}
-	path := filepath.Join(r.dir.Name(), name)
 	for tries := 1000; ; {
 		fd, err := r.openat2(name, &unix.OpenHow{
 			Flags:   uint64(flags | unix.O_CLOEXEC | unix.O_NOFOLLOW),
@@ -101,7 +108,7 @@ func (r *Root) open(name string, flags int, resolve uint64) (*os.File, error) {
 		})
 		switch {
 		case err == nil:
-			return os.NewFile(uintptr(fd), path), nil
+			return fd, nil
 		case errors.Is(err, unix.EINTR):
 			continue
 		// Something was renamed or mounted, anywhere, while it went through "..".
@@ -115,7 +122,7 @@ func (r *Root) open(name string, flags int, resolve uint64) (*os.File, error) {
 		case errors.Is(err, unix.ENOSYS):
 			err = Explain(err)
 		}
-		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+		return -1, &fs.PathError{Op: "open", Path: filepath.Join(r.dir.Name(), name), Err: err}
 	}
 }
 

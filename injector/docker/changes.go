@@ -58,6 +58,7 @@ type changes struct {
 	names    map[name]newName
 	metadata metadata
 	records  []*record
+	known    []*record // the node's, of all generations
 	disks    []report.Disk
 }
 
@@ -132,7 +133,6 @@ type planner struct {
 	link    string
 	repos   *repositories
 	mounted map[string]bool // bind mounts, by target
-	records []*record
 	check   checker
 	here    map[digest.Digest]bool // the generations of this run's disks
 	claimed map[name]claim
@@ -141,40 +141,61 @@ type planner struct {
 	c       *changes
 }
 
-// nodeLayer is how the node has a layer, and in which directory.
+// nodeLayer is how the node has a layer, in which directory, and of which generation, if
+// it is a link of ours.
 type nodeLayer struct {
 	state layerState
 	id    string
+	from  digest.Digest
 }
 
-// look is store.layer, once for each layer.
-func (p *planner) look(chain digest.Digest) (nodeLayer, error) {
-	if l, ok := p.seen[chain]; ok {
-		return l, nil
+// look finds out how the node has each layer of the disks.
+func (s store) look(disks []*cachedisk.Disk) (map[digest.Digest]nodeLayer, error) {
+	var chains []digest.Digest
+	for _, d := range disks {
+		for _, l := range d.Manifest.Layers {
+			chains = append(chains, l.ChainID)
+		}
 	}
-	state, id, err := p.layer(chain)
-	p.seen[chain] = nodeLayer{state, id}
-	return p.seen[chain], err
+	found := make([]nodeLayer, len(chains))
+	var g errgroup.Group
+	g.SetLimit(cachedisk.Lookups)
+	for i, chain := range chains {
+		g.Go(func() (err error) {
+			l := &found[i]
+			if l.state, l.id, err = s.layer(chain); l.state == layerOwn {
+				l.from = s.generation(l.id)
+			}
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	seen := make(map[digest.Digest]nodeLayer, len(chains))
+	for i, chain := range chains {
+		seen[chain] = found[i]
+	}
+	return seen, nil
 }
 
 // plan finds out what is missing of the disks, newest generation first. It changes
 // nothing.
 func (r *Runtime) plan(disks []*cachedisk.Disk, check checker) (*changes, error) {
-	repos, err := r.readRepositories()
-	if err != nil {
-		return nil, err
-	}
-	mounted, err := r.bindMounts()
-	if err != nil {
-		return nil, err
-	}
 	p := &planner{
-		store: r.store, link: r.opt.Link, repos: repos, mounted: mounted, records: r.knownRecords(), check: check,
+		store: r.store, link: r.opt.Link, check: check,
 		here:    map[digest.Digest]bool{},
 		claimed: map[name]claim{},
 		planned: map[digest.Digest]newLayer{},
-		seen:    map[digest.Digest]nodeLayer{},
 		c:       &changes{names: map[name]newName{}, metadata: newMetadata()},
+	}
+	var g errgroup.Group
+	g.Go(func() (err error) { p.repos, err = r.readRepositories(); return err })
+	g.Go(func() (err error) { p.mounted, err = r.bindMounts(); return err })
+	g.Go(func() (err error) { p.seen, err = r.look(disks); return err })
+	p.c.known = r.knownRecords()
+	if err := g.Wait(); err != nil {
+		return nil, err
 	}
 	for _, d := range disks {
 		p.here[d.ID] = true
@@ -222,21 +243,17 @@ func (p *planner) disk(d *cachedisk.Disk) error {
 				ri.Cached++
 				continue
 			}
-			there, err := p.look(id)
-			if err != nil {
-				return err
-			}
-			l := p.newLayer(d, layers[id])
+			there := p.seen[id]
 			switch there.state {
 			case layerMissing:
-				if err := p.register(l); err != nil {
+				if err := p.register(p.newLayer(d, layers[id])); err != nil {
 					return err
 				}
 				ri.Registered++
 				ri.Cached++
 				continue
 			case layerOwn:
-				p.heal(there.id, l)
+				p.heal(there, d, layers[id])
 				ri.Cached++
 			}
 			ri.Present++
@@ -289,11 +306,7 @@ func (p *planner) refuse(d *cachedisk.Disk, img manifest.Image, chain []digest.D
 		}
 	}
 	for _, id := range chain {
-		there, err := p.look(id)
-		if err != nil {
-			return "", err
-		}
-		if there.state == layerDamaged {
+		if p.seen[id].state == layerDamaged {
 			return fmt.Sprintf("layer %s is damaged in docker's store; remove %s while docker is stopped", id, p.layerdb(id)), nil
 		}
 	}
@@ -335,7 +348,7 @@ func (p *planner) leave(d *cachedisk.Disk, n name, id digest.Digest) string {
 	}
 	ours := false
 	var keeper *record
-	for _, rec := range p.records {
+	for _, rec := range p.c.known {
 		img := rec.image(holder)
 		if img == nil {
 			continue
@@ -376,11 +389,7 @@ func (p *planner) register(l newLayer) error {
 		if parent, ok := p.planned[l.Parent]; ok {
 			l.Lower = lower(parent.Link, parent.Lower)
 		} else {
-			parent, err := p.look(l.Parent)
-			if err != nil {
-				return err
-			}
-			link, below, err := p.links(parent.id)
+			link, below, err := p.links(p.seen[l.Parent].id)
 			if err != nil {
 				return fmt.Errorf("reading layer %s: %w", l.Parent, err)
 			}
@@ -394,20 +403,19 @@ func (p *planner) register(l newLayer) error {
 
 // heal plans to reach the files of one of our layers on this disk, if the disk that
 // it was registered from is gone or its bind mount is.
-func (p *planner) heal(id string, l newLayer) {
-	if slices.ContainsFunc(p.c.relinks, func(r relink) bool { return r.Chain == l.Chain }) {
+func (p *planner) heal(there nodeLayer, d *cachedisk.Disk, l manifest.Layer) {
+	if there.from != "" && p.alive(there.from) {
 		return
 	}
-	from := p.generation(id)
-	if from != "" && p.alive(from) {
+	if slices.ContainsFunc(p.c.relinks, func(r relink) bool { return r.Chain == l.ChainID }) {
 		return
 	}
-	fi, err := os.Lstat(p.overlay(id, "diff"))
+	fi, err := os.Lstat(p.overlay(there.id, "diff"))
 	bound := err == nil && fi.IsDir()
-	if bound && p.mounted[filepath.Join(p.root, "overlay2", id, "diff")] {
+	if bound && p.mounted[filepath.Join(p.root, "overlay2", there.id, "diff")] {
 		return
 	}
-	p.c.relinks = append(p.c.relinks, relink{l.Chain, l, bound})
+	p.c.relinks = append(p.c.relinks, relink{l.ChainID, p.newLayer(d, l), bound})
 }
 
 // image plans the image's config and names.

@@ -107,7 +107,7 @@ func (s store) missing(m metadata) metadata {
 // diffIDOf is the layer that the node knows a blob to be, "" where it knows none.
 func (s store) diffIDOf(blob digest.Digest) digest.Digest {
 	b, err := os.ReadFile(s.diffIDFile(blob))
-	if id := digest.Digest(b); err == nil && id.Validate() == nil {
+	if id := digest.Digest(b); err == nil && manifest.ValidDigest(id) == nil {
 		return id
 	}
 	return ""

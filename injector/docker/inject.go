@@ -78,10 +78,8 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 	if err := r.refuse(ctx, disks, c); err != nil {
 		return nil, err
 	}
-	for _, rec := range c.records {
-		if err := r.save(rec); err != nil {
-			return nil, err
-		}
+	if err := r.saveAll(c); err != nil {
+		return nil, err
 	}
 	for _, d := range disks {
 		if err := r.mount(d); err != nil {
@@ -118,6 +116,20 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 	return c, nil
 }
 
+// saveAll saves those records that are not the node's already.
+func (r *Runtime) saveAll(c *changes) error {
+	for _, rec := range c.records {
+		same := slices.ContainsFunc(c.known, func(old *record) bool { return old.CacheID == rec.CacheID && !rec.adds(old) })
+		if same {
+			continue
+		}
+		if err := r.save(rec); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // restage looks again, now that the store stands still: a pull may have brought
 // layers or names since c was staged, and dockerd, as it stopped, may have finished the
 // removal of layers, whose directories c then lacks (see forgetRemovals).
@@ -133,10 +145,8 @@ func (r *Runtime) restage(c *changes, disks []*cachedisk.Disk, check checker) (*
 	if err := now.checkFiles(disks); err != nil {
 		return now, err
 	}
-	for _, rec := range now.records {
-		if err := r.save(rec); err != nil {
-			return now, err
-		}
+	if err := r.saveAll(now); err != nil {
+		return now, err
 	}
 	return now, r.stage(now, r.opt.Link)
 }

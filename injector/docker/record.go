@@ -99,19 +99,22 @@ func (r *Runtime) knownRecords() []*record {
 func (s store) save(r *record) error {
 	old := &record{}
 	b, err := os.ReadFile(s.recordFile(r.CacheID))
-	if err == nil && json.Unmarshal(b, old) == nil {
-		for _, img := range old.Images {
-			r.added(img.ID, img.Added)
-		}
-		all := newMetadata()
-		all.merge(old.Metadata)
-		all.merge(r.Metadata)
-		r.Metadata = all
-		if reflect.DeepEqual(r.normal(), old.normal()) {
-			return nil
-		}
+	if err == nil && json.Unmarshal(b, old) == nil && !r.adds(old) {
+		return nil
 	}
 	return s.replace(r)
+}
+
+// adds takes over what was recorded of the generation before, and says if there is more.
+func (r *record) adds(old *record) bool {
+	for _, img := range old.Images {
+		r.added(img.ID, img.Added)
+	}
+	all := newMetadata()
+	all.merge(old.Metadata)
+	all.merge(r.Metadata)
+	r.Metadata = all
+	return !reflect.DeepEqual(r.normal(), old.normal())
 }
 
 // replace writes r, whatever was recorded before.

@@ -18,6 +18,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
+	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
 // stateName names our directory in Docker's image directory and our file among an
@@ -198,7 +199,7 @@ func (s store) generation(id string) digest.Digest {
 	}
 	encoded, _, _ := strings.Cut(rest, "/")
 	d := digest.NewDigestFromEncoded(digest.SHA256, encoded)
-	if d.Validate() != nil {
+	if manifest.ValidDigest(d) != nil {
 		return ""
 	}
 	return d
