@@ -277,6 +277,7 @@ func (d *cacheDisk) release(ctx context.Context) error {
 		// A disk without discard only makes for a larger image of it.
 		d.say("%s was not trimmed: %v", d.device, err)
 	}
+	d.endContainerd(ctx)
 	return d.free(ctx)
 }
 

@@ -302,7 +302,8 @@ func (b *build) keepBlobs(ctx context.Context) error {
 }
 
 func (b *build) record(ctx context.Context) error {
-	r := &recorder{engine: b.engine, platform: b.config.platform, store: b.store, dataRoot: b.engine.info.DockerRootDir}
+	r := &recorder{engine: b.engine, platform: b.config.platform, store: b.store, dataRoot: b.engine.info.DockerRootDir,
+		concurrency: b.config.Concurrency}
 	m, err := r.record(ctx, b.images, b.created(time.Now()))
 	if err != nil {
 		return err

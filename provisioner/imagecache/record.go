@@ -16,6 +16,7 @@ import (
 	"github.com/moby/sys/atomicwriter"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 	"github.com/selkies-project/packer-plugin-selkies/version"
@@ -30,6 +31,8 @@ type recorder struct {
 	store    manifest.Store
 	// dataRoot is the store as the daemon sees it, an absolute path.
 	dataRoot string
+	// concurrency is how many images the daemon is asked for at once.
+	concurrency int
 
 	layers []manifest.Layer
 	index  map[digest.Digest]int
@@ -46,9 +49,21 @@ func (r *recorder) record(ctx context.Context, images []*wanted, created time.Ti
 		Store:         r.store,
 	}
 	r.index = map[digest.Digest]int{}
-	for _, w := range images {
-		if err := r.recordLayers(ctx, w); err != nil {
-			return nil, fmt.Errorf("recording %s: %w", w, err)
+	all := make([]stored, len(images))
+	g, asking := errgroup.WithContext(ctx)
+	g.SetLimit(r.concurrency)
+	for i, w := range images {
+		g.Go(func() (err error) {
+			all[i], err = r.ask(asking, w)
+			return explainRecord(w, err)
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	for i, w := range images {
+		if err := r.recordLayers(w, all[i]); err != nil {
+			return nil, explainRecord(w, err)
 		}
 	}
 	m.Images = merge(images)
@@ -72,12 +87,28 @@ func merge(images []*wanted) (merged []manifest.Image) {
 	return merged
 }
 
-func (r *recorder) recordLayers(ctx context.Context, w *wanted) error {
-	inspect, err := r.engine.ImageInspect(ctx, w.id())
+func explainRecord(w *wanted, err error) error {
 	if err != nil {
-		return err
+		return fmt.Errorf("recording %s: %w", w, err)
 	}
-	dirs, err := layerDirectories(inspect, path.Join(r.dataRoot, manifest.DriverOverlay2))
+	return nil
+}
+
+// stored is what the daemon says of an image.
+type stored struct {
+	inspect image.InspectResponse
+	history []image.HistoryResponseItem
+}
+
+func (r *recorder) ask(ctx context.Context, w *wanted) (s stored, err error) {
+	if s.inspect, err = r.engine.ImageInspect(ctx, w.id()); err == nil {
+		s.history, err = r.engine.ImageHistory(ctx, w.id())
+	}
+	return s, err
+}
+
+func (r *recorder) recordLayers(w *wanted, s stored) error {
+	dirs, err := layerDirectories(s.inspect, path.Join(r.dataRoot, manifest.DriverOverlay2))
 	if err != nil {
 		return err
 	}
@@ -90,15 +121,11 @@ func (r *recorder) recordLayers(ctx context.Context, w *wanted) error {
 		return fmt.Errorf("docker has %d layer directories, the image %d layers", len(dirs), len(diffIDs))
 	}
 	for i, d := range diffIDs {
-		if got := inspect.RootFS.Layers[i]; got != d.String() {
+		if got := s.inspect.RootFS.Layers[i]; got != d.String() {
 			return fmt.Errorf("docker has %s as layer %d, the image's config %s", got, i, d)
 		}
 	}
-	history, err := r.engine.ImageHistory(ctx, w.id())
-	if err != nil {
-		return err
-	}
-	sizes := layerSizes(config.History, history, len(diffIDs), inspect.Size)
+	sizes := layerSizes(config.History, s.history, len(diffIDs), s.inspect.Size)
 	parent := digest.Digest("")
 	for i, chainID := range w.chain {
 		if _, known := r.index[chainID]; !known {
