@@ -258,7 +258,7 @@ func (n *run) image(ctx context.Context, j *job) (report.Image, error) {
 	return img, err
 }
 
-// register registers one image: layers, blobs, and the names last.
+// register registers one image: layers, blobs beside them, and the names last.
 func (n *run) register(ctx context.Context, j *job) (report.Image, error) {
 	start := time.Now()
 	img := j.report()
@@ -266,25 +266,11 @@ func (n *run) register(ctx context.Context, j *job) (report.Image, error) {
 		return img, nil
 	}
 	img.Registered, img.Present = 0, 0
-	for _, id := range j.chain {
-		added, err := n.layer(ctx, id)
-		if err != nil {
-			return img, err
-		}
-		switch {
-		case added:
-			img.Registered++
-		case j.absent[id]: // a pull was faster
-			img.Present++
-			img.Cached--
-		default:
-			img.Present++
-		}
-	}
-	for _, b := range j.blobs {
-		if err := n.blob(ctx, b, j.disk); err != nil {
-			return img, err
-		}
+	var g errgroup.Group
+	g.Go(func() error { return n.addLayers(ctx, j, &img) })
+	g.Go(func() error { return n.writeBlobs(ctx, j) })
+	if err := g.Wait(); err != nil {
+		return img, err
 	}
 	if err := n.r.held(ctx); err != nil {
 		return img, err
@@ -308,6 +294,35 @@ func (n *run) register(ctx context.Context, j *job) (report.Image, error) {
 	img.Milliseconds = time.Since(start).Milliseconds()
 	n.r.opt.Log.Debug("registered", "image", j.image.Names[0], "layers", img.Registered, "present", img.Present)
 	return img, nil
+}
+
+// addLayers registers the image's layers, and counts them.
+func (n *run) addLayers(ctx context.Context, j *job, img *report.Image) error {
+	for _, id := range j.chain {
+		added, err := n.layer(ctx, id)
+		if err != nil {
+			return err
+		}
+		switch {
+		case added:
+			img.Registered++
+		case j.absent[id]: // a pull was faster
+			img.Present++
+			img.Cached--
+		default:
+			img.Present++
+		}
+	}
+	return nil
+}
+
+func (n *run) writeBlobs(ctx context.Context, j *job) error {
+	for _, b := range j.blobs {
+		if err := n.blob(ctx, b, j.disk); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // kept fails if the lease was gone before the image's records kept what they lead to, and
