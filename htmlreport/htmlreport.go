@@ -5,7 +5,6 @@
 package htmlreport
 
 import (
-	"bytes"
 	"io"
 	"time"
 
@@ -49,10 +48,10 @@ func (r Report) Write(w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	var b bytes.Buffer
-	if err := page.Execute(&b, v); err != nil {
+	html, err := v.html()
+	if err != nil {
 		return err
 	}
-	_, err = b.WriteTo(w)
+	_, err = w.Write(html)
 	return err
 }

@@ -185,14 +185,15 @@ func TestHostile(t *testing.T) {
 		*text = hostile
 	}
 	v.Images[0].Target, v.Layers[0].DiffID, v.Layers[0].ChainID = hostile, hostile, hostile
-	var b strings.Builder
-	if err := page.Execute(&b, v); err != nil {
+	html, err := v.html()
+	if err != nil {
 		t.Fatal(err)
 	}
-	if n := strings.Count(b.String(), "<script"); n != 2 || strings.Contains(b.String(), "<img") {
+	page := string(html)
+	if n := strings.Count(page, "<script"); n != 2 || strings.Contains(page, "<img") {
 		t.Errorf("the page has %d scripts, or an image", n)
 	}
-	data := regexp.MustCompile(`(?s)<script type="application/json" id="data">(.*?)</script>`).FindStringSubmatch(b.String())
+	data := regexp.MustCompile(`(?s)<script type="application/json" id="data">(.*?)</script>`).FindStringSubmatch(page)
 	var p picture
 	if err := json.Unmarshal([]byte(data[1]), &p); err != nil {
 		t.Fatal(err)

@@ -14,7 +14,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// view is the page in the template's words.
+// view is the page in its own words.
 type view struct {
 	ID, Short, Tool, Engine, Platform, Store string
 

@@ -74,6 +74,7 @@ func interruptible() context.Context {
 
 func newCommand() *cobra.Command {
 	var f flags
+	var showVersion bool
 	root := &cobra.Command{
 		Use:   "selkies-image-injector",
 		Short: "Make the images of a cache disk known to this node's container runtime",
@@ -87,11 +88,16 @@ SELKIES_CACHE separates directories by colons. The command line wins.`,
   selkies-image-injector inject --cache /mnt/disks/images
   selkies-image-injector plan registry.example.com/desktop:1.4
   selkies-image-injector eject`,
-		Version:       version.String(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		Args:          usage(cobra.NoArgs),
-		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if showVersion {
+				fmt.Fprintln(cmd.OutOrStdout(), version.String())
+				return nil
+			}
+			return cmd.Help()
+		},
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
 			if err := environment(cmd.Flags()); err != nil {
 				return err
@@ -102,7 +108,9 @@ SELKIES_CACHE separates directories by colons. The command line wins.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usageError{fmt.Errorf("%w; see %s --help", err, cmd.CommandPath())}
 	})
-	root.SetVersionTemplate("{{ .Version }}\n")
+	// Cobra's own flag takes a template for this, and templates have the linker keep every
+	// method of the program.
+	root.Flags().BoolVarP(&showVersion, "version", "v", false, "version for "+root.Name())
 	root.CompletionOptions.HiddenDefaultCmd = true
 	f.register(root.PersistentFlags())
 	root.AddCommand(

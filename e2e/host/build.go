@@ -13,8 +13,8 @@ import (
 )
 
 // Build builds a program of this module, named by its folder as in "./injector",
-// into the file out. It is static and without debugging information, as released ones are,
-// but with the flag -race, whose detector needs libc.
+// into the file out. It is static and without debugging information and gRPC's traces, as
+// the released injector is, but with the flag -race, whose detector needs libc.
 //
 // Most packages of tests want the same two programs, and to link one takes longer than to
 // start some of their machines. It is kept in the cache folder, where go build leaves a
@@ -34,7 +34,7 @@ func Build(ctx context.Context, pkg, out string, flags ...string) error {
 		return err
 	}
 	defer lock.Close()
-	cmd := exec.CommandContext(ctx, "go", append(append([]string{"build", "-buildvcs=false", "-ldflags=-s -w", "-o", kept}, flags...), pkg)...)
+	cmd := exec.CommandContext(ctx, "go", append(append([]string{"build", "-buildvcs=false", "-tags=grpcnotrace", "-ldflags=-s -w", "-o", kept}, flags...), pkg)...)
 	cmd.Dir = src
 	cgo := "0"
 	if slices.Contains(flags, "-race") {

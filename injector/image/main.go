@@ -127,9 +127,10 @@ func build(ctx context.Context, release string, platforms []string) (v1.ImageInd
 }
 
 // compile builds the injector without anything in it that tells where and from which
-// kind of checkout: the image's labels say which commit it is.
+// kind of checkout: the image's labels say which commit it is. Without gRPC's pages of
+// traces, whose templates have the linker keep every method, it is a quarter smaller.
 func compile(ctx context.Context, p v1.Platform, ldflags, file string) error {
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags="+ldflags, "-o", file,
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-tags=grpcnotrace", "-ldflags="+ldflags, "-o", file,
 		module+"/injector")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS="+p.OS, "GOARCH="+p.Architecture)
 	cmd.Stderr = os.Stderr
