@@ -40,7 +40,7 @@ func TestBounded(t *testing.T) {
 	defer cancel()
 	_, events := c.Subscribe(ctx)
 
-	r := &Runtime{opt: Options{Address: address}}
+	r := &Runtime{opt: Options{Address: address}, client: c}
 	for name, call := range map[string]func() error{
 		"unary": func() error {
 			_, err := c.LeasesService().List(ctx)
@@ -57,6 +57,9 @@ func TestBounded(t *testing.T) {
 				t.Errorf("explained as %q", got)
 			}
 		})
+	}
+	if err := r.Check(ctx); err == nil || !strings.Contains(err.Error(), "containerd at "+address+" does not answer: restart it") {
+		t.Errorf("Check says %v", err)
 	}
 	select {
 	case err := <-events:

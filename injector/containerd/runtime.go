@@ -214,7 +214,7 @@ func (r *Runtime) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
 	if _, err := r.client.Version(ctx); err != nil {
-		return fmt.Errorf("asking containerd for its version: %w", r.explain(err))
+		return fmt.Errorf("asking containerd for its version: %w", r.explain(errdefsFromGRPC(err)))
 	}
 	return nil
 }
