@@ -110,6 +110,14 @@ func (d *NBD) await(file string) error {
 	}
 }
 
+// Hang has every request to the device wait, until Kill.
+func (d *NBD) Hang() error {
+	if err := d.nbdfuse.Process.Signal(unix.SIGSTOP); err != nil {
+		return fmt.Errorf("stopping nbdfuse: %w", err)
+	}
+	return nil
+}
+
 // Kill lets the device go for good: from now on every request to it fails. What was
 // mounted stays, and what the kernel has in memory of it.
 func (d *NBD) Kill() error {
