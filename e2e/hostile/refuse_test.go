@@ -513,7 +513,8 @@ func TestTwins(t *testing.T) {
 			leadsOut(world.built.TarSplitPath(l), "secret")(dir),
 			os.WriteFile(filepath.Join(dir, layerPath(l, "odd/first")), []byte("of the twin"), 0o644))
 	}), twin)
-	read := []string{"/bin/busybox", "cat", "/odd/first"}
+	// By its status: ctr can lose what a container says that ends at once.
+	own := []string{"/bin/busybox", "sh", "-c", "! /bin/busybox grep -q twin /odd/first"}
 	for _, runtime := range runtimes {
 		t.Run(runtime, func(t *testing.T) {
 			tr := runTraced(t, "inject", "--runtime", runtime, "--cache", cacheDir, "--cache", twin)
@@ -523,13 +524,11 @@ func TestTwins(t *testing.T) {
 			tr.checkAccesses(t, mayWrite)
 			defer world.node.Output(t, injector, "eject", "--runtime", runtime)
 			ref := world.refs[slices.IndexFunc(world.refs, func(ref string) bool { return strings.Contains(ref, "/odd-files") })]
-			run := append([]string{"docker", "run", "--rm", "--network", "none", ref}, read...)
+			run := append([]string{"docker", "run", "--rm", "--network", "none", ref}, own...)
 			if runtime == "containerd" {
-				run = append([]string{"ctr", "-n", "k8s.io", "run", "--rm", ref, "twins"}, read...)
+				run = append([]string{"ctr", "-n", "k8s.io", "run", "--rm", ref, "twins"}, own...)
 			}
-			if out := world.node.Output(t, run...); strings.Contains(out, "twin") {
-				t.Errorf("a container reads %q", out)
-			}
+			world.node.Output(t, run...)
 		})
 	}
 	// Who asks for both has both proved.

@@ -57,14 +57,13 @@ func TestPull(t *testing.T) {
 					t.Fatal(err)
 				}
 				for _, ref := range refs {
-					const command = "/bin/echo hello"
+					// Its status is looked at: ctr can lose what a container says that ends at once.
+					const command = "/bin/busybox test -x /bin/busybox"
 					script := fmt.Sprintf("docker pull -q %[1]s >/dev/null; docker run --rm --network none %[1]s %[2]s", ref, command)
 					if tt.docker == nil {
 						script = fmt.Sprintf("ctr i pull --plain-http %[1]s >/dev/null; ctr run --rm %[1]s e2e-%[3]d %[2]s", ref, command, i)
 					}
-					if out := m.Output(t, "sh", "-ec", script); strings.TrimSpace(out) != "hello" {
-						t.Errorf("%s said %q", ref, out)
-					}
+					m.Output(t, "sh", "-ec", script)
 				}
 			}
 
