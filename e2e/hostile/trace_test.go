@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -65,10 +64,7 @@ func startTraced(t *testing.T, args ...string) *tracing {
 	cmd.Env = inner.Env
 	tr := &tracing{args: args, cmd: cmd, cancel: cancel, dir: dir, stdout: &host.Said{}, stderr: &host.Said{}}
 	cmd.Stdout, cmd.Stderr = tr.stdout, tr.stderr
-	// A process begins with the memory of the one that it was forked from, as far as its
-	// peak is concerned: proc(5), clear_refs.
-	debug.FreeOSMemory()
-	if err := os.WriteFile("/proc/self/clear_refs", []byte("5"), 0); err != nil {
+	if err := host.ResetPeak(); err != nil {
 		t.Fatal(err)
 	}
 	tr.start = time.Now()
