@@ -37,7 +37,7 @@ func header(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	disk, err := host.Output(exec.CommandContext(ctx, "findmnt", "-n", "-o", "SOURCE,FSTYPE,OPTIONS", "-T", top))
+	disk, err := host.Output(exec.CommandContext(ctx, "findmnt", "-n", "-o", "FSTYPE,OPTIONS", "-T", top))
 	if err != nil {
 		return "", err
 	}

@@ -205,7 +205,7 @@ const parallelUnpacks = 4
 const pullAll = `for ref; do ctr -n k8s.io images pull --plain-http "$ref" >/dev/null; done`
 
 func (l *layers) figures() []figure {
-	n := len(l.disk.manifest.Layers)
+	n := l.layers()
 	of := fmt.Sprintf("%d layers", n)
 	bound := func(images int, bound float64) float64 {
 		if l.images == images {
@@ -242,14 +242,17 @@ func (l *layers) figures() []figure {
 	)
 }
 
-// growth is what a layer costs among many, in terms of what it costs among few.
-func growth(few, many *layers) []figure {
-	a, b := len(few.disk.manifest.Layers), len(many.disk.manifest.Layers)
+// growth is what a layer costs among many, in terms of what it costs among few. What a
+// run costs however few layers it has is a part of that, but not of what each further
+// layer costs.
+func growth(sizes []*layers) []figure {
+	few, many := sizes[0], sizes[len(sizes)-1]
+	a, b := few.layers(), many.layers()
 	bound := 0.0
 	if few.images == 10 && many.images == most {
 		bound = 1.2
 	}
-	return []figure{
+	f := []figure{
 		{name: fmt.Sprintf("inject per layer, %d layers", b), unit: seconds, runs: many.inject.per(b),
 			ratios: []ratio{{fmt.Sprintf("that with %d", a), bound, many.inject.per(b).over(few.inject.per(a))}}},
 		{name: fmt.Sprintf("floor per layer, %d layers", b), unit: seconds, runs: many.floor.per(b),
@@ -257,4 +260,22 @@ func growth(few, many *layers) []figure {
 		{name: fmt.Sprintf("requests to the cold disk per layer, %d layers", b), unit: count, runs: many.coldRequests.per(b),
 			ratios: []ratio{{fmt.Sprintf("that with %d", a), 0, many.coldRequests.per(b).over(few.coldRequests.per(a))}}},
 	}
+	if len(sizes) == 3 {
+		middle := sizes[1]
+		last := each(middle, many)
+		f = append(f, figure{name: fmt.Sprintf("inject, each further layer, %d to %d layers", middle.layers(), b), unit: seconds, runs: last,
+			ratios: []ratio{{fmt.Sprintf("that of %d to %d", a, middle.layers()), bound, last.over(each(few, middle))}}})
+	}
+	return f
+}
+
+func (l *layers) layers() int { return len(l.disk.manifest.Layers) }
+
+// each is what each layer takes that one has more than the other.
+func each(few, many *layers) series {
+	var s series
+	for i := range min(len(few.inject), len(many.inject)) {
+		s.add((many.inject[i] - few.inject[i]) / float64(many.layers()-few.layers()))
+	}
+	return s
 }

@@ -4,9 +4,10 @@
 //
 //	bench [-run REGEXP] [-rounds N] [-list] [-json FILE]
 //
-// It prints a table and writes the same as JSON. Everything is measured once in each
-// round, one thing after the other, so that what the machine does meanwhile falls on all
-// alike; the table has the medians, and ratios are those of values of the same round.
+// It prints a table below what machine and versions it is of, writes the same beside the
+// JSON, with the ending .txt, and the figures as JSON. Everything is measured once in each
+// round, one thing after the other, so that other load on the machine slows all of them
+// equally; the table has the medians, and ratios are those of values of the same round.
 // -run picks benchmarks by name.
 //
 // Cache disks and images are made once and kept in the cache folder, for which
@@ -21,6 +22,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -46,7 +48,7 @@ var benchmarks = []struct {
 	{"desktop-docker", "Docker, the image of a desktop", func(s *session) benchmark { return newDesktop(s, dockerPeers) }},
 	{"first-read", "containerd, the first start of a program on a network disk", newFirstRead},
 	{"packer-600", "packer build, 60 images of 11 layers", func(s *session) benchmark { return newBuild(s, 60) }},
-	{"verify-desktop", "verify of the disk with the images of a desktop, in the page cache", newProof},
+	{"verify-desktop", "verify of the disk with the images of a desktop, in the page cache", newVerification},
 	{"agent-2000", "the node agent's memory with 200 images of 11 layers", func(s *session) benchmark { return newAgent(s, 200) }},
 	{"node-boot", "a node of a cluster, from its boot until the application of a desktop runs", newNodeBoot},
 }
@@ -121,9 +123,14 @@ func measure(ctx context.Context, wanted *regexp.Regexp, rounds int, file string
 		return err
 	}
 	figures := collect(sections)
-	fmt.Printf("\n%s%d rounds in %s\n\n", head, rounds, time.Since(began).Round(time.Second))
-	printTable(os.Stdout, figures)
-	return writeJSON(file, figures)
+	var table strings.Builder
+	fmt.Fprintf(&table, "%s%d rounds in %s\n\n", head, rounds, time.Since(began).Round(time.Second))
+	printTable(&table, figures)
+	fmt.Print("\n", table.String())
+	if err := writeJSON(file, figures); err != nil {
+		return err
+	}
+	return os.WriteFile(strings.TrimSuffix(file, ".json")+".txt", []byte(table.String()), 0o644)
 }
 
 // collect is all that was measured, by section.
@@ -137,7 +144,7 @@ func collect(sections []section) []group {
 		}
 	}
 	if len(sizes) > 1 {
-		groups = append(groups, group{"growth", "growth", growth(sizes[0], sizes[len(sizes)-1])})
+		groups = append(groups, group{"growth", "growth", growth(sizes)})
 	}
 	return groups
 }
