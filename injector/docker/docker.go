@@ -176,26 +176,6 @@ func (r *Runtime) open(ctx context.Context) error {
 	return err
 }
 
-// lock waits for other injectors to end, and looks at docker anew: it may have been
-// started or stopped meanwhile, by one of them or by anybody. From here on a store
-// without a daemon is one that no daemon has open.
-func (r *Runtime) lock(ctx context.Context) (unlock func(), err error) {
-	if unlock, err = r.flock(ctx); err != nil {
-		return nil, err
-	}
-	if err = r.settle(ctx); err == nil {
-		err = r.open(ctx)
-	}
-	if err == nil && r.info == nil {
-		err = r.checkUnused(r.cli.DaemonHost())
-	}
-	if err != nil {
-		unlock()
-		return nil, err
-	}
-	return unlock, nil
-}
-
 // Close closes the connection to the daemon.
 func (r *Runtime) Close() error { return r.cli.Close() }
 

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -310,34 +309,5 @@ func job(ctx context.Context, unit string, run func(context.Context, string, str
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
-	}
-}
-
-// flock waits for other injectors to end.
-func (s store) flock(ctx context.Context) (unlock func(), err error) {
-	if err := os.MkdirAll(s.runDir(), 0o700); err != nil {
-		return nil, fmt.Errorf("locking docker's store: %w", err)
-	}
-	f, err := os.OpenFile(filepath.Join(s.runDir(), "docker.lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("locking docker's store: %w", err)
-	}
-	tick := time.NewTicker(50 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("locking docker's store: %w", err)
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("waiting for another injector: %w", ctx.Err())
-		}
 	}
 }
