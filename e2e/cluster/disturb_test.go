@@ -201,10 +201,14 @@ func TestKillAgent(t *testing.T) {
 	kill("it starts", "true")
 	kill("the disk is mounted", "mounted")
 	const all = 4 // of the disk's layers
+	atWork := false
 	for layers := 1; layers < all; layers++ {
-		if got := kill(fmt.Sprintf("layer %d is linked", layers), fmt.Sprintf("[ $(links) -ge %d ]", layers)); got >= all {
-			t.Errorf("when the agent was killed %d layers were linked: it was not at work on them", got)
-		}
+		// Before the signal comes the next layers may be linked too.
+		got := kill(fmt.Sprintf("layer %d is linked", layers), fmt.Sprintf("[ $(links) -ge %d ]", layers))
+		atWork = atWork || got > 0 && got < all
+	}
+	if !atWork {
+		t.Error("the agent was never killed while it was at work on the layers")
 	}
 	kill("all layers are linked", fmt.Sprintf("[ $(links) -ge %d ]", all))
 	kill("an image's content is there", "[ -e "+stateDir+"/io.containerd.content.v1.content/blobs/sha256/"+config+" ]")
