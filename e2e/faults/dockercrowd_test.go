@@ -159,8 +159,8 @@ func (c *dockerCrowd) docker(ctx context.Context, args ...string) (string, error
 	}
 }
 
-// user pulls an image if it is not there, or all the same, runs it, compares what the container sees, and now and then removes
-// the image.
+// user pulls an image if it is not there, or all the same, runs it, compares what the
+// container sees, and now and then removes the image.
 func (c *dockerCrowd) user(ctx context.Context, r *rand.Rand, i int) {
 	ctx, cancel := context.WithTimeout(ctx, stepLimit)
 	defer cancel()

@@ -224,7 +224,7 @@ func TestCommit(t *testing.T) {
 	if err := r.checkRoom(c); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.save(c.records[0]); err != nil {
+	if err := r.saveAll(c); err != nil {
 		t.Fatal(err)
 	}
 	// Twice, as after a run that was killed.
@@ -285,7 +285,7 @@ func TestCommit(t *testing.T) {
 	write(t, r.sourcesFile(disks[0].Manifest.Layers[2].DiffID), "")
 
 	// A second save, of a run that had nothing to add, forgets nothing.
-	if err := r.save(again.records[0]); err != nil {
+	if err := r.saveAll(again); err != nil {
 		t.Fatal(err)
 	}
 	recs, err := r.records()
@@ -396,7 +396,7 @@ func TestRemountTwin(t *testing.T) {
 	disks := []*cachedisk.Disk{d}
 	c, err := r.plan(disks, r.checker())
 	if err == nil {
-		err = errors.Join(r.save(c.records[0]), r.stage(c, LinkSymlink), r.commit(c))
+		err = errors.Join(r.saveAll(c), r.stage(c, LinkSymlink), r.commit(c))
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -493,7 +493,7 @@ func TestBrokenRecord(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := r.save(c.records[0]); err != nil {
+	if err := r.saveAll(c); err != nil {
 		t.Fatal(err)
 	}
 	if recs, err := r.records(); err != nil || len(recs) != 1 {
@@ -533,7 +533,7 @@ func TestPlanNames(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if err := r.save(c.records[0]); err != nil {
+				if err := r.saveAll(c); err != nil {
 					t.Fatal(err)
 				}
 				if tt.alive {
@@ -698,7 +698,7 @@ func BenchmarkInject(b *testing.B) {
 		b.StartTimer()
 		c, err := r.plan(disks, r.checker())
 		if err == nil {
-			err = errors.Join(r.save(c.records[0]), r.stage(c, LinkSymlink))
+			err = errors.Join(r.saveAll(c), r.stage(c, LinkSymlink))
 		}
 		if err == nil {
 			c, err = r.plan(disks, r.checker())

@@ -116,14 +116,9 @@ func (r *Runtime) inject(ctx context.Context, disks []*cachedisk.Disk) (*changes
 	return c, nil
 }
 
-// saveAll saves those records that are not the node's already.
-func (r *Runtime) saveAll(c *changes) error {
+func (s store) saveAll(c *changes) error {
 	for _, rec := range c.records {
-		same := slices.ContainsFunc(c.known, func(old *record) bool { return old.CacheID == rec.CacheID && !rec.adds(old) })
-		if same {
-			continue
-		}
-		if err := r.save(rec); err != nil {
+		if err := s.save(rec, c.known); err != nil {
 			return err
 		}
 	}

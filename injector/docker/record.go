@@ -95,12 +95,13 @@ func (r *Runtime) knownRecords() []*record {
 	return rs
 }
 
-// save adds r to what is recorded of its generation and writes that if it changed.
-func (s store) save(r *record) error {
-	old := &record{}
-	b, err := os.ReadFile(s.recordFile(r.CacheID))
-	if err == nil && json.Unmarshal(b, old) == nil && !r.adds(old) {
-		return nil
+// save adds r to what is recorded of its generation, one of known, and writes that if it
+// changed.
+func (s store) save(r *record, known []*record) error {
+	for _, old := range known {
+		if old.CacheID == r.CacheID && !r.adds(old) {
+			return nil
+		}
 	}
 	return s.replace(r)
 }
