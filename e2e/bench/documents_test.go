@@ -71,6 +71,16 @@ func TestDocuments(t *testing.T) {
 	}
 }
 
+// value is a figure as the tables have it.
+func value(t *testing.T, known map[string]record, name string) string {
+	t.Helper()
+	r, ok := known[name]
+	if !ok {
+		t.Errorf("there is no %q", name)
+	}
+	return format(r.Unit, r.Value)
+}
+
 // desktopTable is what it takes to have a desktop's image, and its browser at work, on a node
 // that runs and on one that boots.
 func desktopTable(t *testing.T, known map[string]record) string {
@@ -85,25 +95,13 @@ func desktopTable(t *testing.T, known map[string]record) string {
 	} {
 		fmt.Fprintf(&b, "| %s |", row.title)
 		for _, what := range []string{row.pull, "inject", row.pull + drawn, "inject" + drawn} {
-			name := "desktop-" + row.runtime + ": " + what
-			r, ok := known[name]
-			if !ok {
-				t.Errorf("there is no %q", name)
-			}
-			fmt.Fprintf(&b, " %s |", format(r.Unit, r.Value))
+			fmt.Fprintf(&b, " %s |", value(t, known, "desktop-"+row.runtime+": "+what))
 		}
 		b.WriteString("\n")
 	}
-	value := func(name string) string {
-		r, ok := known["node-boot: "+name]
-		if !ok {
-			t.Errorf("there is no %q of node-boot", name)
-		}
-		return format(r.Unit, r.Value)
-	}
 	fmt.Fprintf(&b, "\nFrom the boot of a cluster's node until a pod of that image has started: %s with the pull, %s with the\ncache disk; until its browser has drawn a page: %s and %s.\n",
-		value("pull: application started"), value("cache disk: application started"),
-		value("pull: page drawn by the browser"), value("cache disk: page drawn by the browser"))
+		value(t, known, "node-boot: pull: application started"), value(t, known, "node-boot: cache disk: application started"),
+		value(t, known, "node-boot: pull: page drawn by the browser"), value(t, known, "node-boot: cache disk: page drawn by the browser"))
 	return b.String()
 }
 
@@ -120,14 +118,11 @@ func firstReadTable(t *testing.T, known map[string]record) string {
 		fmt.Fprintf(&b, "| %s |", what)
 		bound := ""
 		for _, start := range starts {
-			r, ok := known["first-read: "+start+": "+what]
-			if !ok {
-				t.Errorf("there is no %q of %q", what, start)
-			}
-			if r.Bound > 0 {
+			name := "first-read: " + start + ": " + what
+			if r := known[name]; r.Bound > 0 {
 				bound = format(r.Unit, r.Bound)
 			}
-			fmt.Fprintf(&b, " %s |", format(r.Unit, r.Value))
+			fmt.Fprintf(&b, " %s |", value(t, known, name))
 		}
 		fmt.Fprintf(&b, " %s |\n", bound)
 	}
@@ -173,12 +168,7 @@ func coldTable(t *testing.T, known map[string]record) string {
 	for _, layers := range []int{100, 600, 2000} {
 		fmt.Fprintf(&b, "| %d |", layers+1)
 		for _, what := range []string{"read from the cold cache disk", "read from the cold cache disk ÷ the layer manifest", "the same in requests", "the same in requests ÷ the layers"} {
-			name := fmt.Sprintf("containerd-%d: %s", layers, what)
-			r, ok := known[name]
-			if !ok {
-				t.Errorf("there is no %q", name)
-			}
-			fmt.Fprintf(&b, " %s |", format(r.Unit, r.Value))
+			fmt.Fprintf(&b, " %s |", value(t, known, fmt.Sprintf("containerd-%d: %s", layers, what)))
 		}
 		b.WriteString("\n")
 	}

@@ -44,24 +44,17 @@ func TestNodeBoot(t *testing.T) {
 // nodeBootTable is when a node was how far, with a pull and with a cache disk.
 func nodeBootTable(t *testing.T, known map[string]record) string {
 	t.Helper()
-	value := func(name string) string {
-		r, ok := known["node-boot: "+name]
-		if !ok {
-			t.Errorf("there is no %q of node-boot", name)
-		}
-		return format(r.Unit, r.Value)
-	}
 	var b strings.Builder
 	b.WriteString("| from the boot until | pull | cache disk | ratio |\n|---|---|---|---|\n")
 	for _, m := range moments {
 		pull, ratio := "", ""
 		if m.name != "registered" {
-			pull = value("pull: " + m.title)
+			pull = value(t, known, "node-boot: pull: "+m.title)
 		}
 		if m.name == "started" || m.name == "drawn" {
-			ratio = value("cache disk: " + m.title + " ÷ pull")
+			ratio = value(t, known, "node-boot: cache disk: "+m.title+" ÷ pull")
 		}
-		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", m.title, pull, value("cache disk: "+m.title), ratio)
+		fmt.Fprintf(&b, "| %s | %s | %s | %s |\n", m.title, pull, value(t, known, "node-boot: cache disk: "+m.title), ratio)
 	}
 	return b.String()
 }
