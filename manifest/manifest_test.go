@@ -73,7 +73,7 @@ func of(t testing.TB, images ...Image) *Manifest {
 		SchemaVersion: SchemaVersion,
 		Platform:      amd64,
 		Created:       time.Date(2026, 11, 23, 10, 0, 0, 0, time.UTC),
-		Tool:          "packer-plugin-selkies 0.1.0",
+		Tool:          "packer-plugin-selkies/0.1.0",
 		Store:         Store{Driver: DriverOverlay2, Root: "docker", EngineVersion: "20.10.24"},
 		Images:        images,
 	}
