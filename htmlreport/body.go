@@ -65,10 +65,10 @@ func (v *view) putFigures(p *page) {
   <div><dt>Layers</dt><dd>%d</dd></div>
   <div><dt>On the disk</dt><dd>%s</dd></div>
   <div><dt>Saved by sharing</dt><dd>%s</dd></div>
-  <div><dt>A node need not pull</dt><dd>%s</dd></div>
+  <div><dt>A pull would fetch</dt><dd>%s</dd></div>
 `, len(v.Images), len(v.Layers), size(v.Size), size(v.Saved), size(v.Compressed))
 	if v.Changes != nil {
-		p.put(`  <div><dt>New since the last</dt><dd>%s</dd></div>
+		p.put(`  <div><dt>New in this generation</dt><dd>%s</dd></div>
 `, size(v.Changes.NewLayers.Size))
 	}
 	p.put("</dl>\n")
@@ -92,9 +92,9 @@ func (v *view) putPicture(p *page) {
   <noscript><p class="note">The picture needs scripts. All that it shows is in the tables below.</p></noscript>
   <div class="drawing" id="drawing" hidden>
     <nav id="path" aria-label="Part of the picture"></nav>
-    <p class="unseen" id="keys">Arrow keys move from box to box, Enter enlarges a frame, Escape goes back.</p>
     <div id="picture" role="tree" aria-labelledby="picture-title" aria-describedby="keys"></div>
     <aside id="chosen" aria-label="The chosen box"></aside>
+    <p class="note" id="keys">Arrow keys move from box to box, Enter enlarges a frame, Escape goes back.</p>
   </div>
 `)
 	if v.Again.Count > 0 {

@@ -224,7 +224,7 @@ const look = `(() => {
 		}
 	}
 	const outside = [];
-	for (const e of document.querySelectorAll("td, th, dd, rect, .legend li, .changes li, p:not(.unseen)")) {
+	for (const e of document.querySelectorAll("td, th, dd, rect, .legend li, .changes li, p")) {
 		if (e.closest("tr")?.rowIndex > 20 || !e.getClientRects().length) continue;
 		const box = (e.localName === "rect" ? e.closest("svg") : e.closest("section") ?? e).getBoundingClientRect(), own = e.getBoundingClientRect();
 		if ((e.scrollWidth > e.clientWidth + 1 && e.clientWidth || own.left < box.left - 1 || own.right > box.right + 1) && outside.length < 9)
