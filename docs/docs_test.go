@@ -15,8 +15,8 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
-// marks are what a block of commands says that no test runs.
-var marks = []string{"needs Google Cloud"}
+// marks are what the first line of a block says, or a command's own, when no test runs it.
+var marks = []string{"# needs Google Cloud", "not in make test: "}
 
 // commands are those that tests run, by how they begin: a file that runs them, or the
 // same by other means, and a text in it that shows it.
@@ -28,14 +28,14 @@ var commands = []struct{ begin, file, text string }{
 	{"make demo", "e2e/walk/walk_test.go", `"make demo"`},
 	{"make walk", "GNUmakefile", "\nwalk: "},
 	{"apt-get update && apt-get install -y git make", "e2e/walk/walk_test.go", `"../../README.md"`},
-	{"git clone https://github.com/selkies-project/packer-plugin-selkies", "e2e/walk/walk_test.go", "insteadOf"},
-	{"cd packer-plugin-selkies", "e2e/walk/walk_test.go", "pwd"},
+	{"git clone https://github.com/selkies-project/packer-plugin-selkies", "e2e/walk/walk_test.go", `"../../README.md"`},
+	{"cd packer-plugin-selkies", "e2e/walk/walk_test.go", `"../../README.md"`},
 	{"make e2e-setup", "GNUmakefile", "\ntest: e2e-setup "},
 	{"make generate", "GNUmakefile", " generate-check "},
 	{"make lint", "GNUmakefile", " lint "},
 	{"packer plugins install --path build/packer-plugin-selkies github.com/selkies-project/selkies", "e2e/packer/packer.go", `"plugins", "install", "--path", `},
 	{"make dev", "e2e/supply/supply_test.go", `"make", "-s", "dev"`},
-	{"make injector", "e2e/systemd/boot_test.go", `host.Build(ctx, "./injector"`},
+	{"make injector", "tools/reproducible.sh", "make -s build injector"}, // by e2e/supply
 	{"make injector-image", "e2e/cluster/image_test.go", `"run", "./injector/image"`},
 	{"make reproducible", "e2e/supply/supply_test.go", "tools/reproducible.sh"},
 	{"gpg --verify packer-plugin-selkies_v", "e2e/provisioner/release_test.go", `"--verify", sums+".sig", sums`},
@@ -63,20 +63,9 @@ var commands = []struct{ begin, file, text string }{
 	{"kubectl patch cronjob update-image-cache -n pod-broker-system", "e2e/pipeline/cronjob_test.go", "kubectl patch cronjob update-image-cache"},
 	{"kubectl create job --from=cronjob/update-image-cache", "e2e/pipeline/cronjob_test.go", "documented(t, tt.command)"},
 	{"install build/selkies-image-injector /usr/local/bin/", "e2e/systemd/boot_test.go", "/usr/local/bin/selkies-image-injector"},
-	{"mkdir -p /cache", "e2e/systemd/boot_test.go", "/cache"},
 	{"mkdir -p /mnt/disks/images", "e2e/machine/machine_test.go", "mkdir /mnt/cache; mount -o ro,noload"},
 	{"cp example/systemd/selkies-image-injector-docker.service", "e2e/systemd/boot_test.go", "example/systemd"},
 	{"systemctl enable selkies-image-injector-docker.service", "e2e/systemd/boot_test.go", `"systemctl", "-q", "enable", unit`},
-}
-
-// byHand are commands that no test runs, though they need no more than others do.
-var byHand = []string{
-	"make bench", // its parts have tests, and so have the figures in the documents
-	"make bench-docs",
-	"make fuzz",      // its seeds are unit tests
-	"make vulncheck", // asks vuln.go.dev
-	// The machines of tests are containers, in which systemd leaves out fstab's devices.
-	"echo '/dev/disk/by-id/google-image-cache /cache ext4 ro,noload",
 }
 
 // notCommands are blocks that are something else, by how they begin.
@@ -98,18 +87,22 @@ func TestCommands(t *testing.T) {
 	}
 	for _, p := range pages(t) {
 		for _, b := range p.blocks {
-			if begins(b[0], notCommands) || slices.ContainsFunc(marks, func(mark string) bool { return strings.Contains(b[0], "# "+mark) }) {
+			if begins(b[0], notCommands) || strings.HasPrefix(b[0], "#") && marked(b[0]) {
 				continue
 			}
 			for _, c := range joined(b) {
-				if !begins(c, byHand) && !slices.ContainsFunc(commands, func(known struct{ begin, file, text string }) bool {
+				if !marked(c) && !slices.ContainsFunc(commands, func(known struct{ begin, file, text string }) bool {
 					return begins(c, []string{known.begin})
 				}) {
-					t.Errorf("%s: does a test run this?\n\t%s\nName it in the table of this test, or write %q above", p.name, c, "# "+marks[0])
+					t.Errorf("%s: does a test run this?\n\t%s\nName it in the table of this test, or write %q above", p.name, c, marks[0])
 				}
 			}
 		}
 	}
+}
+
+func marked(line string) bool {
+	return slices.ContainsFunc(marks, func(mark string) bool { return strings.Contains(line, mark) })
 }
 
 // begins reports whether a line begins with one of the texts, a command of make with the
