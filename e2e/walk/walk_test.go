@@ -1,7 +1,7 @@
 //go:build e2e
 
 // Package walk_test is a newcomer: on a new Debian 12 machine that has nothing but what
-// Debian cannot do without, it types what the README's first section says, line by line,
+// Debian cannot do without, it types what the README's section "Try it" says, line by line,
 // and fails at the first line that does.
 //
 // The machine has the host's kernel, network, certificates and proxies. The clone is of
@@ -40,13 +40,13 @@ func TestWalk(t *testing.T) {
 	}
 }
 
-// commands are the lines of the first block of the README's section, without comments.
+// commands are the lines of that section's block, without comments.
 func commands(t *testing.T) []string {
 	readme, err := os.ReadFile("../../README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, section, _ := strings.Cut(string(readme), "\n## Two commands\n")
+	_, section, _ := strings.Cut(string(readme), "\n## Try it\n")
 	var all []string
 	for line := range strings.Lines(section) {
 		command, ok := strings.CutPrefix(line, "    ")
