@@ -117,7 +117,7 @@ func TestTooSmall(t *testing.T) {
 		before, sum := v.State(t), checksum(t, d)
 		reg.Reset()
 		out, err := v.Build(t, buildvm.Images(small, large), d.Block())
-		want := regexp.MustCompile(`the disk has room for \S+MB, and what is to be pulled takes more than 104\.9MB \(104\.9MB compressed\); use a larger disk, or list fewer images$`)
+		want := regexp.MustCompile(`the disk has room for \S+MB, but what is to be pulled takes 104\.9MB compressed, and more than that unpacked; use a larger disk, or list fewer images$`)
 		if err == nil || !want.MatchString(errorLine(t, out)) {
 			t.Errorf("packer build: %v\n%s", err, out)
 		}

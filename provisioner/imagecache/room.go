@@ -51,7 +51,11 @@ func checkRoom(pull, room, unlisted int64, keepBlobs bool) (crowded bool, warnin
 		has += fmt.Sprintf(" (%s of it held by images that are no longer listed)", size(unlisted))
 	}
 	if least > room+unlisted {
-		return false, "", fmt.Errorf("the disk has room for %s, and what is to be pulled takes more than %s (%s compressed); use a larger disk, or list fewer images", has, size(least), size(pull))
+		takes := size(pull) + " compressed"
+		if keepBlobs {
+			takes += ", which keep_blobs keeps"
+		}
+		return false, "", fmt.Errorf("the disk has room for %s, but what is to be pulled takes %s, and more than that unpacked; use a larger disk, or list fewer images", has, takes)
 	}
 	if likely > room+unlisted {
 		warning = fmt.Sprintf("warning: the disk may be too small: it has room for %s, and what is to be pulled takes about %s", has, size(likely))

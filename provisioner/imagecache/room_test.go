@@ -20,14 +20,14 @@ func TestCheckRoom(t *testing.T) {
 		{name: "fits unpacked", pull: 100e6, room: 300e6},
 		{name: "may not fit", pull: 100e6, room: 299e6, warning: "it has room for 299MB, and what is to be pulled takes about 300MB"},
 		{name: "just as compressed", pull: 100e6, room: 100e6, warning: "room for 100MB"},
-		{name: "cannot fit", pull: 100e6, room: 99e6, fail: "the disk has room for 99MB, and what is to be pulled takes more than 100MB (100MB compressed); use a larger disk, or list fewer images"},
+		{name: "cannot fit", pull: 100e6, room: 99e6, fail: "the disk has room for 99MB, but what is to be pulled takes 100MB compressed, and more than that unpacked; use a larger disk, or list fewer images"},
 		{name: "fits when unlisted images have gone", pull: 100e6, room: 100e6, unlisted: 200e6},
 		{name: "fits only then", pull: 100e6, room: 99e6, unlisted: 201e6, crowded: true},
 		{name: "may not fit even then", pull: 100e6, room: 50e6, unlisted: 50e6, crowded: true, warning: "room for 100MB (50MB of it held by images that are no longer listed), and what"},
-		{name: "cannot fit even then", pull: 100e6, room: 49e6, unlisted: 50e6, fail: "the disk has room for 99MB (50MB of it held by images that are no longer listed), and what"},
+		{name: "cannot fit even then", pull: 100e6, room: 49e6, unlisted: 50e6, fail: "the disk has room for 99MB (50MB of it held by images that are no longer listed), but what"},
 		{name: "fits with blobs", pull: 100e6, room: 400e6, keepBlobs: true},
 		{name: "may not fit with blobs", pull: 100e6, room: 399e6, keepBlobs: true, warning: "about 400MB"},
-		{name: "cannot fit with blobs", pull: 100e6, room: 199e6, keepBlobs: true, fail: "takes more than 200MB (100MB compressed)"},
+		{name: "cannot fit with blobs", pull: 100e6, room: 199e6, keepBlobs: true, fail: "the disk has room for 199MB, but what is to be pulled takes 100MB compressed, which keep_blobs keeps, and more than that unpacked;"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
