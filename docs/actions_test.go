@@ -10,7 +10,7 @@ import (
 )
 
 // TestActions compares the owners of the workflows' actions with those that SECURITY.md names, and
-// finds actions that are not pinned by a commit.
+// finds actions that are not pinned by a commit. Workflows of this repository need none.
 func TestActions(t *testing.T) {
 	workflows, err := filepath.Glob("../.github/workflows/*.yml")
 	if err != nil || len(workflows) == 0 {
@@ -22,7 +22,7 @@ func TestActions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, m := range regexp.MustCompile(`(?m)^[\s-]*uses:\s*(\S+)`).FindAllStringSubmatch(string(data), -1) {
+		for _, m := range regexp.MustCompile(`(?m)^[\s-]*uses:\s*([^\s.]\S*)`).FindAllStringSubmatch(string(data), -1) {
 			action := regexp.MustCompile(`^([\w.-]+)/[\w./-]+@[0-9a-f]{40}$`).FindStringSubmatch(m[1])
 			if action == nil {
 				t.Errorf("%s: %s is not pinned by a commit", name, m[1])

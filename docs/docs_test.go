@@ -11,8 +11,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
 // marks are what the first line of a block says, or a command's own, when no test runs it.
@@ -36,6 +34,7 @@ var commands = []struct{ begin, file, text string }{
 	{"packer plugins install --path build/packer-plugin-selkies github.com/selkies-project/selkies", "e2e/packer/packer.go", `"plugins", "install", "--path", `},
 	{"make dev", "e2e/supply/supply_test.go", `"make", "-s", "dev"`},
 	{"make injector", "tools/reproducible.sh", "make -s build injector"}, // by e2e/supply
+	{"make release-check", "docs/release_test.go", "tools/release-check.sh"},
 	{"make injector-image", "e2e/cluster/image_test.go", `"run", "./injector/image"`},
 	{"make reproducible", "e2e/supply/supply_test.go", "tools/reproducible.sh"},
 	{"gpg --verify packer-plugin-selkies_v", "e2e/provisioner/release_test.go", `"--verify", sums+".sig", sums`},
@@ -284,16 +283,4 @@ func blocks(text string) [][]string {
 		paragraph = !fenced && strings.TrimSpace(line) != "" && (paragraph || !indented)
 	}
 	return all
-}
-
-// TestChangelog has the version that the source has at the top.
-func TestChangelog(t *testing.T) {
-	data, err := os.ReadFile("../CHANGELOG.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	newest := regexp.MustCompile(`(?m)^## \[(.*?)\] - `).FindStringSubmatch(string(data))
-	if newest == nil || newest[1] != version.Version {
-		t.Errorf("the newest version is %q, want %s, version/version.go's", newest, version.Version)
-	}
 }
