@@ -39,6 +39,7 @@ var commands = []struct{ begin, file, text string }{
 	{"make reproducible", "e2e/supply/supply_test.go", "tools/reproducible.sh"},
 	{"gpg --verify packer-plugin-selkies_v", "e2e/provisioner/release_test.go", `"--verify", sums+".sig", sums`},
 	{"sha256sum --check --ignore-missing packer-plugin-selkies_v", "e2e/provisioner/release_test.go", `"sha256sum", "--check"`},
+	{"cat selkies-image-injector_v", "e2e/provisioner/release_test.go", `filepath.Join(dist, image)`},
 	{"make sbom", "e2e/supply/supply_test.go", `"sbom"`},
 	{"go test -tags e2e -run '^$' -bench Idle ./e2e/cluster/", "e2e/cluster/idle_test.go", "func BenchmarkIdle("},
 	{"go test -tags e2e -run '^$' -bench PodStart -benchtime 20x ./e2e/cluster/", "e2e/cluster/podstart_test.go", "func BenchmarkPodStart("},
