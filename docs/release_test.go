@@ -1,10 +1,13 @@
 package docs
 
 import (
+	"io/fs"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -16,6 +19,46 @@ func TestChangelog(t *testing.T) {
 	newest := regexp.MustCompile(`(?m)^## (\S+) \(.*\)$`).FindStringSubmatch(read(t, "CHANGELOG.md"))
 	if newest == nil || newest[1] != version.Version {
 		t.Errorf("the newest version is %q, want %s, version/version.go's", newest, version.Version)
+	}
+}
+
+// released are the places of a version in the names of what a release has.
+var released = []*regexp.Regexp{
+	regexp.MustCompile(`selkies-image-injector:([\w.-]+)`),
+	regexp.MustCompile(`(?m)^ +newTag: (\S+)$`),
+	regexp.MustCompile(`(?:packer-plugin-selkies|selkies-image-injector)_v(\d+\.\d+\.\d+)`),
+}
+
+// TestVersions finds names of another version's injector image and files in documents and examples.
+func TestVersions(t *testing.T) {
+	texts := map[string]string{}
+	for _, p := range pages(t) {
+		texts[p.name] = p.text
+	}
+	for _, dir := range []string{"example", ".web-docs"} {
+		err := fs.WalkDir(os.DirFS(".."), dir, func(name string, d fs.DirEntry, err error) error {
+			if err == nil && d.Type().IsRegular() {
+				texts[name] = read(t, name)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	found := map[string]bool{}
+	for name, text := range texts {
+		for _, re := range released {
+			for _, m := range re.FindAllStringSubmatch(text, -1) {
+				found[re.String()] = true
+				if m[1] != version.Version {
+					t.Errorf("%s has %s, version/version.go has version %s", name, m[0], version.Version)
+				}
+			}
+		}
+	}
+	if len(found) < len(released) {
+		t.Errorf("found only names like %q", slices.Sorted(maps.Keys(found)))
 	}
 }
 
