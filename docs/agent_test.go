@@ -154,11 +154,7 @@ func TestLogLines(t *testing.T) {
 				return
 			}
 			lines++
-			var parts []string
-			for _, p := range verbs.Split(strings.ReplaceAll(text, "%%", "\x00"), -1) {
-				parts = append(parts, regexp.QuoteMeta(strings.ReplaceAll(p, "\x00", "%")))
-			}
-			line := regexp.MustCompile("^" + strings.Join(parts, "[A-Z].*?"))
+			line := printed(text)
 			explained := false
 			for _, row := range rows {
 				if line.MatchString(row[1]) && row[2] == level {
@@ -178,6 +174,15 @@ func TestLogLines(t *testing.T) {
 			t.Errorf("docs/operations.md has %q with level %s, which nothing logs", row[1], row[2])
 		}
 	}
+}
+
+// printed matches what a document has for a format, with words in capitals for what differs.
+func printed(format string) *regexp.Regexp {
+	var parts []string
+	for _, p := range verbs.Split(strings.ReplaceAll(format, "%%", "\x00"), -1) {
+		parts = append(parts, regexp.QuoteMeta(strings.ReplaceAll(p, "\x00", "%")))
+	}
+	return regexp.MustCompile("^" + strings.Join(parts, "[A-Z]+(?: …)?"))
 }
 
 // logged is the text that a call logs, as a format, and the level; empty if it logs none.
@@ -219,6 +224,109 @@ func format(e ast.Expr) string {
 		}
 	}
 	return "%s"
+}
+
+// plain are lines of a build that docs/operations.md leaves out, since they say all that there
+// is to say.
+var plain = []string{
+	// The provisioner's.
+	"found %d references in catalogs",
+	"resolved %d references to %d images for %s",
+	"Docker %s on the build VM fills %s",
+	"growing the file system on %s by %s to the size of the disk",
+	"pulled %s: %s in %s",
+	"verified %d images, %s",
+	"removed %s",
+	"tracing %s for %d seconds",
+	"traced %s: its start reads %s in %d files",
+	"dry_run is set: nothing was pulled, and the disk is as it was",
+	"wrote %s, which shows what the disk holds",
+	// The post-processor's.
+	"%s: %d%%",
+	"dry run: would %s", // which is in the text
+	"disk %s is ready",
+	"image %s has no family, so that earlier images cannot be told; set image_family in the builder to have them pruned",
+	"VM %s has had disk %s of the builder since %s: another build goes on, or was killed. If none goes on, delete it: gcloud compute instances delete %s --project=%s --zone=%s --delete-disks=all",
+}
+
+// TestBuildLines finds what the provisioner and the post-processor say that docs/operations.md
+// does not explain, and what that explains and none of them says.
+func TestBuildLines(t *testing.T) {
+	unused := map[string]bool{}
+	for _, p := range plain {
+		unused[p] = true
+	}
+	for heading, dir := range map[string]string{"### Of the provisioner\n": "provisioner/imagecache", "### Of the post-processor\n": "post-processor/imagecache"} {
+		_, section, ok := strings.Cut(read(t, "docs/operations.md"), heading)
+		if !ok {
+			t.Fatalf("docs/operations.md has no %q", heading)
+		}
+		section, _, _ = strings.Cut(section, "\n#")
+		found := map[string]bool{}
+		for _, m := range regexp.MustCompile("(?m)^\\| `([^`]+)` \\|").FindAllStringSubmatch(section, -1) {
+			found[m[1]] = false
+		}
+		lines := 0
+		files := parse(t, dir)
+		inspect(files, func(n ast.Node) {
+			text := said(n)
+			if verbs.ReplaceAllString(text, "") == "" { // what is put together elsewhere
+				return
+			}
+			lines++
+			if slices.Contains(plain, text) {
+				delete(unused, text)
+				return
+			}
+			explained := false
+			for row := range found {
+				if printed(text).MatchString(row) {
+					explained, found[row] = true, true
+				}
+			}
+			if !explained {
+				t.Errorf("%s says %q, which no row of docs/operations.md begins with", dir, text)
+			}
+		})
+		if lines < 10 {
+			t.Errorf("%s: found only %d lines", dir, lines)
+		}
+		// A warning is put together before it is said.
+		inspect(files, func(n ast.Node) {
+			if e, ok := n.(ast.Expr); ok && strings.HasPrefix(literal(e), "warning: ") {
+				for row := range found {
+					found[row] = found[row] || printed(literal(e)).MatchString(row)
+				}
+			}
+		})
+		for row, ok := range found {
+			if !ok {
+				t.Errorf("docs/operations.md has %q, which %s does not say", row, dir)
+			}
+		}
+	}
+	for p := range unused {
+		t.Errorf("nothing says %q", p)
+	}
+}
+
+// said is the format that a call says something to Packer's user with, empty if it does not.
+func said(n ast.Node) string {
+	call, ok := n.(*ast.CallExpr)
+	if !ok || len(call.Args) == 0 {
+		return ""
+	}
+	switch f := call.Fun.(type) {
+	case *ast.Ident:
+		if f.Name == "say" {
+			return format(call.Args[0])
+		}
+	case *ast.SelectorExpr:
+		if f.Sel.Name == "say" {
+			return format(call.Args[0])
+		}
+	}
+	return ""
 }
 
 // TestMessages finds messages that docs/troubleshooting.md quotes and no program says: the

@@ -58,6 +58,7 @@ var commands = []struct{ begin, file, text string }{
 	{"kubectl logs -n selkies-image-cache", "e2e/cluster/agent_test.go", `"kubectl logs -n selkies-image-cache `},
 	{"kubectl taint node NODE", "e2e/cluster/gate_test.go", `documented(t, "docs/troubleshooting.md", "kubectl taint node NODE `},
 	{"kubectl apply -k image-cache/", "e2e/cluster/privileges_test.go", `"-k", filepath.Join(dir, variant)`},
+	{"sed 's/^/  /' example/prometheus/rules.yaml | cat", "docs/prometheus_test.go", "func TestRulesInObjects("},
 	{"kubectl apply -k example/gke", "e2e/pipeline/cronjob_test.go", `"apply", "-k", dir`},
 	{"kubectl get jobs -n pod-broker-system", "e2e/pipeline/cronjob_test.go", `"kubectl get jobs -n pod-broker-system"`},
 	{"kubectl patch cronjob update-image-cache -n pod-broker-system", "e2e/pipeline/cronjob_test.go", "kubectl patch cronjob update-image-cache"},
