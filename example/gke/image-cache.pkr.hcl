@@ -123,7 +123,7 @@ variable "node_selector" {
 }
 
 variable "keep" {
-  description = "How many generations to keep for a way back, the new one included."
+  description = "How many generations to keep for a rollback, the new one included."
   type        = number
   default     = 2
 }
