@@ -43,13 +43,13 @@ const (
 
 var apiPaths = map[string]string{Compute: "/compute/v1", Container: "/v1"}
 
-// Auth is how a component proves itself to Google Cloud, and where it finds it. The
+// Auth is how a component authenticates to Google Cloud, and with which endpoints. The
 // options are those of the googlecompute builder.
 type Auth struct {
 	// An OAuth 2.0 access token, such as `gcloud auth print-access-token` prints. It
-	// is not renewed: it has to last for the whole build. At most one of
+	// is not renewed, so it must be valid for the whole build. At most one of
 	// `access_token`, `credentials_file`, `credentials_json` and
-	// `impersonate_service_account` may be set. By default none is: the application
+	// `impersonate_service_account` may be set. By default none is set, and the application
 	// default credentials are used, which on Google Cloud are those of the attached
 	// service account.
 	AccessToken string `mapstructure:"access_token"`

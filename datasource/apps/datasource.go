@@ -37,18 +37,18 @@ type Config struct {
 	common.PackerConfig `mapstructure:",squash"`
 	gcp.Auth            `mapstructure:",squash"`
 
-	// The kubeconfig file of the cluster. By default, and without `cluster`, it is the one
-	// that kubectl would use, and in a pod the cluster that the pod runs in.
+	// The kubeconfig file of the cluster. By default, and without `cluster`, the one that
+	// kubectl would use; in a pod, the cluster that the pod runs in.
 	Kubeconfig string `mapstructure:"kubeconfig"`
 	// The context in the kubeconfig. Defaults to its current context.
 	KubeconfigContext string `mapstructure:"kubeconfig_context"`
-	// The name of a GKE cluster to read from. By default the kubeconfig's is.
+	// The name of a GKE cluster to read from. By default the kubeconfig's cluster is read.
 	Cluster string `mapstructure:"cluster"`
-	// The region or zone of `cluster`. Required only if several have that name.
+	// The region or zone of `cluster`. Required only if several clusters have that name.
 	Location string `mapstructure:"location"`
-	// The project that has `cluster`. Required with that.
+	// The project that has `cluster`. Required with `cluster`.
 	ProjectID string `mapstructure:"project_id"`
-	// Which address of the control plane of `cluster` to use: `public`, `private` or
+	// Which endpoint of the control plane of `cluster` to use: `public`, `private` or
 	// `dns`. Defaults to `public`.
 	ClusterEndpoint string `mapstructure:"cluster_endpoint"`
 	// The namespace of the `BrokerAppConfig` objects. Defaults to `pod-broker-system`.
@@ -58,7 +58,7 @@ type Config struct {
 // Output is what the data source finds.
 type Output struct {
 	// The references of all images of all apps that are not disabled, sorted, each
-	// once: `images` of the provisioner.
+	// once. Use them as `images` of the provisioner.
 	Images []string `mapstructure:"images"`
 	// The names of these apps, sorted.
 	Apps []string `mapstructure:"apps"`

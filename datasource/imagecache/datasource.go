@@ -36,14 +36,14 @@ type Config struct {
 
 	// The project that has the cache's images.
 	ProjectID string `mapstructure:"project_id" required:"true"`
-	// The image family of the cache, the `image_family` of the builder. Defaults to
+	// The image family of the cache: the builder's `image_family`. Defaults to
 	// `selkies-image-cache`.
 	Family string `mapstructure:"family"`
-	// The image to start from when the family has none yet, or with `rebuild`. Required,
-	// or `base_image_family`, where the images lie on the boot disk. By default there is
-	// none, and a data disk starts blank.
+	// The image to start from when the family has no image yet, or with `rebuild`. If the
+	// images are on the boot disk, this or `base_image_family` is required. By default there
+	// is none, and a data disk starts blank.
 	BaseImage string `mapstructure:"base_image"`
-	// The image family to start from, instead of `base_image`: its newest image. By
+	// The image family whose newest image to start from, instead of `base_image`. By
 	// default none.
 	BaseImageFamily string `mapstructure:"base_image_family"`
 	// The project that has the base image, such as `debian-cloud`. Defaults to
@@ -56,10 +56,10 @@ type Config struct {
 // Output is what the data source finds. Strings are empty and numbers 0 where the
 // build starts with a blank disk.
 type Output struct {
-	// Whether the image is one of the cache's own, so that only what changed since is
+	// Whether the image is one of the cache's own, so that only changed layers are
 	// pulled.
 	Incremental bool `mapstructure:"incremental"`
-	// The image's address, `projects/PROJECT/global/images/NAME`: the `source_image`
+	// The image's resource path, `projects/PROJECT/global/images/NAME`: the `source_image`
 	// of a `disk_attachment`.
 	Image string `mapstructure:"image"`
 	// The image's name: the `source_image` of the builder.
@@ -70,7 +70,7 @@ type Output struct {
 	Family string `mapstructure:"family"`
 	// The image's size in GB. No disk made from it may be smaller.
 	DiskSizeGB int `mapstructure:"disk_size_gb"`
-	// When the image was made, in the form of RFC 3339, in UTC.
+	// When the image was made, in RFC 3339 format, in UTC.
 	Created string `mapstructure:"created"`
 	// The image's labels.
 	Labels map[string]string `mapstructure:"labels"`

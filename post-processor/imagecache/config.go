@@ -32,13 +32,13 @@ type Config struct {
 	ProjectID string `mapstructure:"project_id"`
 	// The project that has the image. Defaults to `project_id`.
 	ImageProjectID string `mapstructure:"image_project_id"`
-	// The image to roll out: the way back to an earlier generation. The build's artifact
+	// The image to roll out, for a rollback to an earlier generation. The build's artifact
 	// is then ignored. Defaults to the image that was built. See
 	// [Rolling back](#rolling-back).
 	ImageName string `mapstructure:"image_name"`
-	// The name of the cache: what the names of its disks and Kubernetes objects begin
-	// with, and the value of their label `selkies-image-cache`. Caches that share a
-	// project need different ones. Defaults to `selkies-image-cache`.
+	// The name of the cache: the prefix of the names of its disks and Kubernetes objects,
+	// and the value of their label `selkies-image-cache`. Caches that share a
+	// project need different names. Defaults to `selkies-image-cache`.
 	CacheName string `mapstructure:"cache_name"`
 	// The zones that get a disk. Defaults to all zones in which the clusters have node
 	// pools.
@@ -48,52 +48,53 @@ type Config struct {
 	ClusterPattern string `mapstructure:"cluster_pattern"`
 	// Regions whose clusters are left out, such as `["europe-west4"]`. By default none.
 	ExcludeRegions []string `mapstructure:"exclude_regions"`
-	// Which address of the clusters' control planes to use: `public`, `private` or
+	// Which endpoint of the clusters' control planes to use: `public`, `private` or
 	// `dns`. Defaults to `public`.
 	ClusterEndpoint string `mapstructure:"cluster_endpoint"`
-	// A kubeconfig file, to whose cluster alone the cache is rolled out. Needs `zones`.
-	// By default GKE is asked for clusters.
+	// A kubeconfig file: the cache is rolled out to its cluster only. Needs `zones`.
+	// By default the clusters come from GKE.
 	Kubeconfig string `mapstructure:"kubeconfig"`
 	// The context in the kubeconfig. Defaults to its current context.
 	KubeconfigContext string `mapstructure:"kubeconfig_context"`
-	// Make the disks, and roll nothing out. Nothing is pruned, since what uses the
-	// disks is not known. Defaults to `false`.
+	// Make the disks, but roll nothing out. Nothing is pruned, since it is not known which
+	// disks are in use. Defaults to `false`.
 	SkipRollOut bool `mapstructure:"skip_roll_out"`
 	// The type of the disks. Defaults to `pd-balanced`.
 	DiskType string `mapstructure:"disk_type"`
-	// The size of the disks in GB, not below the image's. The throughput of a disk
+	// The size of the disks in GB, at least the image's. The throughput of a disk
 	// grows with its size, and all nodes of a zone share it. Defaults to the image's
 	// size.
 	DiskSizeGB int `mapstructure:"disk_size_gb"`
-	// Labels that the disks get beside their own, `selkies-image-cache` and
+	// Labels for the disks, in addition to `selkies-image-cache` and
 	// `selkies-image-cache-image`. By default none.
 	DiskLabels map[string]string `mapstructure:"disk_labels"`
-	// The injector's container image. Required unless `skip_roll_out`. The clusters get
-	// it by the digest that it has now. Packer asks the registry for that with Docker's
-	// credentials, or at Google's registries with those below.
+	// The injector's container image. Required unless `skip_roll_out`. Packer resolves it
+	// to its current digest, which the clusters get. For that it uses Docker's
+	// credentials, or those below for Google's registries.
 	InjectorImage string `mapstructure:"injector_image"`
-	// The platform of the nodes, which `injector_image` must have. Defaults to
+	// The platform of the nodes, which `injector_image` must support. Defaults to
 	// `linux/amd64`.
 	Platform string `mapstructure:"platform"`
 	// Labels that a node must have to get the cache, such as
 	// `{ "app.broker/tier" = "gpu-cos" }`. Defaults to all nodes of the zones.
 	NodeSelector map[string]string `mapstructure:"node_selector"`
-	// How long the first pod of a new generation may take to be ready, where there are
-	// nodes for it, and that of the gate. If none is, what there was before is brought
-	// back. Defaults to `5m`.
+	// How long the first pod of a new generation, if there are nodes for it, and the first
+	// of the gate may take to become ready. If none does, the former state is restored.
+	// Defaults to `5m`.
 	StartTimeout time.Duration `mapstructure:"start_timeout"`
-	// How many generations to keep, the new one included. What nodes still use is kept
-	// in any case. Defaults to 2.
+	// How many generations to keep, including the new one. Generations that nodes still use
+	// are always kept. Defaults to 2.
 	Keep int `mapstructure:"keep"`
-	// What the names of the builder's own disks begin with, up to a dash, such as
-	// `selkies-image-cache-build-`. Disks of such names in `project_id` that nothing has
-	// used for an hour are deleted: a build that was killed has left them. See
-	// [What a killed build leaves](#what-a-killed-build-leaves). None are by default.
+	// The prefix of the names of the builder's own disks, ending in a dash, such as
+	// `selkies-image-cache-build-`. Disks with such names in `project_id` that nothing has
+	// used for an hour are deleted, as leftovers of a killed build. See
+	// [What a killed build leaves](#what-a-killed-build-leaves). By default none are
+	// deleted.
 	BuilderDiskPrefix string `mapstructure:"builder_disk_prefix"`
-	// Say what would be done and change nothing. Defaults to `false`.
+	// Report what would be done, and change nothing. Defaults to `false`.
 	DryRun bool `mapstructure:"dry_run"`
 	// A directory to write the manifests to, one file for each cluster, instead of
-	// applying them. Disks are made; former generations are neither locked nor pruned.
+	// applying them. Disks are made, but former generations are neither locked nor pruned.
 	// By default the manifests are applied.
 	OutputDir string `mapstructure:"output_dir"`
 

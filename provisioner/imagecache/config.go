@@ -28,19 +28,19 @@ type Config struct {
 	// `us-docker.pkg.dev/project/repo/app:v1` or `name:tag@sha256:...`.
 	// At least one is required, here, in `image_list_file` or through `catalog`.
 	Images []string `mapstructure:"images"`
-	// A file on the Packer host with one image reference a line. Blank lines and
-	// what follows a `#` at the start of a line or after a blank are ignored. By default
-	// none is read.
+	// A file on the Packer host with one image reference per line. Blank lines are
+	// ignored, and so is everything after a `#` at the start of a line or after a space.
+	// By default no file is read.
 	ImageListFile string `mapstructure:"image_list_file"`
-	// Takes the images that a registry lists; may be repeated. By default no registry is
-	// asked. See [The `catalog` block](#the-catalog-block).
+	// Adds the images that a registry lists; may be repeated. By default no registry is
+	// listed. See [The `catalog` block](#the-catalog-block).
 	Catalog []Catalog `mapstructure:"catalog"`
-	// Only say which images there are, how large they are, what of it is on the disk and
-	// whether the rest fits: nothing is pulled, and the disk, blank or not, stays as it
-	// is. Packer goes on after that as after a build; see [A dry run](#a-dry-run).
+	// Only report the images, their sizes, how much of them is on the disk and
+	// whether the rest fits. Nothing is pulled, and the disk, blank or not, is not
+	// changed. Packer then continues as after a build; see [A dry run](#a-dry-run).
 	// Defaults to `false`.
 	DryRun bool `mapstructure:"dry_run"`
-	// The platform to take from images that are built for several, as
+	// The platform to take from multi-platform images, as
 	// `os/architecture[/variant]`. Defaults to `linux/amd64`.
 	Platform string `mapstructure:"platform"`
 	// Address of the Docker daemon on the build VM, such as
@@ -51,65 +51,68 @@ type Config struct {
 	// Docker daemon, and the layer manifest to the disk that holds it. See
 	// [The `disk` block](#the-disk-block).
 	Disk *Disk `mapstructure:"disk"`
-	// How many images are pulled at once, and with `keep_blobs` layers copied, 1 to 6.
-	// Each needs one session of the SSH connection, and sshd allows ten by default.
+	// How many images are pulled at once, and with `keep_blobs` how many layers are
+	// copied at once, 1 to 6. Each needs one session of the SSH connection, and sshd allows
+	// ten by default.
 	// Defaults to 4.
 	Concurrency int `mapstructure:"concurrency"`
-	// Remove images that are no longer listed, after the new ones have been pulled
-	// and recorded, so that layers that both share are not pulled again; earlier only
-	// if the disk has no room for both. With
-	// `disk`, everything else in its store goes; in the store of the VM's own
-	// daemon only what an earlier run of this provisioner recorded, and never an
-	// image that a container uses. Defaults to `true`.
+	// Remove images that are no longer listed. This happens after the new ones have been
+	// pulled and recorded, so that shared layers are not pulled again, and earlier only
+	// if the disk has no space for both. With `disk`, everything else in its store is
+	// removed too. In the store of the VM's own daemon, only images that an earlier run of
+	// this provisioner recorded are removed, and never one that a container uses. Defaults
+	// to `true`.
 	Prune config.Trilean `mapstructure:"prune"`
 	// Read every layer back through the Docker API after the pulls and check that it
-	// hashes to its diff ID. This moves all layers, uncompressed, to the Packer
-	// host, and needs room for the largest image once more on the disk. Nothing is
-	// recorded or removed before. In any case the layer manifest is read back in the
-	// end and every layer's directory is looked for. Defaults to `false`.
+	// hashes to its diff ID. This transfers all layers, uncompressed, to the Packer
+	// host, and needs space on the disk for a second copy of the largest image. Nothing is
+	// recorded or removed before the check. Without it, the build still reads the layer
+	// manifest back at the end and checks that every layer's directory exists. Defaults to
+	// `false`.
 	Verify bool `mapstructure:"verify"`
 	// Where to write a copy of the layer manifest on the Packer host. By default none is
 	// written.
 	ManifestOutput string `mapstructure:"manifest_output"`
 	// Where to write a report on the Packer host, such as `cache.html`: one HTML page that
 	// shows images, layers and what they share, what has changed since the disk's last
-	// build, how long each image took, and what still fits. By default none is written.
+	// build, how long each image took, and how much space is left. By default none is
+	// written.
 	// See [The report](#the-report).
 	Report string `mapstructure:"report"`
-	// Credentials for a registry; may be repeated. By default a registry gets those of
-	// the Packer host's Docker configuration and credential helpers, and one of
-	// Google's the application default credentials. Credentials reach
+	// Credentials for a registry; may be repeated. By default they come from the Packer
+	// host's Docker configuration and credential helpers, and for Google's registries from
+	// the application default credentials. Credentials reach
 	// the build VM only in a request to its Docker daemon, which keeps them in
-	// memory for the time of a pull. See [Registry credentials](#registry-credentials).
+	// memory during a pull. See [Registry credentials](#registry-credentials).
 	RegistryAuth []RegistryAuth `mapstructure:"registry_auth"`
 	// How a command is run as root on the build VM: a template in which
 	// `{{ .Command }}` is one simple command, quoted for a POSIX shell. It must pass
 	// standard input on to the command and must not ask for a password. Defaults to
 	// `{{ .Command }}` for root and to `sudo -n {{ .Command }}` for everyone else.
 	ExecuteCommand string `mapstructure:"execute_command"`
-	// How often the pull of an image, or with `keep_blobs` the copy of a layer, is tried
-	// before it counts as failed; the pause between two attempts grows from 1 to 30
-	// seconds. An attempt ends when nothing comes from the registry for 5 minutes.
+	// How many times to try the pull of an image, or with `keep_blobs` the copy of a layer.
+	// The pause between attempts grows from 1 to 30
+	// seconds. An attempt fails when the registry sends nothing for 5 minutes.
 	// Defaults to 5.
 	MaxPullAttempts int `mapstructure:"max_pull_attempts"`
 	// Also keep the compressed layers as the registry serves them, in
 	// `selkies-image-cache/blobs` on the disk. A node whose Docker uses the
 	// containerd image store, the default since Docker 29, needs them for
-	// `docker save` and `docker push`; one in a cluster does not. The disk grows by the
-	// compressed size of the images, which travel through the Packer host. A node with
-	// containerd reads those of an image once, to compare them with their digests, before
-	// the image can be used. Defaults to `false`.
+	// `docker save` and `docker push`; a cluster node does not. The disk grows by the
+	// compressed size of the images, and the blobs are transferred through the Packer host.
+	// Before an image can be used, a node with containerd reads its blobs once to check
+	// their digests. Defaults to `false`.
 	KeepBlobs bool `mapstructure:"keep_blobs"`
-	// Registries, as `host[:port]`, that are spoken to in plain HTTP or with
-	// certificates that nobody vouches for. By default only loopback addresses are,
-	// which need not be listed. Without `disk`, set `insecure-registries` of the VM's own daemon as well.
+	// Registries, as `host[:port]`, that may use plain HTTP or untrusted
+	// certificates. By default only loopback addresses may, which need not be listed.
+	// Without `disk`, set `insecure-registries` of the VM's own daemon as well.
 	InsecureRegistries []string `mapstructure:"insecure_registries"`
 
-	// Starts an image once and records what that reads, so that nodes can read it ahead;
-	// may be repeated. By default nothing is recorded. See [The `trace` block](#the-trace-block).
+	// Starts an image once and records what the start reads, so that nodes can read it
+	// ahead; may be repeated. By default nothing is recorded. See [The `trace` block](#the-trace-block).
 	Trace []Trace `mapstructure:"trace"`
 	// The `selkies-image-injector` for the build VM's platform, a file on the Packer host.
-	// Required for `trace`: it is uploaded for the time of each trace and not left behind.
+	// Required for `trace`: it is uploaded for each trace and removed afterwards.
 	Injector string `mapstructure:"injector"`
 
 	references []reference
@@ -118,35 +121,36 @@ type Config struct {
 	ctx        interpolate.Context
 }
 
-// Catalog finds images by the lists that a registry keeps.
+// Catalog finds images by listing a registry.
 type Catalog struct {
-	// Where to look: a registry's repositories below `host[:port]/path`, or all of them
-	// for `host[:port]`. An Artifact Registry repository is
+	// Where to look: `host[:port]/path` for the repositories below that path, or
+	// `host[:port]` for all of the registry's. An Artifact Registry repository is
 	// `REGION-docker.pkg.dev/PROJECT/REPOSITORY`.
 	Repository string `mapstructure:"repository" required:"true"`
 	// Regular expressions ([RE2](https://github.com/google/re2/wiki/Syntax)) for the
-	// repositories to take, by their whole names below `repository`, such as `apps/.*`;
-	// `repository` itself is `.`. By default all.
+	// repositories to take. They match whole names below `repository`, such as `apps/.*`;
+	// `repository` itself is `.`. By default all are taken.
 	Include []string `mapstructure:"include"`
-	// The same for repositories to leave out, also of those in `include`. By default none.
+	// The same for repositories to leave out, even if `include` matches them. By default
+	// none.
 	Exclude []string `mapstructure:"exclude"`
-	// Regular expressions for the tags to take, by their whole names. By default what was
-	// uploaded last in each repository, under all of its tags; where the registry does
-	// not say when, as only Google's do, the tag `latest`.
+	// Regular expressions for the tags to take; they match whole tags. By default the image
+	// that was uploaded last in each repository, with all of its tags. Only Google's
+	// registries report upload times; elsewhere the default is the tag `latest`.
 	Tags []string `mapstructure:"tags"`
-	// How many references the block may find. The build fails if there are more, before
+	// The most references that the block may find. If there are more, the build fails before
 	// anything is pulled. Defaults to 100.
 	Limit int `mapstructure:"limit"`
 }
 
-// Disk is the disk to fill. A Docker daemon of its own runs on it for the time of
-// the build; afterwards it is flushed, trimmed and unmounted.
+// Disk is the disk to fill. A dedicated Docker daemon runs on it during the build;
+// afterwards the disk is flushed, trimmed and unmounted.
 type Disk struct {
 	// The block device on the build VM, such as
 	// `/dev/disk/by-id/google-image-cache`. Either this or `label` is required.
 	Device string `mapstructure:"device"`
-	// The label of the ext4 file system on a disk that has been formatted before, such as
-	// `selkies-cache`, which a build gives to new ones. Either this or `device` is
+	// The label of the ext4 file system on a disk that is already formatted, such as
+	// `selkies-cache`, which a build gives to new file systems. Either this or `device` is
 	// required.
 	Label string `mapstructure:"label"`
 	// Where the disk is mounted on the build VM during the build. Defaults to
@@ -163,14 +167,14 @@ type Disk struct {
 
 // Trace starts a container of an image on the build VM.
 type Trace struct {
-	// One of the images of this build, as it stands in the list or, for one that a catalog
-	// finds, with its tag.
+	// One of the images of this build, as written in the list or, for an image from a
+	// catalog, with its tag.
 	Image string `mapstructure:"image" required:"true"`
-	// What the container runs in place of the image's `CMD`. It should do what a start on a
-	// node does, up to the moment when a user can work. By default what the image says.
+	// What the container runs instead of the image's `CMD`. It should do what a start on a
+	// node does, until a user can work. By default the image's own command.
 	Command []string `mapstructure:"command"`
-	// For how many seconds the start is watched, 1 to 600, if the container does not end
-	// earlier; it is stopped then. Defaults to 30.
+	// For how many seconds to record the start, 1 to 600, unless the container ends
+	// earlier. The container is then stopped. Defaults to 30.
 	Seconds int `mapstructure:"seconds"`
 
 	// name is one that the image has in the layer manifest.
@@ -179,7 +183,7 @@ type Trace struct {
 
 // RegistryAuth holds the credentials for one registry.
 type RegistryAuth struct {
-	// The registry as it stands in the references, `host[:port]`; Docker Hub is
+	// The registry as written in the references, `host[:port]`; Docker Hub is
 	// `docker.io`.
 	Server string `mapstructure:"server" required:"true"`
 	// The user name. For Google's Artifact Registry `oauth2accesstoken` with an
