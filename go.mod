@@ -47,13 +47,13 @@ require (
 	google.golang.org/api v0.311.0 // credentials and endpoints of Google's clients
 	google.golang.org/grpc v1.85.0 // the CRI's client connection
 	google.golang.org/protobuf v1.36.12 // tests: the stand-in speaks Google's messages
-	k8s.io/api v0.37.2 // the objects of the roll-out; nodes and pods
+	k8s.io/api v0.37.2 // the objects of the rollout; nodes and pods
 	k8s.io/apimachinery v0.37.2 // the same as unstructured objects, and errors by kind
 	k8s.io/client-go v0.37.2 // clusters: server-side apply; the agent's node
 	k8s.io/cri-api v0.37.2 // which snapshotter the CRI uses
 	k8s.io/klog/v2 v2.140.0 // what client-go logs goes to the agent's own log
 	k8s.io/kubelet v0.37.2 // tests: how a storage driver makes itself known to kubelet
-	sigs.k8s.io/yaml v1.6.0 // the roll-out's manifests as files
+	sigs.k8s.io/yaml v1.6.0 // the rollout's manifests as files
 )
 
 require (

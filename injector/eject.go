@@ -17,8 +17,8 @@ import (
 func newEjectCommand(f *flags) *cobra.Command {
 	return &cobra.Command{
 		Use:   "eject [CACHE-ID...]",
-		Short: "Take back what was registered",
-		Long: `Take back what inject registered: all of it, or only the generations given by
+		Short: "Remove what was registered",
+		Long: `Remove what inject registered: all of it, or only the generations given by
 cache ID, whole or its beginning, as status prints it. Refuses, naming the
 container, while a container uses one of the images; then nothing is removed.
 Layers that other images on the node were built on stay, and so does the disk
@@ -61,7 +61,7 @@ under them. An agent that runs on the node leaves it so until it starts again.`,
 				for _, kept := range r.Kept {
 					fmt.Fprintf(w, "kept %s\n", kept)
 				}
-				fmt.Fprintf(w, "%s: took back %d images and %d layers\n", r.Runtime, len(r.Images), r.Layers)
+				fmt.Fprintf(w, "%s: ejected %d images and %d layers\n", r.Runtime, len(r.Images), r.Layers)
 			}))
 		},
 	}

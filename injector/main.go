@@ -9,7 +9,7 @@
 //	selkies-image-injector verify           prove the disks' layers bit for bit
 //	selkies-image-injector report           draw what a cache disk holds, as one HTML page
 //	selkies-image-injector trace IMAGE      record what a start of an image reads, on the build VM
-//	selkies-image-injector eject [ID...]    take back what was registered
+//	selkies-image-injector eject [ID...]    remove what was registered
 //	selkies-image-injector version
 //
 // A cache disk is a directory with a selkies-image-cache/manifest.json, the layer

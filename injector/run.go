@@ -58,7 +58,7 @@ node.`,
 	fs.StringVar(&c.CachePD, "cache-pd", "", "`value` of the label "+agent.LabelCachePD+" (default none)")
 	gateFlags(fs, &c)
 	fs.BoolVar(&c.RestoreRemoved, "restore-removed", false, "register images again that someone removed")
-	fs.DurationVar(&c.GoneAfter, "gone-after", agent.DefaultGoneAfter, "how long a disk may be unreadable before its images are taken back")
+	fs.DurationVar(&c.GoneAfter, "gone-after", agent.DefaultGoneAfter, "how long a disk may be unreadable before its images are ejected")
 	fs.DurationVar(&c.CheckInterval, "check-interval", agent.DefaultCheckInterval, "time from one look at the disks to the next")
 	fs.Var(&verifyRate, "verify-rate", "prove the disks' layers in the background, reading as many `bytes` a second, as in 20MB; needs CAP_DAC_READ_SEARCH; 0 proves none")
 	ahead.register(fs, true)

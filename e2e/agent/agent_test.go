@@ -224,7 +224,7 @@ func TestLate(t *testing.T) {
 	if n.metric(t, "ready") != 0 || !strings.Contains(a.log.String(), "NoCacheDisk") {
 		t.Errorf("without a disk: ready is %v", n.metric(t, "ready"))
 	}
-	// A roll-out goes on to other nodes.
+	// A rollout goes on to other nodes.
 	n.waitReadyz(t, http.StatusOK)
 	n.pull(t, world.refs[0])
 	n.runs(t, world.refs[0])
@@ -270,7 +270,7 @@ func TestBroken(t *testing.T) {
 	}
 }
 
-// TestGone has the disk fail: what was registered is taken back, except what a
+// TestGone has the disk fail: what was registered is ejected, except what a
 // container uses, and pods pull. When the disk is there again, so are its images.
 func TestGone(t *testing.T) {
 	t.Parallel()
@@ -291,17 +291,17 @@ func TestGone(t *testing.T) {
 			t.Errorf("ready without the disk is %v", got)
 		}
 		for _, ref := range world.refs[1:chains] {
-			waitFor(t, ref+" to be taken back", func() bool { return !n.has(t, ref) })
+			waitFor(t, ref+" to be ejected", func() bool { return !n.has(t, ref) })
 		}
 		if !n.has(t, used) {
-			t.Errorf("%s is used and was taken back", used)
+			t.Errorf("%s is used and was ejected", used)
 		}
 		// It may have died by itself, of a page of its program that could not be read.
 		_, _ = n.Run(t.Context(), "ctr", "-n", "k8s.io", "tasks", "kill", "-s", "SIGKILL", "user")
 		waitFor(t, "the container's end", func() bool { return strings.Contains(n.ctr(t, "tasks", "ls"), "STOPPED") })
 		n.ctr(t, "tasks", "rm", "user")
 		n.ctr(t, "containers", "rm", "user")
-		waitFor(t, "the last image to be taken back", func() bool { return !n.has(t, used) })
+		waitFor(t, "the last image to be ejected", func() bool { return !n.has(t, used) })
 		n.waitMetric(t, `disk_readable{cache_id="`+cacheID(t)+`"}`, is(-1))
 		waitFor(t, "the disk's mount to go", func() bool { return n.mounts(t) == 0 })
 		for _, ref := range []string{used, world.refs[1]} {
@@ -353,7 +353,7 @@ func TestDocker(t *testing.T) {
 
 	n.Output(t, "umount", mount, cacheDir)
 	detach()
-	waitFor(t, "the images to be taken back", func() bool { return n.Output(t, "docker", "images", "-q") == "" })
+	waitFor(t, "the images to be ejected", func() bool { return n.Output(t, "docker", "images", "-q") == "" })
 	n.Output(t, "docker", "pull", "-q", world.refs[0])
 	runs(world.refs[0])
 	n.attach(t)
@@ -429,7 +429,7 @@ func TestMount(t *testing.T) {
 }
 
 // TestNoRoom has a node without room for registrations: its disk is mounted all the
-// same, for the images that it has, and one that is gone is taken back.
+// same, for the images that it has, and one that is gone is ejected.
 func TestNoRoom(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, machine.Upstream)
@@ -462,7 +462,7 @@ func TestNoRoom(t *testing.T) {
 	if err := os.Truncate(image, 0); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "the images of the disk that is gone to be taken back", func() bool { return !n.has(t, world.refs[1]) })
+	waitFor(t, "the images of the disk that is gone to be ejected", func() bool { return !n.has(t, world.refs[1]) })
 }
 
 // anchor is where the cache disk is mounted for containerd.

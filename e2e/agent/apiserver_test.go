@@ -285,7 +285,7 @@ func TestKubernetes(t *testing.T) {
 	n.remove(t, world.refs[0])
 	waitEvent(t, c, "ImageRemoved")
 
-	// Two agents that want different things, as of two versions during a roll-out.
+	// Two agents that want different things, as of two versions during a rollout.
 	w, err := nodes.Watch(t.Context(), metav1.ListOptions{FieldSelector: "metadata.name=" + nodeName})
 	if err != nil {
 		t.Fatal(err)

@@ -11,7 +11,7 @@ import (
 )
 
 // TestEject ejects beside a running agent, so slowly that passes begin in the middle of
-// it. What is taken back stays so, with --restore-removed too, until the agent starts
+// it. What is ejected stays so, with --restore-removed too, until the agent starts
 // again.
 func TestEject(t *testing.T) {
 	t.Parallel()
@@ -78,7 +78,7 @@ func TestRemoveAll(t *testing.T) {
 func (n *node) nothingRegistered(t testing.TB) {
 	t.Helper()
 	if out := n.ctr(t, "images", "ls", "-q"); out != "" {
-		t.Errorf("what was taken back is there: %s", out)
+		t.Errorf("what was ejected is there: %s", out)
 	}
 	if got := n.mounts(t); got != 0 {
 		t.Errorf("%d mounts below containerd's directory, want none", got)

@@ -55,8 +55,8 @@ func TestKill(t *testing.T) {
 	}
 }
 
-// TestKillTakingBack kills the agent in the middle of taking back what is registered.
-func TestKillTakingBack(t *testing.T) {
+// TestKillEjecting kills the agent in the middle of ejecting what is registered.
+func TestKillEjecting(t *testing.T) {
 	t.Parallel()
 	n := newNode(t, machine.Upstream)
 	image := copyDisk(t)
@@ -69,14 +69,14 @@ func TestKillTakingBack(t *testing.T) {
 	if err := os.Truncate(image, 0); err != nil {
 		t.Fatal(err)
 	}
-	waitFor(t, "the first image to be taken back", func() bool { return images() < all })
+	waitFor(t, "the first image to be ejected", func() bool { return images() < all })
 	a.kill(t)
 	if images() == 0 {
-		t.Error("everything was taken back when the agent was killed: this shows nothing")
+		t.Error("everything was ejected when the agent was killed: this shows nothing")
 	}
 	normal()
 	n.start(t, "--gone-after=1s")
-	waitFor(t, "the other images to be taken back", func() bool { return images() == 0 })
+	waitFor(t, "the other images to be ejected", func() bool { return images() == 0 })
 	waitFor(t, "the disk's mount to go", func() bool { return n.mounts(t) == 0 })
 	n.noLeases(t)
 	n.pull(t, world.refs[0])

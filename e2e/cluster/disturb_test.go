@@ -65,7 +65,7 @@ func waitRestarted(t *testing.T, before *corev1.Pod) *corev1.Pod {
 	})
 }
 
-// eject takes back what is registered on a node without an agent. kubelet removes
+// eject removes what is registered on a node without an agent. kubelet removes
 // containers of pods that are gone when they have ended, some of them not before a minute
 // has passed.
 func eject(t *testing.T, n *cluster.Node) {
@@ -336,7 +336,7 @@ func TestRollOut(t *testing.T) {
 	deploy(t, cluster.Agent{Component: "pvc", Image: ref(injectorV2), Eager: true})
 	rolledOut(t)
 	stop()
-	undisturbed("after the roll-out")
+	undisturbed("after the rollout")
 
 	// kubelet does not unmount a device that is mounted elsewhere too: as long as the
 	// anchor is, the disk stays in use and attached, also without an agent.
@@ -470,16 +470,16 @@ func TestTwoDisks(t *testing.T) {
 	}
 	waitEvent(t, n, "Partial")
 	n.Output(t, "umount", "--lazy", "--all-targets", disks[0].Device())
-	waitEvent(t, n, "TakenBack")
+	waitEvent(t, n, "Ejected")
 	// No container uses this one any more.
 	if out := ctr("images", "list", "-q", "name=="+ref(indexed)); out != "" {
 		t.Errorf("%s is there without its disk", ref(indexed))
 	}
 }
 
-// TestTakeBack has a node whose disk is gone and whose agent cannot start without it: the
-// agent without a disk takes back what is registered, and pods pull.
-func TestTakeBack(t *testing.T) {
+// TestEjectGone has a node whose disk is gone and whose agent cannot start without it: the
+// agent without a disk removes what is registered, and pods pull.
+func TestEjectGone(t *testing.T) {
 	c := world.cluster
 	n := readyNode(t, cluster.NodeConfig{}, cluster.Agent{})
 	removeAgent(t.Context(), t)
@@ -487,7 +487,7 @@ func TestTakeBack(t *testing.T) {
 
 	repository, tag, _ := strings.Cut(injector, ":")
 	err := c.ApplyKustomization(t.Context(), fmt.Sprintf(`resources:
-- EXAMPLES/take-back
+- EXAMPLES/eject
 images:
 - {name: us-docker.pkg.dev/my-project/tools/selkies-image-injector, newName: %s, newTag: %q}
 patches:
@@ -499,7 +499,7 @@ patches:
 	if err != nil {
 		t.Fatal(err)
 	}
-	waitEvent(t, n, "TakenBack")
+	waitEvent(t, n, "Ejected")
 	if out := n.Output(t, "ctr", "-n", "k8s.io", "images", "list", "-q", "name=="+ref(app)); out != "" {
 		t.Errorf("%s is there without its disk", ref(app))
 	}

@@ -26,7 +26,7 @@ func mountSecondary(t *testing.T, n *cluster.Node, d cluster.Disk) {
 }
 
 // TestGateOpensAtDeadline has nodes whose images cannot be registered: pods start all
-// the same, by a pull, and a roll-out of the agent is not held up.
+// the same, by a pull, and a rollout of the agent is not held up.
 func TestGateOpensAtDeadline(t *testing.T) {
 	const deadline = 30 * time.Second
 	c := world.cluster

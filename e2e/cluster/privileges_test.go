@@ -36,7 +36,7 @@ func TestExamples(t *testing.T) {
 	documented(t, "docs/clusters.md", "cp -r example/kustomize image-cache",
 		"example/kustomize", filepath.Join(world.source, "example/kustomize"), " image-cache", " "+dir)
 	digest := "sha256:" + strings.Repeat("0", 64)
-	for _, variant := range []string{"pvc", "secondary-boot-disk", "take-back"} {
+	for _, variant := range []string{"pvc", "secondary-boot-disk", "eject"} {
 		t.Run(variant, func(t *testing.T) {
 			file := filepath.Join(dir, variant, "kustomization.yaml")
 			data, err := os.ReadFile(file)

@@ -304,7 +304,7 @@ func TestDeadDisk(t *testing.T) {
 }
 
 // TestGenerationsWithBlobs hands the links of layer blobs from one generation to the
-// next, when the older is taken back and when its disk is lost.
+// next, when the older is ejected and when its disk is lost.
 func TestGenerationsWithBlobs(t *testing.T) {
 	const newer = "/mnt/disks/newer"
 	third := changed(t, world.second, edited(func(m *manifest.Manifest) { m.Created = m.Created.AddDate(0, 1, 0) }))

@@ -27,7 +27,7 @@ func onEach(t *testing.T, f func(t *testing.T, n *node)) {
 }
 
 // TestLifecycle goes the whole way of a cache disk on a node: registered, run,
-// pulled over, taken back.
+// pulled over, ejected.
 func TestLifecycle(t *testing.T) {
 	onEach(t, lifecycle)
 }

@@ -23,7 +23,7 @@ import (
 )
 
 // TestLife is the life of the catalogue's images on a node: registered, used in
-// every way, removed, taken back.
+// every way, removed, ejected.
 func TestLife(t *testing.T) {
 	sum := cachedisk.Checksum(t, world.first.image)
 	for _, r := range releases {
@@ -288,7 +288,7 @@ func checkLayers(t *testing.T, what string, img v1.Image) {
 	}
 }
 
-// TestEjectClean takes back what was registered on a node that never pulled.
+// TestEjectClean removes what was registered on a node that never pulled.
 func TestEjectClean(t *testing.T) {
 	for _, release := range releases {
 		t.Run(release.name, func(t *testing.T) {
@@ -298,7 +298,7 @@ func TestEjectClean(t *testing.T) {
 			n.inject(t)
 			r := n.eject(t)
 			if r.Layers != len(world.first.manifest.Layers) || len(r.Kept) != 0 {
-				t.Errorf("%d layers taken back and %v kept, want %d and nothing", r.Layers, r.Kept, len(world.first.manifest.Layers))
+				t.Errorf("%d layers ejected and %v kept, want %d and nothing", r.Layers, r.Kept, len(world.first.manifest.Layers))
 			}
 			same(t, "after eject", before, n.store(t))
 

@@ -160,8 +160,8 @@ func (n *ctrdNode) underAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	total.fault("cache disk's device gone for good under run, containerd")
-	a.until(t, "taken_back_total 1")
-	a.said(t, "reason=TakenBack")
+	a.until(t, "ejected_total 1")
+	a.said(t, "reason=Ejected")
 	n.compare(t, n.empty, "the device gone under run")
 	n.replaceCache(t)
 	a.until(t, "ready 1")
@@ -184,8 +184,8 @@ func (n *dockerNode) underAgent(t *testing.T) {
 	}
 	total.fault("cache disk's device gone for good under run, docker")
 	t.Logf("that the device is gone it says after %v", a.until(t, gone(t)...))
-	a.until(t, "taken_back_total 1")
-	a.said(t, "reason=TakenBack")
+	a.until(t, "ejected_total 1")
+	a.said(t, "reason=Ejected")
 	same(t, "the device gone under run", n.empty, n.store(t))
 
 	n.signal(t, syscall.SIGSTOP)

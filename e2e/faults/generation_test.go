@@ -50,7 +50,7 @@ func nextGeneration(t *testing.T) (image string) {
 }
 
 // TestGenerations lets faults strike as a node goes from one generation to the next:
-// the newer one is registered, and the older taken back.
+// the newer one is registered, and the older ejected.
 func TestGenerations(t *testing.T) {
 	t.Parallel()
 	n := newCtrdNode(t, machine.Upstream)
@@ -62,7 +62,7 @@ func TestGenerations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	takeOver, takeBack := inject+" --cache "+newerDir, eject+" "+id.String()
+	takeOver, ejectOlder := inject+" --cache "+newerDir, eject+" "+id.String()
 	timed := func(command string) {
 		start := time.Now()
 		runInjector(t, n.Machine, "containerd", strings.Fields(command)...)
@@ -70,7 +70,7 @@ func TestGenerations(t *testing.T) {
 	}
 	runInjector(t, n.Machine, "containerd", inject)
 	timed(takeOver)
-	timed(takeBack)
+	timed(ejectOlder)
 	newer := n.settled(t)
 	n.checkVisible(t)
 	n.recover(t, eject, "a clean change of generations")
@@ -81,7 +81,7 @@ func TestGenerations(t *testing.T) {
 		f, command := pick(r, kinds), takeOver
 		if r.IntN(2) == 0 {
 			runInjector(t, n.Machine, "containerd", strings.Fields(takeOver)...)
-			command = takeBack
+			command = ejectOlder
 		}
 		what, _ := n.struck(t, r, f, command)
 		if f.heal != nil {
@@ -90,7 +90,7 @@ func TestGenerations(t *testing.T) {
 		n.checkVisible(t)
 		runInjector(t, n.Machine, "containerd", strings.Fields(takeOver)...)
 		if n.registered(t, id) { // a fault that came too late has left nothing of it
-			runInjector(t, n.Machine, "containerd", strings.Fields(takeBack)...)
+			runInjector(t, n.Machine, "containerd", strings.Fields(ejectOlder)...)
 		}
 		n.compare(t, newer, what+", then a plain change")
 		n.recover(t, eject, what+", then a plain change")

@@ -12,7 +12,7 @@ import (
 
 // loseDevice lets the device go for good under what is registered and a container of it,
 // which start and end run: inject, eject and status end and say so, and when the container
-// is gone, what is registered can be taken back without the disk.
+// is gone, what is registered can be ejected without the disk.
 func loseDevice(t *testing.T, n *cacheNode, runtime string, start, end func()) {
 	t.Helper()
 	n.mortalCache(t)

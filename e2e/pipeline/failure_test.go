@@ -105,7 +105,7 @@ func (c *cloud) nextRun(t *testing.T) {
 	c.AddImage(project, &computepb.Image{Name: new(image), Family: new("selkies-image-cache"), DiskSizeGb: new(int64(20))})
 	var p imagecache.PostProcessor
 	if err := p.Configure(map[string]any{
-		"zones": []string{zone}, "skip_roll_out": true, "builder_disk_prefix": "build-",
+		"zones": []string{zone}, "skip_rollout": true, "builder_disk_prefix": "build-",
 		"access_token": c.token, "custom_endpoints": map[string]string{"compute": c.URL + "/compute/v1/"},
 	}); err != nil {
 		t.Fatal(err)

@@ -109,7 +109,7 @@ func TestKubeconfig(t *testing.T) {
 	c := newCloud(t, "kubeconfig", administrator(t))
 	c.tidy()
 	others := []string{zoneB, "europe-west4-a"}
-	c.must(c.build(1), "skip_roll_out", true, "zones", others)
+	c.must(c.build(1), "skip_rollout", true, "zones", others)
 	one := []any{"kubeconfig", world.Kubeconfig, "keep", 1, "zones"}
 	c.must(artifact(imageName(1)), append(one, []string{zoneA})...)
 	for stamp := 2; stamp <= 4; stamp++ {

@@ -96,7 +96,7 @@ variable "manifest_output" {
   default     = ""
 }
 
-# The roll-out.
+# The rollout.
 
 variable "cluster_pattern" {
   description = "A regular expression for the names of the clusters."
@@ -129,7 +129,7 @@ variable "keep" {
 }
 
 variable "dry_run" {
-  description = "Only say what would be pulled and whether it fits. With rollback_to: what the roll-out would make, apply and delete."
+  description = "Only say what would be pulled and whether it fits. With rollback_to: what the rollout would make, apply and delete."
   type        = bool
   default     = false
 }
@@ -214,7 +214,7 @@ source "googlecompute" "cache" {
   ssh_username     = "packer"
   # Credentials for the registries are on the Packer host; the VM needs none.
   disable_default_service_account = true
-  # Ends the VM should Packer be killed. What it leaves of disks, a later roll-out
+  # Ends the VM should Packer be killed. What it leaves of disks, a later rollout
   # deletes.
   max_run_duration_in_seconds = 3 * 60 * 60
   instance_termination_action = "DELETE"
@@ -281,7 +281,7 @@ build {
     }
   }
 
-  # Keeps the image when a roll-out fails: Packer deletes what no post-processor of a
+  # Keeps the image when a rollout fails: Packer deletes what no post-processor of a
   # build has kept.
   post-processor "manifest" {}
 

@@ -9,7 +9,7 @@
 //
 // An image that someone removes while the agent runs stays removed, unless
 // RestoreRemoved is set, until the agent starts again: what is on the disk is
-// registered then. What the command eject takes back stays so too, RestoreRemoved or
+// registered then. What the command eject removes stays away too, RestoreRemoved or
 // not: it leaves a note (see ejected.go). An image that a pull leads to another digest is the node's from then on, pinned or not.
 //
 // In a cluster (see node.go) it needs, of the API server:
@@ -173,7 +173,7 @@ func (a *Agent) pass(ctx context.Context) {
 	diskErr := a.findDisks()
 	a.readAhead(ctx)
 	if err == nil {
-		err = a.takeBack(ctx)
+		err = a.eject(ctx)
 		if a.pending != "" {
 			err = errors.Join(err, a.register(ctx))
 		}

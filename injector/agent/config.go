@@ -51,7 +51,7 @@ type Config struct {
 	// RestoreRemoved registers images again that someone removed.
 	RestoreRemoved bool
 	// GoneAfter is how long a disk may be unreadable before what was registered from
-	// it is taken back.
+	// it is ejected.
 	GoneAfter time.Duration
 	// CheckInterval is the time from one look at the disks to the next.
 	CheckInterval time.Duration

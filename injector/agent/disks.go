@@ -23,7 +23,7 @@ type generation struct {
 	problem error
 	// seen is whether the disk could be read since the agent started.
 	seen bool
-	// kept is what was said last of images that could not be taken back.
+	// kept is what was said last of images that could not be ejected.
 	kept string
 }
 
@@ -113,21 +113,21 @@ func (a *Agent) patience(g *generation) time.Duration {
 	return min(a.GoneAfter, a.GateDeadline)
 }
 
-// takeBack takes back what was registered from disks that are gone for good: as
+// eject removes what was registered from disks that are gone for good: as
 // long as that stands, a pull succeeds without repairing anything. Images that a
 // container uses, running or not, stay until a later pass finds them unused.
-func (a *Agent) takeBack(ctx context.Context) error {
+func (a *Agent) eject(ctx context.Context) error {
 	var errs []error
 	for _, g := range a.sorted() {
 		if g.dead.IsZero() || time.Since(g.dead) < a.patience(g) {
 			continue
 		}
-		errs = append(errs, a.takeBackOne(ctx, g))
+		errs = append(errs, a.ejectOne(ctx, g))
 	}
 	return errors.Join(errs...)
 }
 
-func (a *Agent) takeBackOne(ctx context.Context, g *generation) error {
+func (a *Agent) ejectOne(ctx context.Context, g *generation) error {
 	if err := a.openRuntime(ctx); err != nil {
 		return err
 	}
@@ -143,15 +143,15 @@ func (a *Agent) takeBackOne(ctx context.Context, g *generation) error {
 		delete(a.there, name)
 	}
 	if len(r.Images) > 0 || a.generations[g.CacheID] == nil {
-		a.metrics.takenBack.Inc()
-		a.warn(eventTakenBack, "cache %s: its disk is gone: took back %d image names: %v", report.Short(g.CacheID), len(r.Images), g.problem)
+		a.metrics.ejected.Inc()
+		a.warn(eventEjected, "cache %s: its disk is gone: ejected %d image names: %v", report.Short(g.CacheID), len(r.Images), g.problem)
 		// Another disk may have some of them.
 		a.registered = nil
 		a.need(reasonDisk)
 	}
 	if kept := strings.Join(r.Kept, "; "); kept != g.kept && kept != "" {
 		g.kept = kept
-		a.Log.Warn("containers use layers of a disk that is gone; they are taken back when those are removed", "cache", g.CacheID, "kept", kept)
+		a.Log.Warn("containers use layers of a disk that is gone; they are ejected when those are removed", "cache", g.CacheID, "kept", kept)
 	}
 	return nil
 }

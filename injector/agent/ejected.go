@@ -11,13 +11,13 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/cachedisk"
 )
 
-// ejectedNote is an empty file for each generation that the command eject has taken back
+// ejectedNote is an empty file for each generation that the command eject has removed
 // since the agent started. The agent leaves those alone.
 func ejectedNote(hostRoot string, cache ...string) string {
 	return cachedisk.HostPath(hostRoot, filepath.Join(append([]string{notesDir, "ejected"}, cache...)...))
 }
 
-// NoteEjected tells the agent of this node that the generations are to stay taken back
+// NoteEjected tells the agent of this node that the generations are to stay ejected
 // until it starts again. The command eject calls it before it removes anything, and undo
 // if it refuses to.
 func NoteEjected(hostRoot string, caches []digest.Digest) (undo func() error, err error) {

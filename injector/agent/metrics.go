@@ -15,9 +15,9 @@ const namespace = "selkies_image_cache"
 
 // metrics are those of /metrics: counters, and what the last pass found.
 type metrics struct {
-	registry  *prometheus.Registry
-	heals     *prometheus.CounterVec
-	takenBack prometheus.Counter
+	registry *prometheus.Registry
+	heals    *prometheus.CounterVec
+	ejected  prometheus.Counter
 
 	mu    sync.Mutex
 	found found
@@ -42,13 +42,13 @@ func newMetrics() *metrics {
 		heals: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: namespace, Name: "heals_total",
 			Help: "Images registered again, by what had taken them: pin (a pull replaced the labels), removed (someone), " +
 				"runtime (containerd lost its state), mount (the disk's mount was dead)."}, []string{"reason"}),
-		takenBack: prometheus.NewCounter(prometheus.CounterOpts{Namespace: namespace, Name: "taken_back_total",
-			Help: "Times that registrations were taken back because their disk was gone."}),
+		ejected: prometheus.NewCounter(prometheus.CounterOpts{Namespace: namespace, Name: "ejected_total",
+			Help: "Times that a generation's images were ejected because its disk was gone."}),
 	}
 	for _, r := range []reason{reasonPin, reasonRemoved, reasonRuntime, reasonMount} {
 		m.heals.WithLabelValues(string(r)) // 0 is a value too
 	}
-	m.registry.MustRegister(m, m.heals, m.takenBack,
+	m.registry.MustRegister(m, m.heals, m.ejected,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -30,7 +30,7 @@ const (
 	eventRegistered = "Registered"
 	eventHealed     = "Healed"
 	eventRemoved    = "ImageRemoved"
-	eventTakenBack  = "TakenBack"
+	eventEjected    = "Ejected"
 	eventDamaged    = "LayerDamaged"
 	// eventGateDeadline is told where no agent runs.
 	eventGateDeadline = "GateDeadline"

@@ -12,7 +12,7 @@ import (
 // health is what the probes are told.
 type health struct {
 	// ready is whether the gate is open and a pass has ended since. It says nothing of
-	// images: a node without a disk must not hold up a roll-out to all the others.
+	// images: a node without a disk must not hold up a rollout to all the others.
 	ready atomic.Bool
 	// due is when the loop is stuck. It has a monotonic reading, since the clock may jump.
 	due atomic.Pointer[time.Time]

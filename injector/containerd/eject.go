@@ -19,7 +19,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/injector/report"
 )
 
-// Eject takes back what was registered from the generations. It refuses, naming each
+// Eject removes what was registered from the generations. It refuses, naming each
 // container, while containers use a layer, or leaves the images that they use.
 // Layers that something else on the node was built on stay, with their disk's
 // mount.

@@ -4,7 +4,7 @@
 // A layer becomes a committed snapshot whose fs directory is a relative symbolic
 // link into the anchor: a snapshot of our own on which the cache disk is mounted.
 // docs/architecture.md says why. What was registered carries labels that begin
-// with selkies.io/image-cache, and only what carries them is ever taken back.
+// with selkies.io/image-cache, and only what carries them is ever ejected.
 package containerd
 
 import (

@@ -19,7 +19,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/manifest"
 )
 
-// Eject takes back what the generations registered. It
+// Eject removes what the generations registered. It
 // needs a daemon that runs, which removes the images itself, and refuses while a
 // container uses one of their layers. Images that were built on them stay, with the
 // layers and the disk below them, and are reported as kept.

@@ -65,7 +65,7 @@ func (o InjectOptions) WasEjected(cache digest.Digest) bool {
 	return o.Ejected != nil && o.Ejected(cache)
 }
 
-// EjectOptions say what is taken back.
+// EjectOptions say what is ejected.
 type EjectOptions struct {
 	// Caches are the generations; none means all.
 	Caches []digest.Digest

@@ -58,7 +58,7 @@ type Config struct {
 	KubeconfigContext string `mapstructure:"kubeconfig_context"`
 	// Make the disks, but roll nothing out. Nothing is pruned, since it is not known which
 	// disks are in use. Defaults to `false`.
-	SkipRollOut bool `mapstructure:"skip_roll_out"`
+	SkipRollout bool `mapstructure:"skip_rollout"`
 	// The type of the disks. Defaults to `pd-balanced`.
 	DiskType string `mapstructure:"disk_type"`
 	// The size of the disks in GB, at least the image's. The throughput of a disk
@@ -68,7 +68,7 @@ type Config struct {
 	// Labels for the disks, in addition to `selkies-image-cache` and
 	// `selkies-image-cache-image`. By default none.
 	DiskLabels map[string]string `mapstructure:"disk_labels"`
-	// The injector's container image. Required unless `skip_roll_out`. Packer resolves it
+	// The injector's container image. Required unless `skip_rollout`. Packer resolves it
 	// to its current digest, which the clusters get. For that it uses Docker's
 	// credentials, or those below for Google's registries.
 	InjectorImage string `mapstructure:"injector_image"`
@@ -188,11 +188,11 @@ func (c *Config) prepare(raws ...any) error {
 }
 
 func (c *Config) prepareInjector() (err error) {
-	if c.SkipRollOut {
+	if c.SkipRollout {
 		return nil
 	}
 	if c.InjectorImage == "" {
-		return errors.New("injector_image is not set; name the injector's container image, or set skip_roll_out")
+		return errors.New("injector_image is not set; name the injector's container image, or set skip_rollout")
 	}
 	if c.injector, err = name.ParseReference(c.InjectorImage); err != nil {
 		return fmt.Errorf("injector_image: %w", err)
@@ -210,8 +210,8 @@ func (c *Config) prepareTargets() error {
 		return errors.New("kubeconfig_context is set without kubeconfig")
 	case c.Kubeconfig != "" && len(c.Zones) == 0:
 		return errors.New("kubeconfig is set without zones, which a kubeconfig does not have")
-	case c.SkipRollOut && c.OutputDir != "":
-		return errors.New("skip_roll_out and output_dir are both set; choose one")
+	case c.SkipRollout && c.OutputDir != "":
+		return errors.New("skip_rollout and output_dir are both set; choose one")
 	}
 	return nil
 }

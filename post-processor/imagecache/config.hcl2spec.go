@@ -33,7 +33,7 @@ type FlatConfig struct {
 	ClusterEndpoint           *string           `mapstructure:"cluster_endpoint" cty:"cluster_endpoint" hcl:"cluster_endpoint"`
 	Kubeconfig                *string           `mapstructure:"kubeconfig" cty:"kubeconfig" hcl:"kubeconfig"`
 	KubeconfigContext         *string           `mapstructure:"kubeconfig_context" cty:"kubeconfig_context" hcl:"kubeconfig_context"`
-	SkipRollOut               *bool             `mapstructure:"skip_roll_out" cty:"skip_roll_out" hcl:"skip_roll_out"`
+	SkipRollout               *bool             `mapstructure:"skip_rollout" cty:"skip_rollout" hcl:"skip_rollout"`
 	DiskType                  *string           `mapstructure:"disk_type" cty:"disk_type" hcl:"disk_type"`
 	DiskSizeGB                *int              `mapstructure:"disk_size_gb" cty:"disk_size_gb" hcl:"disk_size_gb"`
 	DiskLabels                map[string]string `mapstructure:"disk_labels" cty:"disk_labels" hcl:"disk_labels"`
@@ -82,7 +82,7 @@ func (*FlatConfig) HCL2Spec() map[string]hcldec.Spec {
 		"cluster_endpoint":            &hcldec.AttrSpec{Name: "cluster_endpoint", Type: cty.String, Required: false},
 		"kubeconfig":                  &hcldec.AttrSpec{Name: "kubeconfig", Type: cty.String, Required: false},
 		"kubeconfig_context":          &hcldec.AttrSpec{Name: "kubeconfig_context", Type: cty.String, Required: false},
-		"skip_roll_out":               &hcldec.AttrSpec{Name: "skip_roll_out", Type: cty.Bool, Required: false},
+		"skip_rollout":                &hcldec.AttrSpec{Name: "skip_rollout", Type: cty.Bool, Required: false},
 		"disk_type":                   &hcldec.AttrSpec{Name: "disk_type", Type: cty.String, Required: false},
 		"disk_size_gb":                &hcldec.AttrSpec{Name: "disk_size_gb", Type: cty.Number, Required: false},
 		"disk_labels":                 &hcldec.AttrSpec{Name: "disk_labels", Type: cty.Map(cty.String), Required: false},

@@ -23,7 +23,7 @@ func TestConfigure(t *testing.T) {
 			"cluster_endpoint", "dns", "disk_size_gb", 100, "disk_labels", map[string]string{"team": "a"}, "keep", 3, "cache_name", "games",
 			"node_selector", map[string]string{"app.broker/tier": "gpu"}, "builder_disk_prefix", "games-build-", "dry_run", true, "output_dir", "out",
 			"platform", "linux/arm64", "start_timeout", "10m"), ""},
-		{"disks only", map[string]any{"skip_roll_out": true}, ""},
+		{"disks only", map[string]any{"skip_rollout": true}, ""},
 		{"no injector", map[string]any{}, "injector_image is not set"},
 		{"no reference", map[string]any{"injector_image": "registry.example/Injector"}, "injector_image: "},
 		{"platform", with("platform", "linux"), `platform "linux" is not os/architecture`},
@@ -42,7 +42,7 @@ func TestConfigure(t *testing.T) {
 		{"keep", with("keep", -1), "keep is -1"},
 		{"context alone", with("kubeconfig_context", "a"), "kubeconfig_context is set without kubeconfig"},
 		{"kubeconfig without zones", with("kubeconfig", "a"), "kubeconfig is set without zones"},
-		{"nothing to write", with("skip_roll_out", true, "output_dir", "a"), "skip_roll_out and output_dir are both set"},
+		{"nothing to write", with("skip_rollout", true, "output_dir", "a"), "skip_rollout and output_dir are both set"},
 		{"unknown option", with("zone", "a"), "zone"},
 	}
 	for _, tt := range tests {

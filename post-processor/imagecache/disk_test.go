@@ -52,7 +52,7 @@ func options(s *gcp.Server, kv ...any) map[string]any {
 }
 
 func diskOptions(s *gcp.Server, kv ...any) map[string]any {
-	return options(s, append([]any{"skip_roll_out", true, "zones", []string{"europe-west4-a", "us-central1-b"}}, kv...)...)
+	return options(s, append([]any{"skip_rollout", true, "zones", []string{"europe-west4-a", "us-central1-b"}}, kv...)...)
 }
 
 func postProcess(t *testing.T, ctx context.Context, c map[string]any, artifact packersdk.Artifact) (packersdk.Artifact, error) { //nolint:revive // t first, as always

@@ -34,7 +34,7 @@ type generation struct {
 	image   *computepb.Image
 	project string // the image's
 	created time.Time
-	// rolledOut is the Unix time of its last roll-out, 0 if there was none.
+	// rolledOut is the Unix time of its last rollout, 0 if there was none.
 	rolledOut int64
 	foreign   bool   // rolled out by another cache, too
 	stamp     string // in the names of its disks

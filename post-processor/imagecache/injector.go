@@ -26,7 +26,7 @@ const registryTimeout = time.Minute
 // changes nothing in the clusters.
 func (r *run) pinInjector(ctx context.Context) error {
 	c := r.config
-	if c.SkipRollOut {
+	if c.SkipRollout {
 		return nil
 	}
 	ref, platform := c.injector, *c.platform

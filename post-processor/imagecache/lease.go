@@ -25,7 +25,7 @@ const (
 	// renewDeadline is after what time without an answer a run gives its lease up.
 	renewDeadline = 10 * time.Second
 	renewInterval = 2 * time.Second
-	// leaseWait bounds the wait for another run: no roll-out takes that long.
+	// leaseWait bounds the wait for another run: no rollout takes that long.
 	leaseWait = time.Hour
 	// leaseAttempts is how often in a row a cluster may fail to answer meanwhile.
 	leaseAttempts = 3

@@ -104,7 +104,7 @@ func TestManifests(t *testing.T) {
 }
 
 func TestKept(t *testing.T) {
-	// Each generation by the time of its last roll-out, in the order in which they
+	// Each generation by the time of its last rollout, in the order in which they
 	// were made, the current one last if not said otherwise.
 	tests := []struct {
 		name      string

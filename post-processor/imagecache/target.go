@@ -18,11 +18,11 @@ import (
 const parallelClusters = 8
 
 // touchesClusters tells whether the run speaks to the clusters themselves.
-func (r *run) touchesClusters() bool { return !r.config.SkipRollOut && r.config.OutputDir == "" }
+func (r *run) touchesClusters() bool { return !r.config.SkipRollout && r.config.OutputDir == "" }
 
 // findClusters finds the clusters and connects to them.
 func (r *run) findClusters(ctx context.Context) error {
-	if r.config.SkipRollOut && len(r.config.Zones) > 0 {
+	if r.config.SkipRollout && len(r.config.Zones) > 0 {
 		return nil
 	}
 	all, err := r.listClusters(ctx)
@@ -81,7 +81,7 @@ func (r *run) checkNewest() error {
 	return nil
 }
 
-// hasDaemonSet tells whether the roll-out of a generation has begun in a cluster.
+// hasDaemonSet tells whether the rollout of a generation has begun in a cluster.
 func (r *run) hasDaemonSet(g *generation) bool {
 	return slices.ContainsFunc(r.clusters, func(k *cluster) bool {
 		for _, ds := range k.daemonSets {
@@ -225,7 +225,7 @@ func (r *run) failed() error {
 // rollOut brings the generation to all clusters.
 func (r *run) rollOut(ctx context.Context) error {
 	switch {
-	case r.config.SkipRollOut:
+	case r.config.SkipRollout:
 		return nil
 	case r.config.OutputDir != "":
 		return r.writeManifests()
