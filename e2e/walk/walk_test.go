@@ -126,6 +126,7 @@ func newcomer(t *testing.T) *machine.Machine {
 		"mknod /dev/loop-control c 10 237; for n in $(seq 0 255); do mknod /dev/loop$n b 7 $n; done",
 		"mknod /dev/fuse c 10 229", // for nbdfuse
 		"mount -o remount,bind,rw /proc/sys",
+		"mount -o remount,bind,rw /sys",
 	} {
 		m.Output(t, "sh", "-ec", command)
 	}
