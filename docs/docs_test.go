@@ -60,6 +60,7 @@ var commands = []struct{ begin, file, text string }{
 	{"kubectl apply -k image-cache/", "e2e/cluster/privileges_test.go", `"-k", filepath.Join(dir, variant)`},
 	{"sed 's/^/  /' example/prometheus/rules.yaml | cat", "docs/prometheus_test.go", "func TestRulesInObjects("},
 	{"kubectl apply -k example/gke", "e2e/pipeline/cronjob_test.go", `"apply", "-k", dir`},
+	{"kubectl create namespace pod-broker-system", "e2e/pipeline/cronjob_test.go", `"kubectl create namespace " + namespace`},
 	{"kubectl get jobs -n pod-broker-system", "e2e/pipeline/cronjob_test.go", `"kubectl get jobs -n pod-broker-system"`},
 	{"kubectl patch cronjob update-image-cache -n pod-broker-system", "e2e/pipeline/cronjob_test.go", "kubectl patch cronjob update-image-cache"},
 	{"kubectl create job --from=cronjob/update-image-cache", "e2e/pipeline/cronjob_test.go", "documented(t, tt.command)"},

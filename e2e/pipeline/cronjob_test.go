@@ -25,15 +25,17 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
-// broker is Selkies' namespace.
-const broker = "pod-broker-system"
+// namespace is the CronJob's, and Selkies'.
+const namespace = "pod-broker-system"
 
 // TestCronJob installs the CronJob as Cloud Build does, and starts it by hand in the
 // ways that docs/pipeline.md has. At last a node runs it.
 func TestCronJob(t *testing.T) {
-	world.Output(t, "create", "namespace", broker)
+	const create = "kubectl create namespace " + namespace
+	documented(t, create)
+	kubectl(t, create)
 	t.Cleanup(func() {
-		if _, err := world.Kubectl(context.Background(), "delete", "namespace", broker, "--wait=false"); err != nil {
+		if _, err := world.Kubectl(context.Background(), "delete", "namespace", namespace, "--wait=false"); err != nil {
 			t.Error(err)
 		}
 	})
@@ -44,14 +46,14 @@ func TestCronJob(t *testing.T) {
 	dir := installed(t, map[string]string{"_EXCLUDE_REGIONS": "europe-west4 us-east1", "_IMAGE_BUILD_SCHEDULE": "30 2 * * *", "_TRACES": traces})
 	world.Output(t, "apply", "-k", dir)
 
-	cron, err := world.Client.BatchV1().CronJobs(broker).Get(t.Context(), "update-image-cache", metav1.GetOptions{})
+	cron, err := world.Client.BatchV1().CronJobs(namespace).Get(t.Context(), "update-image-cache", metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if s := cron.Spec; s.Schedule != "30 2 * * *" || s.ConcurrencyPolicy != batchv1.ForbidConcurrent {
 		t.Errorf("the CronJob is %+v", s)
 	}
-	account, err := world.Client.CoreV1().ServiceAccounts(broker).Get(t.Context(), cron.Spec.JobTemplate.Spec.Template.Spec.ServiceAccountName, metav1.GetOptions{})
+	account, err := world.Client.CoreV1().ServiceAccounts(namespace).Get(t.Context(), cron.Spec.JobTemplate.Spec.Template.Spec.ServiceAccountName, metav1.GetOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,6 +82,7 @@ func TestCronJob(t *testing.T) {
 			files, env := mounted(t, c)
 			want := map[string]string{
 				"project_id": "broker", "region": "us-central1", "zone": "us-central1-a", "machine_type": "e2-standard-8", "disk_size_gb": "100",
+				"cluster_pattern": "^broker-",
 				"exclude_regions": "europe-west4 us-east1", "repositories": "", "image_list_file": files + "/images.txt", "traces": traces,
 				"injector_image": "us-docker.pkg.dev/broker/tools/selkies-image-injector:0.1.0",
 			}
@@ -101,10 +104,10 @@ func TestCronJob(t *testing.T) {
 	kubectl(t, list)
 	suspend := `kubectl patch cronjob update-image-cache -n pod-broker-system -p '{"spec":{"suspend":true}}'`
 	documented(t, suspend)
-	// docs/migration.md has the way back.
+	// The second one resumes it.
 	for _, command := range []string{suspend, strings.Replace(suspend, "true", "false", 1)} {
 		kubectl(t, command)
-		if cron, err = world.Client.BatchV1().CronJobs(broker).Get(t.Context(), "update-image-cache", metav1.GetOptions{}); err != nil {
+		if cron, err = world.Client.BatchV1().CronJobs(namespace).Get(t.Context(), "update-image-cache", metav1.GetOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		if cron.Spec.Suspend == nil || *cron.Spec.Suspend != (command == suspend) {
@@ -158,7 +161,7 @@ GCE_METADATA_HOST=%[2]s
 func runJob(t *testing.T, name string, end batchv1.JobConditionType) string {
 	t.Helper()
 	cluster.Wait(t, "the end of job "+name, func(ctx context.Context) error {
-		job, err := world.Client.BatchV1().Jobs(broker).Get(ctx, name, metav1.GetOptions{})
+		job, err := world.Client.BatchV1().Jobs(namespace).Get(ctx, name, metav1.GetOptions{})
 		if err != nil {
 			return err
 		}
@@ -170,10 +173,10 @@ func runJob(t *testing.T, name string, end batchv1.JobConditionType) string {
 				return nil
 			}
 		}
-		pods, err := world.Kubectl(ctx, "describe", "pods", "-n", broker, "-l", batchv1.JobNameLabel+"="+name)
+		pods, err := world.Kubectl(ctx, "describe", "pods", "-n", namespace, "-l", batchv1.JobNameLabel+"="+name)
 		return errors.Join(errors.New(pods), err)
 	})
-	return world.Output(t, "logs", "-n", broker, "job/"+name)
+	return world.Output(t, "logs", "-n", namespace, "job/"+name)
 }
 
 // byHand is a command for a run with other settings than the CronJob's.
@@ -222,7 +225,7 @@ func container(t *testing.T, job string) *corev1.Container {
 	t.Helper()
 	var found *corev1.Container
 	cluster.Wait(t, "the pod of job "+job, func(ctx context.Context) error {
-		pods, err := world.Client.CoreV1().Pods(broker).List(ctx, metav1.ListOptions{LabelSelector: batchv1.JobNameLabel + "=" + job})
+		pods, err := world.Client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: batchv1.JobNameLabel + "=" + job})
 		if err != nil {
 			return err
 		}
@@ -240,7 +243,7 @@ func container(t *testing.T, job string) *corev1.Container {
 func mounted(t *testing.T, c *corev1.Container) (dir string, env []string) {
 	t.Helper()
 	configMap := func(name string) map[string]string {
-		m, err := world.Client.CoreV1().ConfigMaps(broker).Get(t.Context(), name, metav1.GetOptions{})
+		m, err := world.Client.CoreV1().ConfigMaps(namespace).Get(t.Context(), name, metav1.GetOptions{})
 		if err != nil {
 			t.Fatal(err)
 		}

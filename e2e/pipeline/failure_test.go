@@ -158,6 +158,7 @@ func TestRollOutFails(t *testing.T) {
 				return c.build(t, strings.ReplaceAll(named, "1700000001", stamp), fmt.Sprintf(`
   post-processor "manifest" {}
   post-processor "selkies-image-cache" {
+    cluster_pattern  = "^broker-"
     injector_image   = "%[3]s/injector:1"
     access_token     = %[1]q
     custom_endpoints = { compute = "%[2]s/compute/v1/", container = "%[2]s/" }

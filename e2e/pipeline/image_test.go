@@ -82,7 +82,7 @@ func packerImage(t *testing.T, image string, ca []byte) {
 	if len(plugins) != 2 || !strings.HasPrefix(plugins[0], "/plugins/github.com/hashicorp/googlecompute/") || !strings.HasPrefix(plugins[1], "/plugins/github.com/selkies-project/selkies/") {
 		t.Errorf("the image has the plugins %q", plugins)
 	}
-	inImage("validate", "-var", "project_id=broker", "-var", "zone="+zone, "-var", "injector_image=registry.example/injector:1",
+	inImage("validate", "-var", "project_id=broker", "-var", "zone="+zone, "-var", "cluster_pattern=^broker-", "-var", "injector_image=registry.example/injector:1",
 		"-var", traces("registry.example/app:1"), "/template/image-cache.pkr.hcl")
 	m.Output(t, "docker", "push", "-q", image)
 }

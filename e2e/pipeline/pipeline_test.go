@@ -104,14 +104,14 @@ func TestPipeline(t *testing.T) {
 	}
 	c.checkPods(t, second)
 
-	// The way back builds nothing.
+	// A rollback builds nothing.
 	fourth := c.Resources()
 	back := imageOf(c.diskOf(t, second))
 	if out, want := c.run(t, "-var", "rollback_to="+back), "Image "+back+" is on 1 disks, in 1 clusters"; !strings.Contains(out, want) {
 		t.Errorf("Packer does not say %q", want)
 	}
 	if diff := cmp.Diff(fourth, c.Resources()); diff != "" {
-		t.Errorf("the way back changed (-before +after):\n%s", diff)
+		t.Errorf("the rollback changed (-before +after):\n%s", diff)
 	}
 
 	// An injector that nodes cannot run leaves them as they are.
@@ -144,6 +144,7 @@ build {
   post-processor "selkies-image-cache" {
     project_id       = %q
     image_name       = %q
+    cluster_pattern  = "^broker-"
     injector_image   = %q
     start_timeout    = "10s"
     access_token     = %q
@@ -211,7 +212,7 @@ func (c *cloud) template(t *testing.T, args ...string) *exec.Cmd {
 	for _, image := range cached {
 		refs = append(refs, world.registry.Addr+"/"+image)
 	}
-	args = append([]string{"build", "-var", "project_id=" + project, "-var", "zone=" + zone, "-var", "disk_size_gb=20",
+	args = append([]string{"build", "-var", "project_id=" + project, "-var", "zone=" + zone, "-var", "cluster_pattern=^broker-", "-var", "disk_size_gb=20",
 		"-var", "access_token=" + c.token, "-var", fmt.Sprintf(`custom_endpoints={ compute = "%[1]s/compute/v1/", container = "%[1]s/" }`, c.URL),
 		"-var", "images=" + hclList(refs...), "-var", "injector_image=" + world.registry.Addr + "/injector:1"}, args...)
 	cmd := packerCommand(t.Context(), append(args, template)...)
@@ -362,7 +363,7 @@ func TestTemplates(t *testing.T) {
 		t.Fatal(err)
 	}
 	variables := map[string][]string{ // those that have no default
-		"gke": {"project_id=broker", "zone=us-central1-a", "injector_image=registry.example/injector:1", "repositories=registry.example/apps registry.example/games",
+		"gke": {"project_id=broker", "zone=us-central1-a", "cluster_pattern=^broker-", "injector_image=registry.example/injector:1", "repositories=registry.example/apps registry.example/games",
 			traces("registry.example/apps/app:1"), "injector=" + world.injector, "report=cache.html", "manifest_output=manifest.json"},
 		"local": {`images=["debian:12"]`, "device=/dev/sdb", "ssh_host=localhost", "ssh_private_key_file=" + key},
 	}

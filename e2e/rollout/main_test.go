@@ -196,7 +196,7 @@ func (u *ui) Say(line string) {
 
 func (c *cloud) options(kv ...any) map[string]any {
 	o := map[string]any{
-		"cache_name": c.name, "access_token": c.token, "injector_image": world.injector,
+		"cache_name": c.name, "access_token": c.token, "injector_image": world.injector, "cluster_pattern": "^broker-",
 		"custom_endpoints": map[string]string{"compute": c.URL + "/compute/v1/", "container": c.URL},
 	}
 	for i := 0; i < len(kv); i += 2 {

@@ -24,7 +24,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
-// rollback is the way back as docs/post-processors/image-cache.mdx has it, without a
+// rollback is a rollback as docs/post-processors/image-cache.mdx has it, without a
 // build, in a real Packer.
 const rollback = `
 variable "access_token" {
@@ -53,6 +53,7 @@ build {
     cache_name       = %[4]q
     project_id       = data.selkies-image-cache.last.project_id
     image_name       = var.rollback_to
+    cluster_pattern  = "^broker-"
     injector_image   = %[3]q
     access_token     = var.access_token
     node_selector    = { "tier" = "gpu" }
@@ -129,7 +130,7 @@ func (c *cloud) findsCredentials() {
 	}
 }
 
-// rollBack is a command of Packer for the template of the way back.
+// rollBack is a command of Packer for the template of a rollback.
 func (c *cloud) rollBack(command string, stamp int) *exec.Cmd {
 	c.t.Helper()
 	file := filepath.Join(c.t.TempDir(), "rollback.pkr.hcl")

@@ -46,7 +46,7 @@ func TestSharedFamily(t *testing.T) {
 	a.wantResources(append(images, a.disk(zoneA, 5), a.disk(zoneB, 5))...)
 	b.wantResources(append(images, b.disk(zoneA, 1), b.disk(zoneB, 1))...)
 
-	// The way back of one is not that of the other.
+	// What one may roll back to is not what the other may.
 	b.must(artifact(imageName(5)))
 	b.wantResources(append(images, b.disk(zoneA, 1), b.disk(zoneB, 1), b.disk(zoneA, 5), b.disk(zoneB, 5))...)
 

@@ -170,7 +170,7 @@ func TestGenerations(t *testing.T) {
 	c.wantResources(image(2), image(3), image(4),
 		c.disk(zoneA, 2), c.disk(zoneA, 3), c.disk(zoneB, 3), c.disk(zoneA, 4), c.disk(zoneB, 4))
 
-	// The way back.
+	// A rollback.
 	c.must(artifact(imageName(4)), "image_name", imageName(3))
 	addNode(t, "a4", zoneA)
 	c.waitGenerations(map[string]string{"a3": c.diskName(zoneA, 2), "b2": c.diskName(zoneB, 3), "a4": c.diskName(zoneA, 3)})

@@ -32,6 +32,11 @@ variable "injector_image" {
   type        = string
 }
 
+variable "cluster_pattern" {
+  description = "A regular expression for the names of the clusters to roll out to, such as ^desktops-. Clusters of Selkies have ^broker-."
+  type        = string
+}
+
 # Which images to cache: one of these or more.
 
 variable "images" {
@@ -97,12 +102,6 @@ variable "manifest_output" {
 }
 
 # The rollout.
-
-variable "cluster_pattern" {
-  description = "A regular expression for the names of the clusters."
-  type        = string
-  default     = "^broker-"
-}
 
 variable "cluster_endpoint" {
   description = "Which address of the clusters' control planes to use: public, private or dns."

@@ -44,7 +44,8 @@ type Config struct {
 	// pools.
 	Zones []string `mapstructure:"zones"`
 	// A regular expression for the names of the project's GKE clusters that the cache
-	// is rolled out to. Defaults to `^broker-`.
+	// is rolled out to, such as `^desktops-`; clusters of Selkies have `^broker-`.
+	// Required unless `kubeconfig` is set, or `skip_rollout` with `zones`.
 	ClusterPattern string `mapstructure:"cluster_pattern"`
 	// Regions whose clusters are left out, such as `["europe-west4"]`. By default none.
 	ExcludeRegions []string `mapstructure:"exclude_regions"`
@@ -208,6 +209,8 @@ func (c *Config) prepareTargets() error {
 	switch {
 	case c.Kubeconfig == "" && c.KubeconfigContext != "":
 		return errors.New("kubeconfig_context is set without kubeconfig")
+	case c.Kubeconfig == "" && c.ClusterPattern == "" && (!c.SkipRollout || len(c.Zones) == 0):
+		return errors.New("cluster_pattern is not set; give a regular expression for the names of the clusters, such as ^desktops-")
 	case c.Kubeconfig != "" && len(c.Zones) == 0:
 		return errors.New("kubeconfig is set without zones, which a kubeconfig does not have")
 	case c.SkipRollout && c.OutputDir != "":
@@ -218,7 +221,6 @@ func (c *Config) prepareTargets() error {
 
 func (c *Config) setDefaults() {
 	c.CacheName = cmp.Or(c.CacheName, defaultName)
-	c.ClusterPattern = cmp.Or(c.ClusterPattern, "^broker-")
 	c.ClusterEndpoint = cmp.Or(c.ClusterEndpoint, gcp.EndpointPublic)
 	c.DiskType = cmp.Or(c.DiskType, "pd-balanced")
 	c.Platform = cmp.Or(c.Platform, "linux/amd64")

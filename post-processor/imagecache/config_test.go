@@ -7,7 +7,7 @@ import (
 
 func TestConfigure(t *testing.T) {
 	with := func(kv ...any) map[string]any {
-		c := map[string]any{"injector_image": "registry.example/injector:1"}
+		c := map[string]any{"injector_image": "registry.example/injector:1", "cluster_pattern": "^desktops-"}
 		for i := 0; i < len(kv); i += 2 {
 			c[kv[i].(string)] = kv[i+1]
 		}
@@ -19,13 +19,16 @@ func TestConfigure(t *testing.T) {
 		want   string // of the error, empty for none
 	}{
 		{"defaults", with(), ""},
-		{"everything", with("zones", []string{"us-central1-a", "us-central1-ai1a"}, "cluster_pattern", "^gpu", "exclude_regions", []string{"europe-west4"},
+		{"everything", with("zones", []string{"us-central1-a", "us-central1-ai1a"}, "exclude_regions", []string{"europe-west4"},
 			"cluster_endpoint", "dns", "disk_size_gb", 100, "disk_labels", map[string]string{"team": "a"}, "keep", 3, "cache_name", "games",
 			"node_selector", map[string]string{"app.broker/tier": "gpu"}, "builder_disk_prefix", "games-build-", "dry_run", true, "output_dir", "out",
 			"platform", "linux/arm64", "start_timeout", "10m"), ""},
-		{"disks only", map[string]any{"skip_rollout": true}, ""},
-		{"no injector", map[string]any{}, "injector_image is not set"},
-		{"no reference", map[string]any{"injector_image": "registry.example/Injector"}, "injector_image: "},
+		{"disks only", map[string]any{"skip_rollout": true, "zones": []string{"us-central1-a"}}, ""},
+		{"disks without zones", map[string]any{"skip_rollout": true}, "cluster_pattern is not set"},
+		{"one cluster", map[string]any{"injector_image": "registry.example/injector:1", "kubeconfig": "a", "zones": []string{"us-central1-a"}}, ""},
+		{"no clusters", map[string]any{"injector_image": "registry.example/injector:1"}, "cluster_pattern is not set"},
+		{"no injector", map[string]any{"cluster_pattern": "^desktops-"}, "injector_image is not set"},
+		{"no reference", with("injector_image", "registry.example/Injector"), "injector_image: "},
 		{"platform", with("platform", "linux"), `platform "linux" is not os/architecture`},
 		{"long name", with("cache_name", "selkies-image-cache-of-games"), `cache_name "selkies-image-cache-of-games" is too long`},
 		{"longest name", with("cache_name", strings.Repeat("a", 26)), ""},

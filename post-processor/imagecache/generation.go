@@ -77,7 +77,7 @@ func (g *generation) diskName(cache, zone string) string {
 }
 
 // kept are the names of the images to keep: the current one and those others that
-// were rolled out last, n in all. After a way back that is not the order in which
+// were rolled out last, n in all. After a rollback that is not the order in which
 // they were made.
 func kept(family []*generation, current *generation, n int) map[string]bool {
 	keep := map[string]bool{current.name(): true}

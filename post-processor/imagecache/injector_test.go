@@ -102,7 +102,7 @@ func TestPinInjector(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			s := google(t, gcp.Config{})
 			var p PostProcessor
-			if err := p.Configure(options(s, "injector_image", tt.image, "platform", tt.platform)); err != nil {
+			if err := p.Configure(options(s, "cluster_pattern", "^broker-", "injector_image", tt.image, "platform", tt.platform)); err != nil {
 				t.Fatal(err)
 			}
 			r := &run{config: &p.config}

@@ -32,7 +32,7 @@ func TestManifests(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "manifests")
 	repository := newRegistry(t)
 	digest := push(t, repository+":1", index(t, "linux/amd64"))
-	c := options(s, "injector_image", repository+":1", "output_dir", dir, "node_selector", map[string]string{"tier": "gpu"})
+	c := options(s, "cluster_pattern", "^broker-", "injector_image", repository+":1", "output_dir", dir, "node_selector", map[string]string{"tier": "gpu"})
 	if _, err := postProcess(t, t.Context(), c, builderArtifact(built)); err != nil {
 		t.Fatal(err)
 	}
@@ -116,8 +116,8 @@ func TestKept(t *testing.T) {
 		{"newest", []int64{1, 2, 3, 0}, 3, 2, map[string]bool{"3": true, "2": true}},
 		{"failed ones do not count", []int64{1, 2, 0, 0}, 3, 2, map[string]bool{"3": true, "1": true}},
 		{"current once more", []int64{1, 2, 3}, 2, 2, map[string]bool{"2": true, "1": true}},
-		{"the way back", []int64{1, 2, 3}, 0, 2, map[string]bool{"0": true, "2": true}},
-		{"after a way back", []int64{4, 2, 3, 0}, 3, 2, map[string]bool{"3": true, "0": true}},
+		{"a rollback", []int64{1, 2, 3}, 0, 2, map[string]bool{"0": true, "2": true}},
+		{"after a rollback", []int64{4, 2, 3, 0}, 3, 2, map[string]bool{"3": true, "0": true}},
 		{"one", []int64{1, 2}, 1, 1, map[string]bool{"1": true}},
 		{"more than there are", []int64{0, 2}, 1, 5, map[string]bool{"1": true}},
 	}

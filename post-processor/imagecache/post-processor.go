@@ -28,7 +28,7 @@ func (p *PostProcessor) ConfigSpec() hcldec.ObjectSpec { return p.config.FlatMap
 func (p *PostProcessor) Configure(raws ...any) error { return p.config.prepare(raws...) }
 
 // PostProcess rolls the image out. It always keeps the image: the disks of more
-// zones, the next build and the way back need it. Everything that it makes has a name
+// zones, the next build and a rollback need it. Everything that it makes has a name
 // that follows from the image, and a later run adopts or prunes what an earlier one
 // left.
 func (p *PostProcessor) PostProcess(ctx context.Context, ui packersdk.Ui, artifact packersdk.Artifact) (packersdk.Artifact, bool, bool, error) {

@@ -40,7 +40,7 @@ func (r *run) makeRoom(ctx context.Context) error {
 	return nil
 }
 
-// prune deletes what no node uses and no way back needs: in the clusters first, then
+// prune deletes what no node uses and no rollback needs: in the clusters first, then
 // disks that no volume names, then images without a disk. What goes wrong fails the run
 // in the end: what is left costs money.
 func (r *run) prune(ctx context.Context) error {
@@ -80,7 +80,7 @@ func (r *run) pruneGenerations(ctx context.Context, n int) (sources map[string]b
 
 // superseded tells whether something of a generation is to be pruned if nothing uses
 // it. What is newer than the current generation is not: another build may be at it,
-// or this one is the way back.
+// or this is a rollback.
 func (r *run) superseded(image string, created time.Time, keep map[string]bool) bool {
 	return !keep[image] && created.Before(r.generation.created)
 }
