@@ -43,7 +43,7 @@ func TestExamples(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := os.WriteFile(file, []byte(strings.Replace(string(data), "newTag: 0.1.0", "digest: "+digest, 1)), 0o644); err != nil {
+			if err := os.WriteFile(file, []byte(strings.Replace(string(data), "newTag: "+version.Version, "digest: "+digest, 1)), 0o644); err != nil {
 				t.Fatal(err)
 			}
 			out := world.cluster.Output(t, "apply", "--dry-run=server", "-k", filepath.Join(dir, variant))

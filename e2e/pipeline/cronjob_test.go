@@ -23,6 +23,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/cluster"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
+	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
 // namespace is the CronJob's, and Selkies'.
@@ -84,7 +85,7 @@ func TestCronJob(t *testing.T) {
 				"project_id": "broker", "region": "us-central1", "zone": "us-central1-a", "machine_type": "e2-standard-8", "disk_size_gb": "100",
 				"cluster_pattern": "^broker-",
 				"exclude_regions": "europe-west4 us-east1", "repositories": "", "image_list_file": files + "/images.txt", "traces": traces,
-				"injector_image": "us-docker.pkg.dev/broker/tools/selkies-image-injector:0.1.0",
+				"injector_image": "us-docker.pkg.dev/broker/tools/selkies-image-injector:" + version.Version,
 			}
 			for name, value := range tt.more {
 				want[name] = value

@@ -3,12 +3,7 @@
 package provisioner_test
 
 import (
-	"archive/tar"
-	"archive/zip"
 	"bytes"
-	"compress/gzip"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -31,6 +26,8 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/packer"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/release"
+	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
 // The names of a release, as Packer's getter puts them together.
@@ -39,7 +36,6 @@ const (
 	plugin     = "packer-plugin-selkies_v1.2.3_x5.0_linux_amd64"
 	injector   = "selkies-image-injector_v1.2.3_linux_amd64"
 	image      = "selkies-image-injector_v1.2.3_image.txt"
-	sums       = "packer-plugin-selkies_v1.2.3_SHA256SUMS"
 )
 
 // TestRelease makes a release, has packer init install it for a template that requires the
@@ -48,15 +44,9 @@ func TestRelease(t *testing.T) {
 	t.Parallel()
 	tree := t.TempDir()
 	dist := makeRelease(t, tree)
-	for file, name := range map[string]string{plugin + ".zip": plugin, injector + ".tar.gz": "selkies-image-injector"} {
-		files := archived(t, filepath.Join(dist, file))
-		for _, name := range []string{name, "LICENSE"} {
-			if len(files[name]) == 0 {
-				t.Errorf("%s has no %s", file, name)
-			}
-		}
+	if err := release.Check(dist, release.Platforms{Plugin: []string{"linux/amd64"}, Injector: []string{"linux/amd64"}}); err != nil {
+		t.Error(err)
 	}
-	checkSums(t, dist)
 	checkImage(t, tree, dist)
 
 	dir := t.TempDir()
@@ -146,12 +136,7 @@ git remote add origin https://github.com/`+repository, "sh", source, tree)
 		t.Fatal(err)
 	}
 	dist := filepath.Join(tree, "build/dist")
-	verify := exec.CommandContext(t.Context(), "gpg", "--batch", "--verify", sums+".sig", sums)
-	verify.Dir = dist
-	verify.Env = append(os.Environ(), "GNUPGHOME="+home)
-	if _, err := host.Output(verify); err != nil {
-		t.Error(err)
-	}
+	verify(t, dist, home)
 	return dist
 }
 
@@ -191,13 +176,18 @@ func onePlatform(t *testing.T, tree string) string {
 	if err := yaml.Unmarshal(data, &config); err != nil {
 		t.Fatal(err)
 	}
-	platforms := map[string]string{}
+	platforms := map[string][]string{}
 	for _, build := range config["builds"].([]any) {
 		b := build.(map[string]any)
-		platforms[fmt.Sprint(b["id"])] = fmt.Sprint(b["goos"], b["goarch"])
+		id := fmt.Sprint(b["id"])
+		for _, goos := range b["goos"].([]any) {
+			for _, goarch := range b["goarch"].([]any) {
+				platforms[id] = append(platforms[id], fmt.Sprint(goos, "/", goarch))
+			}
+		}
 		b["goos"], b["goarch"] = []string{"linux"}, []string{"amd64"}
 	}
-	want := map[string]string{"plugin": "[darwin freebsd linux windows] [amd64 arm64]", "injector": "[linux] [amd64 arm64]"}
+	want := map[string][]string{"plugin": release.All.Plugin, "injector": release.All.Injector}
 	if diff := cmp.Diff(want, platforms); diff != "" {
 		t.Errorf("a release's platforms (-want +got):\n%s", diff)
 	}
@@ -211,35 +201,24 @@ func onePlatform(t *testing.T, tree string) string {
 	return file
 }
 
-// checkSums finds every file of the release in its list of checksums, with the right one,
-// and each binary's list of what is in it.
-func checkSums(t *testing.T, dist string) {
+// verify runs the commands by which SECURITY.md has readers verify a release.
+func verify(t *testing.T, dist, home string) {
 	t.Helper()
-	check := exec.CommandContext(t.Context(), "sha256sum", "--check", "--strict", sums)
-	check.Dir = dist
-	out, err := host.Output(check)
+	data, err := os.ReadFile("../../SECURITY.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := plugin + ".cdx.json: OK\n" + plugin + ".zip: OK\n" + image + ": OK\n" +
-		injector + ".cdx.json: OK\n" + injector + ".tar.gz: OK\n"
-	if diff := cmp.Diff(want, out); diff != "" {
-		t.Errorf("the files with checksums (-want +got):\n%s", diff)
-	}
-	for _, name := range []string{plugin, injector} {
-		data, err := os.ReadFile(filepath.Join(dist, name+".cdx.json"))
-		if err != nil {
-			t.Fatal(err)
+	for _, begin := range []string{"gpg --verify ", "sha256sum --check ", "cat selkies-image-injector_"} {
+		_, line, found := strings.Cut(string(data), "\n    "+begin)
+		line, _, _ = strings.Cut(line, "\n")
+		if !found {
+			t.Errorf("SECURITY.md does not have %s", begin)
 		}
-		var bom struct {
-			Metadata   struct{ Component struct{ Version string } }
-			Components []any
-		}
-		if err := json.Unmarshal(data, &bom); err != nil {
-			t.Fatal(err)
-		}
-		if bom.Metadata.Component.Version != "v1.2.3" || len(bom.Components) < 20 {
-			t.Errorf("%s.cdx.json is of version %q and has %d components", name, bom.Metadata.Component.Version, len(bom.Components))
+		cmd := exec.CommandContext(t.Context(), "sh", "-ec", strings.ReplaceAll(begin+line, "_v"+version.Version+"_", "_v1.2.3_"))
+		cmd.Dir = dist
+		cmd.Env = append(os.Environ(), "GNUPGHOME="+home)
+		if _, err := host.Output(cmd); err != nil {
+			t.Error(err)
 		}
 	}
 }
@@ -261,7 +240,7 @@ func checkImage(t *testing.T, tree, dist string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if want := "ghcr.io/selkies-project/selkies-image-injector:v1.2.3@" + digest.String() + "\n"; string(published) != want {
+	if want := "selkies-image-injector:1.2.3@" + digest.String() + "\n"; !strings.HasSuffix(string(published), want) {
 		t.Errorf("the release says that the image is %q, want %q", published, want)
 	}
 	index, err := all.ImageIndex(digest)
@@ -287,8 +266,16 @@ func checkImage(t *testing.T, tree, dist string) {
 		}
 		files := mutate.Extract(img)
 		defer files.Close()
-		want := archived(t, filepath.Join(dist, injector+".tar.gz"))["selkies-image-injector"]
-		if got := untar(t, files)["usr/local/bin/selkies-image-injector"]; !bytes.Equal(got, want) {
+		inImage, err := release.Untar(files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		archived, err := release.Archived(filepath.Join(dist, injector+".tar.gz"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, want := inImage["usr/local/bin/selkies-image-injector"].Data, archived["selkies-image-injector"].Data
+		if !bytes.Equal(got, want) {
 			t.Errorf("the image's injector has %d bytes, the archive's %d; they differ", len(got), len(want))
 		}
 		program := filepath.Join(t.TempDir(), "selkies-image-injector")
@@ -351,53 +338,4 @@ func releaseHost(t *testing.T, dist string) []string {
 		t.Fatal(err)
 	}
 	return []string{"HTTPS_PROXY=" + proxy.URL, "NO_PROXY=", "SSL_CERT_FILE=" + file, "SSL_CERT_DIR=" + t.TempDir(), "PACKER_GITHUB_API_TOKEN="}
-}
-
-// archived are the files in an archive by their names.
-func archived(t *testing.T, file string) map[string][]byte {
-	t.Helper()
-	data, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if !strings.HasSuffix(file, ".zip") {
-		r, err := gzip.NewReader(bytes.NewReader(data))
-		if err != nil {
-			t.Fatal(err)
-		}
-		return untar(t, r)
-	}
-	r, err := zip.NewReader(bytes.NewReader(data), int64(len(data)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	files := map[string][]byte{}
-	for _, f := range r.File {
-		in, err := f.Open()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if files[f.Name], err = io.ReadAll(in); err != nil {
-			t.Fatal(err)
-		}
-	}
-	return files
-}
-
-func untar(t *testing.T, in io.Reader) map[string][]byte {
-	t.Helper()
-	files := map[string][]byte{}
-	r := tar.NewReader(in)
-	for {
-		h, err := r.Next()
-		if errors.Is(err, io.EOF) {
-			return files
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if files[h.Name], err = io.ReadAll(r); err != nil {
-			t.Fatal(err)
-		}
-	}
 }

@@ -13,6 +13,8 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
+
+	"github.com/selkies-project/packer-plugin-selkies/version"
 )
 
 // applyText has kubectl apply manifests.
@@ -75,7 +77,7 @@ func TestSameAsKustomize(t *testing.T) {
 	// What differs by intention: names, the image's digest, and that two generations are
 	// kept apart.
 	replace := strings.NewReplacer(disk, "DISK", "image-cache-us-central1-a", "DISK", "image-cache-1", "DISK", "projects/p/", "projects/my-project/",
-		world.pinned, "us-docker.pkg.dev/my-project/tools/selkies-image-injector:0.1.0")
+		world.pinned, "us-docker.pkg.dev/my-project/tools/selkies-image-injector:"+version.Version)
 	ourPod, theirPod := ours.sets[disk].Spec.Template.Spec, theirs.sets["selkies-image-injector-us-central1-a"].Spec.Template.Spec
 	ourPod.Affinity.PodAntiAffinity = nil
 	if diff := cmp.Diff(replace.Replace(marshal(t, theirPod)), replace.Replace(marshal(t, ourPod))); diff != "" {
