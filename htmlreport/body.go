@@ -68,7 +68,7 @@ func (v *view) putFigures(p *page) {
   <div><dt>A pull would fetch</dt><dd>%s</dd></div>
 `, len(v.Images), len(v.Layers), size(v.Size), size(v.Saved), size(v.Compressed))
 	if v.Changes != nil {
-		p.put(`  <div><dt>New in this generation</dt><dd>%s</dd></div>
+		p.put(`  <div><dt>New layers</dt><dd>%s</dd></div>
 `, size(v.Changes.NewLayers.Size))
 	}
 	p.put("</dl>\n")
