@@ -257,6 +257,7 @@ func TestAgent(t *testing.T) {
 	for _, n := range nodes {
 		checkAgentProcess(t, n)
 	}
+	checkPrometheus(t, nodes)
 
 	// Without a registry, all but Always.
 	digest := byDigest(t, app)

@@ -23,6 +23,7 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/images"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/machine"
+	"github.com/selkies-project/packer-plugin-selkies/e2e/prometheus"
 	"github.com/selkies-project/packer-plugin-selkies/e2e/registry"
 )
 
@@ -55,6 +56,9 @@ var cached = map[string][]string{"first": {app, indexed, moving}, "second": {app
 
 func TestMain(m *testing.M) {
 	cluster.Main(func(ctx context.Context, dir string) error {
+		if _, err := prometheus.Programs(ctx); err != nil {
+			return err
+		}
 		return cluster.BuildInjector(ctx, filepath.Join(dir, "injector"))
 	}, func(ctx context.Context, dir string) (int, error) {
 		stop, err := setUp(ctx, dir)

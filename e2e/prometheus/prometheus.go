@@ -1,5 +1,5 @@
-// Package prometheus has Debian's Prometheus, and what tests ask it about the example's
-// rules and dashboard.
+// Package prometheus has Debian's Prometheus, and what the example's dashboard asks it. Its
+// tests evaluate the example's rules.
 package prometheus
 
 import (
@@ -13,12 +13,8 @@ import (
 	"github.com/selkies-project/packer-plugin-selkies/e2e/host"
 )
 
-// The example's files, in the folder of the module.
-const (
-	rulesFile     = "example/prometheus/rules.yaml"
-	scrapeFile    = "example/prometheus/prometheus.yaml"
-	dashboardFile = "example/grafana/image-cache.json"
-)
+// dashboardFile is the example's, in the folder of the module.
+const dashboardFile = "example/grafana/image-cache.json"
 
 // Programs is the folder with prometheus and promtool.
 func Programs(ctx context.Context) (string, error) {
