@@ -20,7 +20,7 @@ func newRunCommand(f *flags) *cobra.Command {
 		Short: "Run on a node for good: inject, then open the gate, watch, heal and report",
 		Long: `Register every image of the cache disks, open the gate that keeps pods off the
 node until then, and stay: put back what a pull, a reboot, or a new containerd took
-away, take everything back when a disk is gone for good, and report. The gate opens
+away, eject everything when a disk is gone for good, and report. The gate opens
 at its deadline too, counted from when the node joined the cluster, but not in the
 first 20 seconds after the start, so that no node waits for ever: pods then pull.
 

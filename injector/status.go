@@ -62,7 +62,7 @@ func unreadable(rs []report.Registration) error {
 			continue
 		}
 		seen[r.CacheID.String()] = true
-		errs = append(errs, fmt.Errorf("cache %s: disk not readable: %s; attach the disk and run inject, or take its images back with eject %s",
+		errs = append(errs, fmt.Errorf("cache %s: disk not readable: %s; attach the disk and run inject, or remove its images with eject %s",
 			report.Short(r.CacheID), r.Problem, r.CacheID))
 	}
 	return errors.Join(errs...)

@@ -87,7 +87,7 @@ func desktopTable(t *testing.T, known map[string]record) string {
 	t.Helper()
 	const drawn = ", started, and a page drawn by the browser"
 	var b strings.Builder
-	b.WriteString("| | pull | inject | pull, until its browser has drawn a page | inject, the same |\n|---|---|---|---|---|\n")
+	b.WriteString("| | pull | inject | pull, until its browser has drawn a page | inject, until its browser has drawn a page |\n|---|---|---|---|---|\n")
 	for _, row := range []struct{ runtime, title, pull string }{
 		{"containerd", "containerd 2.4", "pull"},
 		{"containerd", "the same, unpacking four layers at once", "pull, unpacking 4 at once"},
@@ -102,7 +102,7 @@ func desktopTable(t *testing.T, known map[string]record) string {
 	fmt.Fprintf(&b, "\nFrom the boot of a cluster's node until a pod of that image has started: %s with the pull, %s with the\ncache disk; until its browser has drawn a page: %s and %s.\n",
 		value(t, known, "node-boot: pull: application started"), value(t, known, "node-boot: cache disk: application started"),
 		value(t, known, "node-boot: pull: page drawn by the browser"), value(t, known, "node-boot: cache disk: page drawn by the browser"))
-	fmt.Fprintf(&b, "\nAll of that is with a local disk. From a network disk with 1 ms and 140 MB/s the browser's first page takes %s, from\none with 2 ms and 30 MB/s %s.\n",
+	fmt.Fprintf(&b, "\nAll of that is with a local disk. From a network disk that takes 1 ms for each read and gives 140 MB/s, the browser's first\npage takes %s; from one with 2 ms and 30 MB/s, %s.\n",
 		value(t, known, "first-read: browser, 1 ms, 140 MB/s: cold start"), value(t, known, "first-read: browser, 2 ms, 30 MB/s: cold start"))
 	return b.String()
 }

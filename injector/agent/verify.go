@@ -143,7 +143,7 @@ func (a *Agent) verifyDisk(ctx context.Context, d *cachedisk.Disk) {
 	a.proofs.note(d.ID, r.Layers-len(r.Damaged), len(r.Damaged))
 	a.Log.Info("verified", "cache", report.Short(d.ID), "layers", r.Layers, "damaged", len(r.Damaged), "bytes", r.Bytes)
 	for _, l := range r.Damaged {
-		a.warn(eventDamaged, "cache %s: layer %s is damaged: %s: build the disk again, and take its images back with eject",
+		a.warn(eventDamaged, "cache %s: layer %s is damaged: %s: build the disk again, and remove its images with eject",
 			report.Short(d.ID), report.Short(l.DiffID), printable.Line(l.Problems[0], 500))
 	}
 }
