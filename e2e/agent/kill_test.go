@@ -79,7 +79,7 @@ func TestKillEjecting(t *testing.T) {
 	waitFor(t, "the other images to be ejected", func() bool { return images() == 0 })
 	waitFor(t, "the disk's mount to go", func() bool { return n.mounts(t) == 0 })
 	// After the mount the agent collects containerd's garbage, under one more lease.
-	waitFor(t, "the leases to go", func() bool { return n.ctr(t, "leases", "ls", "-q") == "" })
+	waitFor(t, "the leases to go", func() bool { return n.leases(t) == "" })
 	n.pull(t, world.refs[0])
 	n.runs(t, world.refs[0])
 }
@@ -122,7 +122,12 @@ func (n *node) names(t testing.TB) []string {
 // noLeases fails the test if containerd has any.
 func (n *node) noLeases(t testing.TB) {
 	t.Helper()
-	if leases := n.ctr(t, "leases", "ls", "-q"); leases != "" {
+	if leases := n.leases(t); leases != "" {
 		t.Errorf("leases: %s", leases)
 	}
+}
+
+func (n *node) leases(t testing.TB) string {
+	t.Helper()
+	return n.ctr(t, "leases", "ls", "-q")
 }

@@ -73,9 +73,10 @@ func checkNames(dist string, want map[string]bool) error {
 	if err != nil {
 		return err
 	}
+	shipped := regexp.MustCompile(`\.(zip|tar\.gz|cdx\.json)$`)
 	var errs []error
 	for _, e := range entries {
-		if regexp.MustCompile(`\.(zip|tar\.gz|cdx\.json)$`).MatchString(e.Name()) && !want[e.Name()] {
+		if shipped.MatchString(e.Name()) && !want[e.Name()] {
 			errs = append(errs, fmt.Errorf("%s does not belong to the release", e.Name()))
 		}
 	}

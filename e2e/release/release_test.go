@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -25,9 +26,12 @@ var (
 // TestCheck checks a release of a plugin, which is this test's program, and releases with something
 // wrong.
 func TestCheck(t *testing.T) {
+	binary := plugin
 	if runtime.GOOS == "windows" {
-		t.Skip("files have no modes there")
+		binary += ".exe"
 	}
+	_, err := os.Open(filepath.Join(t.TempDir(), "absent"))
+	absent := errors.Unwrap(err).Error() // in the words of this system
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -44,7 +48,7 @@ func TestCheck(t *testing.T) {
 	}
 	ofPlugin := Platforms{Plugin: []string{here}}
 	whole := map[string][]byte{
-		plugin + ".zip":      zipOf(t, map[string]File{plugin: program, "LICENSE": licence}),
+		plugin + ".zip":      zipOf(t, map[string]File{binary: program, "LICENSE": licence}),
 		plugin + ".cdx.json": sbom,
 		image:                reference,
 	}
@@ -58,16 +62,16 @@ func TestCheck(t *testing.T) {
 		want      string            // in the error, empty for none
 	}{
 		{"whole", ofPlugin, nil, ""},
-		{"no archive", ofPlugin, map[string][]byte{plugin + ".zip": nil}, plugin + ".zip: no such file"},
-		{"no SBOM", ofPlugin, map[string][]byte{plugin + ".cdx.json": nil}, plugin + ".cdx.json: no such file"},
+		{"no archive", ofPlugin, map[string][]byte{plugin + ".zip": nil}, plugin + ".zip: " + absent},
+		{"no SBOM", ofPlugin, map[string][]byte{plugin + ".cdx.json": nil}, plugin + ".cdx.json: " + absent},
 		{"other SBOM", ofPlugin, map[string][]byte{plugin + ".cdx.json": []byte("{}")}, `is of version "" and has 0 components`},
-		{"no image", ofPlugin, map[string][]byte{image: nil}, image + ": no such file"},
+		{"no image", ofPlugin, map[string][]byte{image: nil}, image + ": " + absent},
 		{"tag with v", ofPlugin, map[string][]byte{image: bytes.Replace(reference, []byte(":1.2.3"), []byte(":v1.2.3"), 1)}, image + " has "},
 		{"one platform more", ofPlugin, map[string][]byte{windows + ".zip": {0}}, windows + ".zip does not belong to the release"},
-		{"no licence", ofPlugin, pluginOf(map[string]File{plugin: program}), `want ["LICENSE" "` + plugin},
-		{"more files", ofPlugin, pluginOf(map[string]File{plugin: program, "LICENSE": licence, "README.md": licence}), `has ["LICENSE" "README.md" "`},
-		{"not executable", ofPlugin, pluginOf(map[string]File{plugin: {data, 0o644}, "LICENSE": licence}), "is not executable"},
-		{"no Go program", ofPlugin, pluginOf(map[string]File{plugin: {[]byte("#!/bin/sh"), 0o755}, "LICENSE": licence}), "unrecognized file format"},
+		{"no licence", ofPlugin, pluginOf(map[string]File{binary: program}), `want ["LICENSE" "` + plugin},
+		{"more files", ofPlugin, pluginOf(map[string]File{binary: program, "LICENSE": licence, "README.md": licence}), `has ["LICENSE" "README.md" "`},
+		{"not executable", ofPlugin, pluginOf(map[string]File{binary: {data, 0o644}, "LICENSE": licence}), "is not executable"},
+		{"no Go program", ofPlugin, pluginOf(map[string]File{binary: {[]byte("#!/bin/sh"), 0o755}, "LICENSE": licence}), "unrecognized file format"},
 		{"other platform", Platforms{Plugin: []string{"windows/386"}}, map[string][]byte{
 			windows + ".zip": zipOf(t, map[string]File{windows + ".exe": program, "LICENSE": licence}), windows + ".cdx.json": sbom,
 		}, windows + ".exe is for " + here},
