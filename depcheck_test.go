@@ -1,6 +1,7 @@
 package main
 
 import (
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -85,22 +86,42 @@ func TestReasons(t *testing.T) {
 
 // TestActions wants GitHub's own actions in the workflows, each by its commit: tags move. One
 // is HashiCorp's, without versions, in a job that may read the repository and no more. Workflows of
-// this repository are part of the commit.
+// this repository are part of the commit. SECURITY.md names the owners.
 func TestActions(t *testing.T) {
 	files, err := filepath.Glob(".github/workflows/*.yml")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("found %v, %v", files, err)
 	}
 	pinned := regexp.MustCompile(`^(actions/[a-z-]+@[0-9a-f]{40} # v\d|hashicorp/integration-release-action@[0-9a-f]{40}\n|\./\.github/workflows/)`)
+	used := map[string]bool{}
 	for _, name := range files {
 		data, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(string(data)) {
-			if _, action, ok := strings.Cut(line, "uses: "); ok && !pinned.MatchString(action) {
+			_, action, ok := strings.Cut(line, "uses: ")
+			if !ok {
+				continue
+			}
+			if !pinned.MatchString(action) {
 				t.Errorf("%s: %s is not one of actions/ by its commit", name, strings.TrimSpace(action))
 			}
+			if owner, _, _ := strings.Cut(action, "/"); owner != "." {
+				used[owner] = true
+			}
 		}
+	}
+	security, err := os.ReadFile("SECURITY.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := map[string]bool{}
+	paragraph := regexp.MustCompile(`(?s)\nThe workflows use .*?\n\n`).FindString(string(security))
+	for _, m := range regexp.MustCompile("`([\\w.-]+)/").FindAllStringSubmatch(paragraph, -1) {
+		named[m[1]] = true
+	}
+	if !maps.Equal(used, named) {
+		t.Errorf("the workflows use actions of %v, SECURITY.md names %v", used, named)
 	}
 }
